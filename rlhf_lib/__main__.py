@@ -1,0 +1,162 @@
+"""The command line: `python -m rlhf_lib run | report | status | <stage> | export`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from rlhf_lib.config import UserError
+from rlhf_lib.profiles import PROFILES, load_profile
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Teach, run and compare PPO, GRPO and DPO on small language models.",
+)  # fmt: skip
+
+ProfileOption = Annotated[str, typer.Option("--profile", help=f"one of: {', '.join(PROFILES)}")]
+RunDir = Annotated[Path, typer.Option("--run-dir", help="where everything is written")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
+Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many seeds")]  # noqa: UP045 typer reads it on 3.10
+Data = Annotated[str, typer.Option("--data", help="bundled | hub:NAME[:SUBSET] | path:FILE")]
+Model = Annotated[str, typer.Option("--model", help="tiny | smollm2-135m | gpt2 | hub id | folder")]
+Set = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", help="override one setting, e.g. ppo.kl_coef=0.02 (repeatable)"),
+]
+
+
+def _overrides(data: str, model: str, settings: list[str] | None, seeds: int | None) -> list[str]:
+    """All overrides in the one form that notebooks and worker processes read too."""
+    given = [f"data.source={data}"] if data else []
+    given += [f"model.name={model}"] if model else []
+    given += [f"seeds={seeds}"] if seeds else []
+    return given + list(settings or [])
+
+
+@app.command()
+def run(
+    profile: ProfileOption = "laptop",
+    seeds: Seeds = None,
+    only: Annotated[str, typer.Option(help="one notebook, e.g. 04_ppo")] = "",
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Run the study: the seven notebooks, every seed, and the report."""
+    from rlhf_lib import book, study
+
+    overrides = _overrides(data, model, settings, seeds)
+    chosen = load_profile(profile, overrides)
+    notebooks = study.run_study(chosen, run_dir, overrides, only or None)
+    for notebook in notebooks if only else []:
+        print(f"executed: {notebook}")
+    if not only:
+        _print_report(book.write_report(chosen, run_dir))
+
+
+@app.command()
+def report(
+    profile: ProfileOption = "laptop",
+    seeds: Seeds = None,
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Render the executed notebooks into index.html and report.pdf."""
+    from rlhf_lib import book
+
+    chosen = load_profile(profile, _overrides(data, model, settings, seeds))
+    _print_report(book.write_report(chosen, run_dir))
+
+
+def _print_report(paths: tuple[Path, Path]) -> None:
+    for path in paths:
+        print(f"report: {path}")
+
+
+@app.command()
+def status(
+    profile: ProfileOption = "laptop",
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """What has been run: each stage folder of the profile, finished or under way."""
+    from rlhf_lib.runs import stage_folders
+
+    load_profile(profile)  # an unknown name is an error, not an empty list
+    rows = stage_folders(run_dir / profile)
+    if not rows:
+        print(f"nothing has been run in {run_dir / profile}")
+    for row in rows:
+        minutes = "" if row["seconds"] is None else f"{row['seconds'] / 60:7.1f} min"
+        print(f"{row['seed']:<8} {row['stage']:<36} {row['state']:<18} {minutes}")
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="folder for the numbers and their plots")],
+    profile: ProfileOption = "laptop",
+    seeds: Seeds = None,
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Write a finished study's numbers as JSON, with the plots drawn from them (no dataset text)."""
+    from rlhf_lib import book
+
+    chosen = load_profile(profile, _overrides(data, model, settings, seeds))
+    for path in book.export_figures(chosen, run_dir, target):
+        print(path)
+
+
+def _add_stage(name: str, summary: str) -> None:
+    def command(
+        profile: ProfileOption = "laptop",
+        seed: Seed = 0,
+        data: Data = "",
+        model: Model = "",
+        settings: Set = None,
+        run_dir: RunDir = Path("runs"),
+    ) -> None:
+        from rlhf_lib.study import Study
+
+        overrides = _overrides(data, model, settings, None)
+        stage = Study.open(profile, seed, run_dir, overrides).stage(name)
+        print(f"{name}: {stage.path}")
+
+    command.__doc__ = summary
+    app.command(name.replace("_", "-"))(command)
+
+
+for _name, _summary in {
+    "dataset": "Load, clean, split and audit the preference pairs.",
+    "reward_model": "Train the reward model.",
+    "sft": "Supervised fine-tuning.",
+    "ppo": "Train with PPO (SFT and reward model first, if missing).",
+    "grpo": "Train with GRPO (SFT and reward model first, if missing).",
+    "dpo": "Train with DPO (SFT first, if missing).",
+    "evaluate": "Measure every policy of one seed on held-out prompts.",
+}.items():
+    _add_stage(_name, _summary)
+
+
+def main() -> None:
+    """Run the command line; expected errors end with one message and status 2, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

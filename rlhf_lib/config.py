@@ -1,0 +1,172 @@
+"""Settings: one frozen dataclass per stage. What they are set to: `profiles.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+
+
+class UserError(ValueError):
+    """An error whose message says all that is needed; the command line shows no traceback for it."""
+
+
+class SettingsError(UserError):
+    """A profile, section or setting that does not exist, or a value that does not fit it."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pairs come from and how they are cut. Lengths are in tokens, sizes in rows."""
+
+    source: str = "bundled"  # bundled | hub:NAME[:SUBSET] | path:FILE_OR_FOLDER
+    max_prompt_tokens: int = 64  # cut from the left: the latest turns matter most
+    max_response_tokens: int = 40  # including the end-of-sequence token
+    train_pairs: int = 4000
+    validation_pairs: int = 400
+    test_pairs: int = 2000
+    demonstrations: int = 6000  # for SFT; real sources use the chosen replies of the train pairs
+    rl_prompts: int = 6000
+    evaluation_prompts: int = 1024
+    split_seed: int = 0  # which conversations go to which split; not the seed of a run
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained language model everything starts from."""
+
+    name: str = "tiny"  # tiny | smollm2-135m | gpt2 | a hub id | a folder
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    epochs: int = 2
+    batch_size: int = 32  # pairs
+    micro_batch_size: int = 32
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.05
+    warmup_ratio: float = 0.05
+    max_grad_norm: float = 1.0
+    center_coef: float = 0.001
+    margin: float = 0.0  # used for every pair whose row carries no margin of its own
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    epochs: int = 3
+    batch_size: int = 64  # dialogues
+    micro_batch_size: int = 64
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    updates: int = 40
+    batch_size: int = 128  # prompts, one response each
+    micro_batch_size: int = 128
+    epochs: int = 2
+    minibatch_size: int = 64
+    learning_rate: float = 4e-5
+    value_learning_rate: float = 3e-4
+    temperature: float = 1.0
+    kl_coef: float = 0.2  # per nat, on the normalised reward
+    low_kl_coef: float = 0.02  # of the under-regularised run that shows over-optimisation
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    missing_eos_penalty: float = 1.0
+    reward_clip: float = 5.0  # normalised reward is kept within plus and minus this
+    whiten_rewards: bool = False
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    updates: int = 60
+    prompts_per_update: int = 16
+    group_size: int = 8
+    micro_batch_size: int = 128
+    iterations: int = 2  # optimisation passes over each batch of samples
+    learning_rate: float = 5e-5
+    temperature: float = 1.0
+    kl_coef: float = 0.0  # k3 penalty in the loss (eq. 3 of arXiv:2402.03300)
+    kl_reward_coef: float = 0.2  # sequence KL taken off the reward, per nat
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    scale: str = "group"  # group | batch | none
+    aggregation: str = "sequence"  # sequence | token | constant
+    missing_eos_penalty: float = 1.0
+    reward_clip: float = 5.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    epochs: int = 2
+    batch_size: int = 64  # pairs
+    micro_batch_size: int = 64
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.1
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    max_grad_norm: float = 1.0
+    probes: int = 10  # how often the policy answers validation prompts during training
+    probe_prompts: int = 128
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    batch_size: int = 256
+    temperature: float = 1.0
+    best_of_n: int = 64  # largest n; smaller powers of two come from the same samples
+    best_of_n_prompts: int = 256
+    bootstrap_samples: int = 2000
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A full set of stage settings. `checkpoint_minutes`: how often a long stage saves its state."""
+
+    name: str
+    seeds: int = 1
+    jobs: int = 1  # stages that run side by side on a CPU; never more than it has cores
+    threads: int = 0  # of torch on a CPU, for each job; 0: one for each core
+    checkpoint_minutes: float = 2.0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
+    """The error for a name that does not exist; it names the nearest ones that do."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
+    listed = names if len(names) <= 12 else difflib.get_close_matches(word, names, 5, 0.3)
+    return SettingsError(f"unknown {kind} {word!r}: did you mean {close!r}? "
+                         f"{'Known' if listed is names else 'Near'}: {', '.join(listed)}")
+
+
+def as_dict(config: object) -> dict:
+    """A settings record as plain JSON values."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload]
+
+
+def content_hash(value: object) -> str:
+    """SHA-256 (hex) of a JSON-serialisable value; equal values give equal hashes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,207 @@
+"""How notebooks show what was measured: figures, tables and sentences with looked-up numbers."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import io
+from collections.abc import Mapping, Sequence
+from textwrap import shorten
+
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from matplotlib.figure import Figure
+from scipy import stats
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lib.rollout import Rollout
+
+NAMES = {
+    "base": "Base",
+    "sft": "SFT",
+    "sft_again": "SFT, second draw",
+    "ppo": "PPO",
+    "ppo_low_kl": "PPO, low KL coefficient",
+    "grpo": "GRPO",
+    "dpo": "DPO",
+    "best_of_n_default": "best-of-n",
+    "best_of_n_control": "best-of-n, unbiased labels",
+    "reward_model": "reward model",
+    "reward_model_control": "reward model, unbiased labels",
+    "bag_of_words": "bag of words",
+    "longer_wins": "longer wins",
+    "learned_length": "length, direction learned",
+    "gold": "gold reward",
+    "dataset": "data",
+    "evaluate": "evaluation",
+}
+
+
+def show(figure: Figure, caption: str) -> None:
+    """Display a figure as vector and bitmap, numbered and captioned in the report."""
+    display(figure_bundle(figure), raw=True, metadata={"caption": caption, "kind": "figure"})
+
+
+def table(frame: pd.DataFrame, caption: str) -> None:
+    """Display a table without its index, numbered and captioned in the report."""
+    display(table_bundle(frame), raw=True, metadata={"caption": caption, "kind": "table"})
+
+
+def say(template: str, **values: object) -> None:
+    """Display a paragraph of Markdown whose numbers are looked up: `say("{r[accuracy]:.1%}", r=...)`.
+
+    Raises KeyError, which fails the notebook, for a number that was not measured.
+    """
+    display({"text/markdown": sentence(template, **values), "text/plain": template}, raw=True)
+
+
+def source(function: object) -> None:
+    """Display the library's own source of a function or class: the notebook cannot drift from it."""
+    code = inspect.getsource(function).rstrip()  # type: ignore[arg-type]
+    display({"text/markdown": f"```python\n{code}\n```", "text/plain": code}, raw=True)
+
+
+def sentence(template: str, **values: object) -> str:
+    """The template with every `{...}` looked up; raises KeyError naming what is missing."""
+    try:
+        return " ".join(template.format(**values).split())
+    except (KeyError, IndexError, TypeError) as error:
+        raise KeyError(f"no measurement for {error} in the sentence: {template[:80]!r}") from error
+
+
+def figure_bundle(figure: Figure) -> dict[str, str | bytes]:
+    """SVG and PNG of a figure; the SVG holds no date, so that equal figures give equal files."""
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=120)
+    encoded = base64.b64encode(png.getvalue()).decode()
+    return {"image/svg+xml": svg.getvalue(), "image/png": encoded, "text/plain": "figure"}
+
+
+def table_bundle(frame: pd.DataFrame) -> dict[str, str]:
+    with pd.option_context("display.max_colwidth", None):  # pandas would cut replies off
+        html = frame.to_html(index=False, border=0, na_rep="–")
+    return {"text/html": html, "text/plain": frame.to_string(index=False)}
+
+
+def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -> str:
+    """`0.52 [0.41, 0.63]`; a lone value where there is no interval; a dash where nothing is known."""
+    if estimate is None:
+        return "–"
+    scale, unit = (100, " %") if percent else (1, "")
+    mean = f"{scale * estimate['mean']:.{digits}f}{unit}"
+    if estimate["low"] is None or estimate["low"] == estimate["high"]:
+        return mean
+    low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def comparison_table(results: Mapping) -> pd.DataFrame:
+    """The study's main table: one row a policy, 95 % intervals in brackets."""
+    rows = []
+    costs = results["cost"]
+    for name in ("base", "sft", "ppo", "grpo", "dpo", "ppo_low_kl"):
+        policy, cost = results["policies"][name], costs.get(name)
+        row = {"policy": NAMES[name], "proxy reward": interval(policy["proxy"])}
+        if "gold" in policy:
+            row["gold reward"] = interval(policy["gold"])
+        row |= {
+            "KL to SFT (nats)": interval(policy["kl"], 1),
+            "win rate vs SFT": interval(policy.get("win_rate_vs_sft"), 0, percent=True),
+            "win rate vs base": interval(policy.get("win_rate_vs_base"), 0, percent=True),
+            "length (tokens)": interval(policy["length"], 1),
+            "minutes": f"{cost['seconds']['mean'] / 60:.1f}" if cost else "–",
+            "memory (GB)": f"{cost['peak_memory_gb']['mean']:.1f}" if cost else "–",
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def gain_table(results: Mapping) -> pd.DataFrame:
+    """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
+    judge, rows = results["judge"], []
+    for name in ("sft_again", "ppo", "grpo", "dpo", "ppo_low_kl"):
+        policy = results["policies"][name]
+        gain, proxy = policy[f"{judge}_gain"], policy["proxy_gain"]
+        rows.append({
+            "policy": NAMES[name],
+            f"{judge} gain over SFT": interval(gain),
+            "each seed": ", ".join(f"{value:.2f}" for value in gain["per_seed"]),
+            "verdict": gain["verdict"],
+            "proxy gain": interval(proxy),
+            "proxy verdict": proxy["verdict"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def failure_table(modes: Mapping, descriptions: Mapping[str, str]) -> pd.DataFrame:
+    """Share of replies in each failure mode: one row a mode, one column a policy."""
+    policies = [p for p in ("base", "sft", "ppo", "grpo", "dpo", "ppo_low_kl") if p in modes]
+    return pd.DataFrame([
+        {"failure": mode, "what counts": descriptions[mode]}
+        | {NAMES[p]: interval(modes[p][mode], 0, percent=True) for p in policies}
+        for mode in modes["sft"]
+    ])  # fmt: skip
+
+
+def cost_table(results: Mapping) -> pd.DataFrame:
+    """Minutes, peak memory and tokens of each stage, per seed."""
+    return pd.DataFrame([
+        {
+            "stage": NAMES.get(name, name.upper()),
+            "minutes": f"{cost['seconds']['mean'] / 60:.2f}",
+            "peak memory (GB)": f"{cost['peak_memory_gb']['mean']:.2f}",
+            "tokens (thousands)": f"{cost['num_tokens']['mean'] / 1000:.0f}",
+        }
+        for name, cost in results["cost"].items()
+    ])  # fmt: skip
+
+
+def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float | str]:
+    """Means of two sets of training steps, and what their difference allows to say.
+
+    `verdict` is "higher", "lower" or "not distinguishable", `word` the same as a verb, judged by
+    Student's t at 95 % on the spread between steps. A rough rule: neighbouring steps resemble each
+    other, and one run says nothing of another seed. A single step a side distinguishes nothing.
+    """
+    a, b = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    difference, half = b.mean() - a.mean(), np.inf
+    if min(len(a), len(b)) > 1:
+        error = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+        half = stats.t.ppf(0.975, len(a) + len(b) - 2) * error
+    verdict = "not distinguishable"
+    if abs(difference) > half:
+        verdict = "higher" if difference > 0 else "lower"
+    verb = {"higher": "rose", "lower": "fell"}.get(verdict, "did not change distinguishably")
+    return {
+        "first": float(a.mean()), "last": float(b.mean()), "verdict": verdict, "word": verb,
+    }  # fmt: skip
+
+
+def quarters(metrics: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:
+    """A metric's values in the first and the last quarter of the steps at which it was logged."""
+    values = [row[key] for row in metrics if key in row]
+    size = max(1, len(values) // 4)
+    return values[:size], values[-size:]
+
+
+def change(metrics: Sequence[Mapping], key: str) -> dict[str, float | str]:
+    """`contrast` of the last quarter of training with the first."""
+    return contrast(*quarters(metrics, key))
+
+
+def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:
+    """A table of sampled replies: last human turn, reply, rewards; `first` adds leading columns."""
+    rows = []
+    for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        turn = tokenizer.decode(prompt).rpartition("Human:")[2].removesuffix("Assistant:")
+        reply = tokenizer.decode(response, skip_special_tokens=True)
+        row = first | {"prompt": shorten(turn, 90), "reply": shorten(reply, 180)}
+        if not rollout.finished[i]:
+            row["reply"] += " (cut)"
+        row["proxy"] = f"{rollout.scores[i]:.2f}"
+        if rollout.gold is not None:
+            row["gold"] = f"{rollout.gold[i]:.2f}"
+        rows.append(row | {"log-ratio to SFT": f"{rollout.kl[i]:.1f}"})
+    return pd.DataFrame(rows)

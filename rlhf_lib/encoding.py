@@ -1,0 +1,125 @@
+"""Texts to token ids, and the records that the stages read.
+
+Prompt and reply are tokenised apart, and ids(prompt) + ids(reply) is what every stage trains on.
+Tokenised together, the boundary can merge into a token that no sampled reply begins with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lib.config import SettingsError
+from rlhf_lib.dialogues import Texts
+
+CHUNK = 1024  # texts tokenised at once
+NO_LIMIT = 1_000_000  # tokenizers without a limit say a number far above this
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair. Replies end with EOS unless they were cut at max_response_tokens."""
+
+    conversation: str  # key of the first human turn: no key stands in two splits
+    prompt_text: str  # ends with "\n\nAssistant:"
+    chosen_text: str  # begins with a space
+    rejected_text: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt with a reply worth imitating."""
+
+    prompt_text: str
+    response_text: str
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    ids: list[int]
+
+
+class Encoder:
+    """Texts to token ids, under the length limits of a run."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int
+    ) -> None:
+        longest = max_prompt_tokens + max_response_tokens
+        if min(max_prompt_tokens, max_response_tokens) < 1:
+            raise SettingsError("data.max_prompt_tokens and data.max_response_tokens: at least 1")
+        if longest > tokenizer.model_max_length and tokenizer.model_max_length < NO_LIMIT:
+            raise SettingsError(
+                f"data.max_prompt_tokens + data.max_response_tokens = {longest}, but the model "
+                f"reads at most {tokenizer.model_max_length} tokens: lower one of them"
+            )
+        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
+        unknown = tokenizer.unk_token_id
+        self.unknown = None if unknown == self.eos else unknown  # GPT-2 has one id for both
+        self.max_prompt, self.max_response = max_prompt_tokens, max_response_tokens
+        self.cut_prompts: set[str] = set()
+
+    def pairs(self, texts: Sequence[Texts]) -> list[Pair]:
+        prompts = self._prompt_ids([t.prompt for t in texts])
+        chosen = self._reply_ids([t.chosen for t in texts])
+        rejected = self._reply_ids([t.rejected for t in texts])
+        return [
+            Pair(t.conversation, t.prompt, t.chosen, t.rejected, p, c, r, t.margin)
+            for t, p, c, r in zip(texts, prompts, chosen, rejected, strict=True)
+        ]
+
+    def demonstrations(self, texts: Sequence[tuple[str, str]]) -> list[Demonstration]:
+        prompts = self._prompt_ids([prompt for prompt, _ in texts])
+        replies = self._reply_ids([reply for _, reply in texts])
+        return [
+            Demonstration(*text, prompt, reply)
+            for text, prompt, reply in zip(texts, prompts, replies, strict=True)
+        ]
+
+    def prompts(self, texts: Iterable[str], limit: int) -> list[Prompt]:
+        """The first `limit` prompts that differ from each other, after cutting too."""
+        found: dict[tuple[int, ...], Prompt] = {}
+        for batch in chunks(list(dict.fromkeys(texts)), CHUNK):
+            if len(found) >= limit:
+                break
+            for text, ids in zip(batch, self._prompt_ids(batch), strict=True):
+                found.setdefault(tuple(ids), Prompt(text, ids))
+        return list(found.values())[:limit]
+
+    def _prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Cut from the left: the latest turns, and the marker of the reply, always stay."""
+        rows = self._encode(texts)
+        self.cut_prompts |= {
+            text for text, row in zip(texts, rows, strict=True) if len(row) > self.max_prompt
+        }
+        return [row[-self.max_prompt :] for row in rows]
+
+    def _reply_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """With EOS where the reply ends in time; a cut reply must not teach to stop there."""
+        return [
+            [*row, self.eos] if len(row) < self.max_response else row[: self.max_response]
+            for row in self._encode(texts)
+        ]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # split_special_tokens: "<|endoftext|>" typed by a human is text, never the token
+        return self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False,
+            return_attention_mask=False,
+        )["input_ids"]  # fmt: skip
+
+
+def chunks(rows: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,32 @@
+"""KL(policy || reference): three estimators from sampled tokens, and the exact sum over V.
+
+The estimators take the log-probabilities (any equal shapes) of tokens that the *policy* sampled
+(J. Schulman, "Approximating KL divergence", 2020). All are in nats. As a differentiable loss
+on on-policy samples, k1's expected gradient is 0; k2's is the gradient of KL.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log(policy / reference): unbiased, may be negative."""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Half the squared log-ratio: biased, never negative, low variance."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """reference / policy - 1 - log(reference / policy): unbiased and never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return log_ratio.expm1() - log_ratio
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """Exact KL at each position, summed over the vocabulary; (B, T, V) twice -> (B, T)."""
+    logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)

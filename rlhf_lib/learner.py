@@ -1,0 +1,129 @@
+"""A model with its optimizer and schedule, and how batches are cut: what all five methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+T = TypeVar("T")
+
+
+class Learner:
+    """One model, AdamW, linear warm-up and decay to 0, gradient clipping.
+
+    fp32 master weights whatever the precision: `accelerate` runs the forward in it and scales fp16.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        *,
+        learning_rate: float,
+        steps: int,
+        warmup_ratio: float = 0.0,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        eps: float = 1e-8,
+    ) -> None:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=eps,
+            weight_decay=weight_decay,
+        )  # fmt: skip
+        schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.schedule.get_last_lr()[0]
+
+    def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
+        """One optimizer step on the sum of `losses` (a generator: one micro-batch in memory at a time).
+
+        Returns (loss, gradient norm before clipping). Raises FloatingPointError when the loss is
+        not finite.
+        """
+        total = 0.0
+        for loss in losses:
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        if not torch.isfinite(torch.tensor(total)):
+            raise FloatingPointError(
+                f"the loss is {total}: lower the learning rate or use model.precision=fp32; "
+                "the last checkpoint of this stage is intact"
+            )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return total, float(norm)  # type: ignore[arg-type]
+
+
+def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
+    """Place a model that is only read: no gradients, and weights in the compute precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
+    if dtype is not None:
+        model = model.to(dtype)
+        if hasattr(model, "score"):
+            model.score.float()  # type: ignore[operator]
+    return model
+
+
+class Averages:
+    """Weighted means of statistics that arrive micro-batch by micro-batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + float(value) * weight
+            self._weights[key] = self._weights.get(key, 0.0) + weight
+
+    def __getitem__(self, key: str) -> float:
+        return self._sums[key] / self._weights[key]
+
+    def means(self) -> dict[str, float]:
+        return {key: self[key] for key in self._sums}
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def shuffled_batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Indices 0..count-1 in a fresh order each epoch, cut into batches (the last may be smaller).
+
+    It depends on the arguments alone, so a resumed run needs no saved place in the data.
+    """
+    batches = []
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(count, generator=generator).tolist()
+        batches += list(chunks(order, batch_size))
+    return batches
+
+
+def prompt_batches(count: int, batch_size: int, updates: int, seed: int) -> list[list[int]]:
+    """Indices of `updates` whole batches, each epoch in a fresh order.
+
+    Raises ValueError when there are fewer prompts than one batch needs.
+    """
+    if count < batch_size:
+        raise ValueError(
+            f"{count} training prompts do not fill a batch of {batch_size}: "
+            "lower the batch size or raise data.rl_prompts"
+        )
+    epochs = -(-updates // (count // batch_size))
+    batches = shuffled_batches(count, batch_size, epochs, seed)
+    return [batch for batch in batches if len(batch) == batch_size][:updates]

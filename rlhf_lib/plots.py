@@ -1,0 +1,255 @@
+"""Every figure of the study. One colour per policy throughout; lines are labelled where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rlhf_lib.display import NAMES
+
+COLORS = {
+    "base": "#8c8c8c", "sft": "#4d4d4d", "ppo": "#0072b2", "ppo_low_kl": "#d55e00",
+    "grpo": "#009e73", "dpo": "#aa4499", "reward_model": "#b8860b", "proxy": "#b8860b",
+    "gold": "#1f4e79", "best_of_n_default": "#333333", "best_of_n_control": "#88aacc",
+}  # fmt: skip
+STYLE = {
+    "svg.hashsalt": "rlhf_lib",  # equal figures give equal files
+    "svg.fonttype": "path",
+    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.dpi": 100,
+}  # fmt: skip
+mpl.rcParams.update(STYLE)
+
+
+def _figure(width: float = 7.2, height: float = 3.0) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def curves(
+    per_seed: Sequence[Sequence[Mapping]], columns: Mapping[str, str], color: str = "#0072b2"
+) -> Figure:
+    """Small multiples of training metrics: one panel a metric, a thin line a seed, their mean bold.
+
+    `columns`: metric name -> panel title; a metric that was logged at some steps only is joined up.
+    """
+    wide = 3
+    rows = -(-len(columns) // wide)
+    figure = _figure(7.2, 2.0 * rows)
+    axes = figure.subplots(rows, wide, squeeze=False).flat
+    frames = [pd.DataFrame(list(metrics)) for metrics in per_seed]
+    for axis, (key, title) in zip(axes, columns.items(), strict=False):
+        lines = [f.set_index("step")[key].dropna() for f in frames]
+        for line in lines:
+            axis.plot(line.index, line, color=color, alpha=0.3 if len(lines) > 1 else 1, lw=0.9)
+        if len(lines) > 1:
+            mean = pd.concat(lines, axis=1).mean(axis=1)
+            axis.plot(mean.index, mean, color=color, lw=1.6)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+    for axis in list(figure.axes)[len(columns) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def accuracy_bars(accuracy: Mapping[str, Mapping], ceiling: float | None) -> Figure:
+    """Held-out accuracy of each judge with its interval; chance and ceiling as lines."""
+    names = [n for n in ("reward_model", "bag_of_words", "learned_length", "longer_wins", "gold")
+             if n in accuracy]  # fmt: skip
+    figure = _figure(7.2, 0.45 * len(names) + 0.9)
+    axis = figure.subplots()
+    for place, name in enumerate(reversed(names)):
+        record = accuracy[name]
+        color = COLORS["reward_model"] if name == "reward_model" else "#9aa5b1"
+        error = [[record["mean"] - record["low"]], [record["high"] - record["mean"]]]
+        axis.errorbar(record["mean"], place, xerr=error, fmt="o", color=color, capsize=3)
+        axis.text(record["high"] + 0.006, place, f"{record['mean']:.1%}", va="center")
+    axis.set_yticks(range(len(names)), [NAMES[n] for n in reversed(names)])
+    axis.axvline(0.5, color="#888888", lw=0.8, ls=":")
+    axis.text(0.501, -0.7, "chance", color="#666666", fontsize=8, va="bottom")
+    if ceiling is not None:
+        axis.axvline(ceiling, color=COLORS["gold"], lw=1)
+        axis.text(ceiling - 0.002, -0.7, "reachable ceiling", color=COLORS["gold"], fontsize=8,
+                  ha="right", va="bottom")  # fmt: skip
+    axis.set_ylim(-0.75, len(names) - 0.5)
+    axis.set_xlabel("share of held-out pairs ranked as labelled")
+    return figure
+
+
+def reliability(calibration: Mapping) -> Figure:
+    """Confidence of the reward model against how often it was right."""
+    figure = _figure(3.6, 3.2)
+    axis = figure.subplots()
+    bins = pd.DataFrame(calibration["bins"])
+    axis.plot([0.5, 1], [0.5, 1], color="#888888", lw=0.8, ls=":")
+    error = [bins["mean"] - bins["low"], bins["high"] - bins["mean"]]
+    axis.errorbar(bins["confidence"], bins["mean"], yerr=error, fmt="o-", capsize=3,
+                  color=COLORS["reward_model"])  # fmt: skip
+    axis.set_xlabel("confidence, σ(|difference of scores|)")
+    axis.set_ylabel("accuracy")
+    return figure
+
+
+def histograms(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """Overlaid outlines of several distributions on one common grid."""
+    figure = _figure(7.2, 2.6)
+    axis = figure.subplots()
+    everything = np.concatenate([np.asarray(v, dtype=float) for v in values.values()])
+    low, high = np.quantile(everything, [0.002, 0.998])
+    grid = np.linspace(low, high, 40)
+    for name, numbers in values.items():
+        axis.hist(numbers, bins=grid, density=True, histtype="step", lw=1.5,
+                  color=COLORS.get(name), label=NAMES.get(name, name))  # fmt: skip
+    axis.legend(fontsize=8)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("density")
+    return figure
+
+
+def reward_distributions(samples: Mapping[str, pd.DataFrame], gold: bool) -> Figure:
+    """Box of each policy's rewards over the evaluation prompts: proxy, and gold where known."""
+    kinds = ["proxy", "gold"] if gold else ["proxy"]
+    figure = _figure(7.2, 2.8)
+    for axis, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
+        names = list(samples)
+        boxes = axis.boxplot(
+            [samples[n][kind] for n in names], orientation="horizontal", showfliers=False,
+            patch_artist=True, medianprops={"color": "white"}, widths=0.6,
+        )  # fmt: skip
+        for box, name in zip(boxes["boxes"], names, strict=True):
+            box.set(facecolor=COLORS[name], edgecolor=COLORS[name])
+        axis.set_yticks(range(1, len(names) + 1), [NAMES[n] for n in names])
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{kind} reward of a reply")
+        if axis is not figure.axes[0]:
+            axis.set_yticklabels([])
+    return figure
+
+
+def frontier(points: pd.DataFrame, reward: str) -> Figure:
+    """Reward against the square root of KL: final policies of every seed, best-of-n, and the way."""
+    figure = _figure(7.2, 3.6)
+    axis = figure.subplots()
+    final = points[(points["kind"] == "final") & (points["policy"] != "sft_again")]
+    for name, rows in final.groupby("policy", sort=False):
+        x, y = np.sqrt(rows["kl"].clip(lower=0)), rows[reward]
+        axis.scatter(x, y, color=COLORS[str(name)], s=26, zorder=3)
+        axis.annotate(NAMES[str(name)], (x.mean(), y.mean()), xytext=(7, 5),
+                      textcoords="offset points", color=COLORS[str(name)])  # fmt: skip
+    for name, rows in points[points["kind"] == "training"].groupby("policy"):
+        mean = rows.groupby("step")[["kl", reward]].mean().rolling(5, min_periods=1).mean()
+        axis.plot(np.sqrt(mean["kl"].clip(lower=0)), mean[reward], color=COLORS[str(name)], lw=0.9,
+                  alpha=0.6)  # fmt: skip
+    for name, rows in points[points["kind"] == "best_of_n"].groupby("policy"):
+        mean = rows.groupby("step")[["kl", reward]].mean()
+        axis.plot(np.sqrt(mean["kl"]), mean[reward], "s--", ms=3, lw=1, color=COLORS[str(name)])
+        last = mean.iloc[-1]
+        axis.annotate(NAMES[str(name)], (np.sqrt(last["kl"]), last[reward]), xytext=(5, -3),
+                      textcoords="offset points", fontsize=8, color=COLORS[str(name)])  # fmt: skip
+    axis.set_xlabel("√KL to SFT (nats½)")
+    axis.set_ylabel(f"{reward} reward")
+    axis.margins(x=0.12)
+    return figure
+
+
+def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> Figure:
+    """Proxy and gold reward along training, one panel a policy; thin lines are seeds."""
+    figure = _figure(7.2, 2.6)
+    axes = np.atleast_1d(figure.subplots(1, len(per_policy), sharey=True))
+    for axis, (name, per_seed) in zip(axes, per_policy.items(), strict=True):
+        for key, label in (("reward", "proxy"), ("gold", "gold")):
+            lines = [
+                pd.DataFrame(list(m)).set_index("step")[key].dropna().rolling(3, 1).mean()
+                for m in per_seed
+            ]
+            for line in lines:
+                axis.plot(line.index, line, color=COLORS[label], lw=0.7, alpha=0.35)
+            mean = pd.concat(lines, axis=1).mean(axis=1)
+            axis.plot(mean.index, mean, color=COLORS[label], lw=1.8)
+            axis.annotate(label, (mean.index[-1], mean.iloc[-1]), xytext=(4, 0), va="center",
+                          textcoords="offset points", color=COLORS[label])  # fmt: skip
+        axis.set_title(NAMES[name], color=COLORS[name])
+        axis.set_xlabel("update")
+        axis.margins(x=0.15)
+    axes[0].set_ylabel("reward")
+    return figure
+
+
+def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], gold: bool) -> Figure:
+    """Proxy and gold reward of best-of-n, picked by each reward model, with intervals over seeds."""
+    keys = ["proxy", "gold"] if gold else ["proxy"]
+    figure = _figure(7.2, 2.8)
+    for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys, strict=True):
+        for kind, rows in curves_by_kind.items():
+            name = f"best_of_n_{kind}"
+            n, mean = [row["n"] for row in rows], [row[key]["mean"] for row in rows]
+            axis.plot(n, mean, "o-", ms=3, color=COLORS[name], label=NAMES[name])
+            if rows[0][key]["low"] is not None:
+                low, high = [r[key]["low"] for r in rows], [r[key]["high"] for r in rows]
+                axis.fill_between(n, low, high, color=COLORS[name], alpha=0.15, lw=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(n, [str(k) for k in n])
+        axis.set_xlabel("n")
+        axis.set_title(f"{key} reward of the pick")
+    figure.axes[0].legend(fontsize=8)
+    return figure
+
+
+def gains(results: Mapping) -> Figure:
+    """The study in one picture: gain over SFT in proxy and in gold, with every seed's point."""
+    keys = ["proxy", "gold"] if results["judge"] == "gold" else ["proxy"]
+    names = ["sft_again", "ppo", "grpo", "dpo", "ppo_low_kl"]
+    figure = _figure(7.2, 2.7)
+    axes: list[Axes] = list(np.atleast_1d(figure.subplots(1, len(keys), sharey=True)))
+    for axis, key in zip(axes, keys, strict=True):
+        for place, name in enumerate(names):
+            record = results["policies"][name][f"{key}_gain"]
+            color = COLORS.get(name, "#9aa5b1")
+            error = [[record["mean"] - record["low"]], [record["high"] - record["mean"]]]
+            axis.errorbar(record["mean"], place, xerr=error, fmt="o", ms=6, color=color, capsize=3)
+            if len(record["per_seed"]) > 1:
+                axis.plot(record["per_seed"], [place + 0.22] * len(record["per_seed"]), "|",
+                          color=color, ms=7)  # fmt: skip
+        axis.axvline(0, color="#444444", lw=0.8)
+        axis.set_yticks(range(len(names)), [NAMES[n] for n in names])
+        axis.set_xlabel(f"{key} reward gained over SFT")
+    axes[0].invert_yaxis()
+    return figure
+
+
+def by_category(estimates: Mapping[str, Mapping], xlabel: str, color: str) -> Figure:
+    """One estimate a category, with its interval."""
+    figure = _figure(7.2, 0.4 * len(estimates) + 0.8)
+    axis = figure.subplots()
+    for place, record in enumerate(estimates.values()):
+        error = [[record["mean"] - record["low"]], [record["high"] - record["mean"]]]
+        axis.errorbar(record["mean"], place, xerr=error, fmt="o", color=color, capsize=3)
+    axis.set_yticks(range(len(estimates)), list(estimates))
+    axis.invert_yaxis()
+    axis.set_xlabel(xlabel)
+    return figure
+
+
+def runs_compared(
+    per_policy: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]
+) -> Figure:
+    """The same training metrics of several runs, one panel a metric, one colour a policy.
+
+    `per_policy`: the metrics of one run of each. Faint lines are single steps, bold ones their
+    running mean over five.
+    """
+    figure = _figure(7.2, 2.5)
+    axes = np.atleast_1d(figure.subplots(1, len(columns)))
+    for axis, (key, title) in zip(axes, columns.items(), strict=True):
+        for name, metrics in per_policy.items():
+            line = pd.DataFrame(list(metrics)).set_index("step")[key].dropna()
+            axis.plot(line.index, line, color=COLORS[name], lw=0.7, alpha=0.35)
+            axis.plot(line.rolling(5, 1).mean(), color=COLORS[name], lw=1.6, label=NAMES[name])
+        axis.set_title(title)
+        axis.set_xlabel("step")
+    axes[0].legend(fontsize=8)
+    return figure

@@ -1,0 +1,193 @@
+"""PPO: sample, score, estimate advantages with a value model, and take clipped steps.
+
+Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ouyang et al. 2022, arXiv:2203.02155,
+with the details of Huang et al. 2024, "The N+ implementation details of RLHF with PPO", arXiv:2403.17031.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlhf_lib.advantages import explained_variance, gae, kl_shaped_rewards
+from rlhf_lib.config import PPOConfig
+from rlhf_lib.data import PreferenceData
+from rlhf_lib.learner import Averages, Learner, prompt_batches, shuffled_batches
+from rlhf_lib.logprobs import response_logprobs, token_values
+from rlhf_lib.losses import ppo_policy_loss, ppo_value_loss
+from rlhf_lib.models import load_policy, load_value_model, save_model
+from rlhf_lib.ops import masked_whiten
+from rlhf_lib.rollout import Rollout, Sampler
+from rlhf_lib.runs import Run, Stage, Work
+from rlhf_lib.runtime import make_accelerator
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with what PPO adds to it; all (B, T)."""
+
+    rollout: Rollout
+    values: Tensor
+    advantages: Tensor  # whitened over the batch's real tokens
+    returns: Tensor
+
+
+@torch.no_grad()
+def make_experience(rollout: Rollout, value: Learner, config: PPOConfig) -> Experience:
+    """Values, KL-shaped rewards, returns, and only then whitened advantages."""
+    values = torch.zeros_like(rollout.logprobs)
+    for micro in rollout.micro_batches(range(len(rollout.prompts)), config.micro_batch_size):
+        with value.accelerator.autocast():
+            part = token_values(value.model, micro.prompts, micro.responses)
+        values[micro.rows, : micro.width] = part.cpu()
+    mask = rollout.response_mask
+    rewards = kl_shaped_rewards(
+        rollout.rewards, rollout.logprobs, rollout.ref_logprobs, mask, config.kl_coef
+    )
+    if config.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+    return Experience(rollout, values, masked_whiten(advantages, mask), returns)
+
+
+def update(
+    policy: Learner, value: Learner, experience: Experience, config: PPOConfig, seed: int
+) -> dict[str, float]:
+    """Several epochs of minibatch steps on one batch of experience; metrics are means over steps.
+
+    `seed` fixes the order of the minibatches: a fresh permutation in each epoch.
+    """
+    averages = Averages()
+    count = len(experience.rollout.prompts)
+    for rows in shuffled_batches(count, config.minibatch_size, config.epochs, seed):
+        loss, norm = policy.step(_policy_losses(policy, experience, rows, config, averages))
+        averages.add({"policy_loss": loss, "policy_norm": norm})
+        loss, norm = value.step(_value_losses(value, experience, rows, config, averages))
+        averages.add({"value_loss": loss, "value_norm": norm})
+    return {
+        "loss": averages["policy_loss"] + averages["value_loss"],
+        "grad_norm": averages["policy_norm"],
+        "value_grad_norm": averages["value_norm"],
+        "learning_rate": policy.learning_rate,
+        "loss/policy_avg": averages["policy_loss"],
+        "loss/value_avg": averages["value_loss"],
+        "policy/approxkl_avg": averages["approx_kl"],
+        "policy/clipfrac_avg": averages["clip_fraction"],
+        "val/clipfrac_avg": averages["value_clip_fraction"],
+        "val/ratio": averages["ratio_mean"],
+        "val/ratio_var": averages["ratio_var"],
+    }
+
+
+def _policy_losses(
+    policy: Learner, experience: Experience, rows: list[int], config: PPOConfig, averages: Averages
+) -> Iterator[Tensor]:
+    """The clipped policy loss of a minibatch, in micro-batches that add up to its token mean."""
+    rollout, device = experience.rollout, policy.accelerator.device
+    tokens = int(rollout.lengths[rows].sum())
+    for micro in rollout.micro_batches(rows, config.micro_batch_size):
+        with policy.accelerator.autocast():
+            logprobs, mask = response_logprobs(
+                policy.model, micro.prompts, micro.responses, config.temperature
+            )
+        loss, stats = ppo_policy_loss(
+            logprobs,
+            rollout.logprobs[micro.rows, : micro.width].to(device),
+            experience.advantages[micro.rows, : micro.width].to(device),
+            mask,
+            config.clip_range,
+        )
+        averages.add(stats._asdict(), micro.tokens)
+        yield loss * micro.tokens / tokens
+
+
+def _value_losses(
+    value: Learner, experience: Experience, rows: list[int], config: PPOConfig, averages: Averages
+) -> Iterator[Tensor]:
+    """The clipped value loss of a minibatch, in micro-batches that add up to its token mean."""
+    rollout, device = experience.rollout, value.accelerator.device
+    tokens = int(rollout.lengths[rows].sum())
+    for micro in rollout.micro_batches(rows, config.micro_batch_size):
+        with value.accelerator.autocast():
+            values = token_values(value.model, micro.prompts, micro.responses)
+        loss, stats = ppo_value_loss(
+            values,
+            experience.values[micro.rows, : micro.width].to(device),
+            experience.returns[micro.rows, : micro.width].to(device),
+            rollout.response_mask[micro.rows, : micro.width].to(device),
+            config.value_clip_range,
+        )
+        averages.add({"value_clip_fraction": stats.clip_fraction}, micro.tokens)
+        yield loss * micro.tokens / tokens
+
+
+def train(
+    run: Run, data: PreferenceData, sft: Stage, reward_model: Stage,
+    stage_name: str = "ppo", kl_coef: float | None = None,
+) -> Stage:  # fmt: skip
+    """The PPO stage: from the SFT policy to `model/`.
+
+    `stage_name` and `kl_coef` make a second run beside the default one, e.g. an under-regularised one.
+    """
+    config = run.profile.ppo
+    if kl_coef is not None:
+        config = replace(config, kl_coef=kl_coef)
+    upstream = {"data": data.hash, "sft": sft.hash, "reward_model": reward_model.hash}
+    stage = run.stage(stage_name, config, upstream, "ppo")
+
+    def build(work: Work) -> dict:
+        accelerator = make_accelerator(run.profile.model.precision)
+        sft_path, reward_path = str(sft.model_path), str(reward_model.model_path)
+        sampler = Sampler(
+            run, accelerator, sft_path, reward_path, temperature=config.temperature,
+            batch_size=config.micro_batch_size, reward_clip=config.reward_clip,
+            missing_eos_penalty=config.missing_eos_penalty,
+        )  # fmt: skip
+        checkpointing = run.profile.model.gradient_checkpointing
+        model = load_policy(sft_path, gradient_checkpointing=checkpointing)
+        steps = config.updates * config.epochs * -(-config.batch_size // config.minibatch_size)
+        policy = Learner(
+            accelerator, model, learning_rate=config.learning_rate, steps=steps,
+            max_grad_norm=config.max_grad_norm, eps=1e-5,
+        )  # fmt: skip
+        value = Learner(
+            accelerator, load_value_model(reward_path), learning_rate=config.value_learning_rate,
+            steps=steps, max_grad_norm=config.max_grad_norm, eps=1e-5,
+        )  # fmt: skip
+        prompts = data.prompts["train"]
+        batches = prompt_batches(len(prompts), config.batch_size, config.updates, run.seed)
+
+        for step in work.steps(config.updates, accelerator):
+            # 1. sample responses, score them, take log-probs under policy and reference
+            rollout = sampler.sample(policy.model, [prompts[i] for i in batches[step]])
+            # 2. values, KL-shaped rewards, returns and advantages
+            experience = make_experience(rollout, value, config)
+            # 3. clipped steps on policy and value model
+            metrics = update(policy, value, experience, config, seed=1000 * run.seed + step)
+            work.log(step, rollout.num_tokens, metrics | rollout_metrics(experience, config))
+
+        save_model(policy.model, sampler.tokenizer, work.model_path)
+        return {"updates": config.updates, "samples": config.updates * config.batch_size}
+
+    return stage.ensure(build)
+
+
+def rollout_metrics(experience: Experience, config: PPOConfig) -> dict[str, float]:
+    """What the sampled responses say of the policy, before its update."""
+    rollout, shared = experience.rollout, experience.rollout.metrics()
+    penalty = -config.kl_coef * shared["kl"]
+    return shared | {
+        "objective/kl": shared["kl"],
+        "objective/entropy": shared["entropy"] * shared["completions/mean_length"],
+        "objective/non_score_reward": penalty,
+        "objective/scores": shared["reward"],
+        "objective/rlhf_reward": float(rollout.rewards.mean()) + penalty,
+        "policy/entropy_avg": shared["entropy"],
+        "val/num_eos_tokens": float(rollout.finished.sum()),
+        "val/explained_variance": float(
+            explained_variance(experience.values, experience.returns, rollout.response_mask)
+        ),
+    }

@@ -1,0 +1,141 @@
+"""Reward model: a scalar head at the last real token, trained on pairs with the Bradley-Terry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lib.data import Pair, PreferenceData
+from rlhf_lib.learner import Learner, chunks, shuffled_batches
+from rlhf_lib.logprobs import sequence_scores
+from rlhf_lib.losses import reward_loss
+from rlhf_lib.models import fingerprint, load_reward_model, load_tokenizer, save_model
+from rlhf_lib.runs import Run, Stage, Work
+from rlhf_lib.runtime import make_accelerator
+
+NORMALISATION_SAMPLE = 1024  # demonstrations that define reward 0 and 1
+
+
+def update(
+    learner: Learner,
+    batch: Sequence[Pair],
+    micro_batch_size: int,
+    margin: float = 0.0,
+    center_coef: float = 0.0,
+) -> dict[str, float]:
+    """One optimizer step on the mean loss over the batch; a pair's own margin goes before `margin`."""
+    chosen_parts, rejected_parts = [], []
+
+    def losses() -> Iterator[Tensor]:
+        for pairs in chunks(batch, micro_batch_size):
+            with learner.accelerator.autocast():
+                rewards = sequence_scores(
+                    learner.model,
+                    [p.prompt for p in pairs] * 2,
+                    [p.chosen for p in pairs] + [p.rejected for p in pairs],
+                )
+            chosen, rejected = rewards.chunk(2)
+            margins = [margin if p.margin is None else p.margin for p in pairs]
+            loss, _ = reward_loss(
+                chosen, rejected, torch.tensor(margins, device=chosen.device), center_coef
+            )
+            chosen_parts.append(chosen.detach().cpu())
+            rejected_parts.append(rejected.detach().cpu())
+            yield loss * len(pairs) / len(batch)
+
+    loss, grad_norm = learner.step(losses())
+    chosen, rejected = torch.cat(chosen_parts), torch.cat(rejected_parts)
+    both = torch.cat((chosen, rejected))
+    _, stats = reward_loss(chosen, rejected)
+    return {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": learner.learning_rate,
+        "accuracy": float(stats.accuracy),
+        "margin": float(stats.margin),
+        "min_reward": float(both.min()),
+        "mean_reward": float(both.mean()),
+        "max_reward": float(both.max()),
+    }
+
+
+@torch.no_grad()
+def score_pairs(
+    model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Raw scores of both sides of each pair: (chosen (N,), rejected (N,)) on the CPU."""
+    chosen, rejected = [], []
+    for batch in chunks(pairs, batch_size):
+        prompts = [p.prompt for p in batch]
+        chosen.append(sequence_scores(model, prompts, [p.chosen for p in batch]).cpu())
+        rejected.append(sequence_scores(model, prompts, [p.rejected for p in batch]).cpu())
+    return torch.cat(chosen), torch.cat(rejected)
+
+
+@torch.no_grad()
+def measure_scale(
+    model: PreTrainedModel, data: PreferenceData, batch_size: int = 64
+) -> tuple[float, float]:
+    """Mean and standard deviation of the raw score over demonstrations: reward 0 and reward 1."""
+    sample = data.demonstrations[:NORMALISATION_SAMPLE]
+    scores = torch.cat([
+        sequence_scores(model, [d.prompt for d in batch], [d.response for d in batch]).cpu()
+        for batch in chunks(sample, batch_size)
+    ])  # fmt: skip
+    return float(scores.mean()), float(scores.std())
+
+
+def train(run: Run, data: PreferenceData, stage_name: str = "reward_model") -> Stage:
+    """The reward-model stage: from the pretrained model to `model/` and scores of the test pairs.
+
+    `samples.jsonl` holds one row per test pair: its index and the two raw scores.
+    """
+    config, name = run.profile.reward_model, run.profile.model.name
+    upstream = {"data": data.hash, "model": fingerprint(name)}
+    stage = run.stage(stage_name, config, upstream, "reward_model")
+
+    def build(work: Work) -> dict:
+        tokenizer = load_tokenizer(name)
+        model, tokenizer = load_reward_model(name, tokenizer, run.seed)
+        accelerator = make_accelerator(run.profile.model.precision)
+        pairs = data.pairs["train"]
+        batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, run.seed)
+        learner = Learner(
+            accelerator, model, learning_rate=config.learning_rate, steps=len(batches),
+            warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )  # fmt: skip
+        for step in work.steps(len(batches), accelerator):
+            batch = [pairs[i] for i in batches[step]]
+            metrics = update(
+                learner, batch, config.micro_batch_size, config.margin, config.center_coef
+            )
+            tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)
+            work.log(step, tokens, metrics)
+
+        with accelerator.autocast():
+            mean, std = measure_scale(model, data)
+            chosen, rejected = score_pairs(model, data.pairs["test"])
+            validation_scores = score_pairs(model, data.pairs["validation"])
+        model.config.reward_mean, model.config.reward_std = mean, std
+        save_model(model, tokenizer, work.model_path)
+        work.write_samples([
+            {"pair": i, "chosen_score": c, "rejected_score": r}
+            for i, (c, r) in enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True))
+        ])  # fmt: skip
+        _, stats = reward_loss(chosen, rejected)
+        _, validation = reward_loss(*validation_scores)
+        return {
+            "train_pairs": len(pairs),
+            "test_pairs": len(chosen),
+            "accuracy": float(stats.accuracy),
+            "validation_accuracy": float(validation.accuracy),
+            "margin": float(stats.margin),
+            "reward_mean": mean,
+            "reward_std": std,
+        }
+
+    return stage.ensure(build)

@@ -1,0 +1,147 @@
+"""Where and how a run computes: device, precision, seeds, progress, memory, environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import threading
+import time
+import typing
+from collections.abc import Iterable, Iterator
+
+import datasets
+import psutil
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+PACKAGES = "torch transformers accelerate datasets peft numpy scipy papermill nbconvert".split()
+
+
+def choose_precision(wanted: str = "auto") -> str:
+    """fp32 | bf16 | fp16 for this device; "auto" takes the fastest that is safe.
+
+    bf16 needs hardware for it: a GPU from Ampere on (emulated on a T4, and slow there) or a CPU
+    with AVX512-BF16 or AMX. A T4 gets fp16, with fp32 master weights and a scaled loss.
+    """
+    if wanted != "auto":
+        if wanted not in PRECISIONS:
+            raise ValueError(f"model.precision={wanted!r}: choose auto, {', '.join(PRECISIONS)}")
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return "bf16" if "avx512_bf16" in _cpu_flags() else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    # torch has no public query for AVX512-BF16; Linux says it here, other systems get fp32
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return set()
+    return set(flags.split())
+
+
+def make_accelerator(precision: str = "auto") -> Accelerator:
+    """The `accelerate` handle that places models and runs mixed precision.
+
+    Raises RuntimeError when started in several processes: one process per run is supported.
+    """
+    accelerator = Accelerator(mixed_precision=PRECISIONS[choose_precision(precision)])
+    if accelerator.num_processes > 1:
+        raise RuntimeError(
+            f"started in {accelerator.num_processes} processes: a stage trains in one process; "
+            "start one process per seed instead (--seed)"
+        )
+    return accelerator
+
+
+def set_up_process(threads: int = 0) -> None:
+    """Set torch's CPU threads, and quiet the libraries' bars and advice (errors still show).
+
+    `RLHF_THREADS` in the environment wins over `threads`; 0 means one for each core.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    wanted = int(os.environ.get("RLHF_THREADS", 0)) or threads or psutil.cpu_count(logical=False)
+    torch.set_num_threads(wanted or 1)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    set_seed(seed)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB (10^9 bytes) since `reset_peak_memory`: device memory, or the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return _sampler.peak / 1e9
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _sampler.reset()
+
+
+class _MemorySampler:
+    """Peak resident size of this process, sampled: the kernel's own peak cannot be reset."""
+
+    interval = 0.05  # seconds
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._process = psutil.Process()
+        self._thread: threading.Thread | None = None
+
+    def reset(self) -> None:
+        self.peak = self._process.memory_info().rss
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self._process.memory_info().rss)
+            time.sleep(self.interval)
+
+
+_sampler = _MemorySampler()
+
+T = typing.TypeVar("T")
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0
+             ) -> Iterator[T]:  # fmt: skip
+    """Iterate with a bar and the time left: on a terminal and in a live notebook, never in batch."""
+    from tqdm.auto import tqdm
+
+    in_notebook = "ipykernel" in sys.modules
+    batch = bool(os.environ.get("RLHF_BATCH")) or not (in_notebook or sys.stderr.isatty())
+    return iter(tqdm(items, desc=description, total=total, initial=done, disable=batch))
+
+
+def environment() -> dict:
+    """What a result was computed with, as JSON values; names no path and no host."""
+    versions = {}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpu": gpu,
+        "bf16_hardware": choose_precision("auto") == "bf16",
+        "packages": versions,
+    }

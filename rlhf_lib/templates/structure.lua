@@ -1,0 +1,246 @@
+-- Chapters, headings, captions, folded code: the second filter of the report, for HTML and typst.
+--
+-- `SplitCells` in report_clean.py gives every cell one role (prose, code, output) in its metadata.
+
+local HTML = FORMAT:match("html") ~= nil
+
+-- Small helpers ---------------------------------------------------------------------------------------
+
+local function raw(text)
+  return pandoc.RawBlock(HTML and "html" or "typst", text)
+end
+
+local function plain_text(element)
+  return pandoc.utils.stringify(element)
+end
+
+-- Letters, digits and hyphens only: valid as an HTML id and as a typst label.
+local function slug(text)
+  local id = text:lower():gsub("[^%w_%-]+", "-"):gsub("^%-+", ""):gsub("%-+$", "")
+  return id ~= "" and id or "section"
+end
+
+local function append(list, more)
+  for _, item in ipairs(more) do
+    list:insert(item)
+  end
+end
+
+-- Outputs and code ------------------------------------------------------------------------------------
+
+-- "Figure 3. What it shows" -> "figure", "3", "Figure 3.", "What it shows"
+local function read_caption(caption)
+  local word, number, text = caption:match("^(%a+) (%d+)%. ?(.*)$")
+  return word:lower(), number, word .. " " .. number .. ".", text
+end
+
+local function captioned(caption, content)
+  local kind, number, label, text = read_caption(caption)
+  local words = pandoc.Inlines(text)
+  content = content:walk({
+    Image = function(image) return pandoc.Image(words, image.src) end, -- read aloud in its stead
+  })
+  local blocks = pandoc.Blocks({})
+  local line = pandoc.Plain({ pandoc.Strong({ pandoc.Str(label) }), pandoc.Space() })
+  line.content:extend(words)
+  if HTML then
+    blocks:insert(raw(('<figure class="%s" id="%s-%s">'):format(kind, kind, number)))
+    local caption_blocks = { raw("<figcaption>"), line, raw("</figcaption>") }
+    append(blocks, kind == "table" and caption_blocks or content)
+    append(blocks, kind == "table" and content or caption_blocks)
+    blocks:insert(raw("</figure>"))
+  else
+    blocks:insert(raw(('#report-captioned("%s", ['):format(kind)))
+    blocks:insert(line)
+    blocks:insert(raw("])["))
+    append(blocks, content)
+    blocks:insert(raw("]"))
+  end
+  return blocks
+end
+
+local KINDS = { stdout = true, stderr = true, error = true, figure = true, table = true }
+
+local function show_output(cell)
+  local content = pandoc.Blocks({})
+  for _, block in ipairs(cell.content) do
+    if block.t == "Div" then
+      append(content, block.content)
+    end
+  end
+  if cell.attributes.caption then
+    content = captioned(cell.attributes.caption, content)
+  end
+  local kind = KINDS[cell.attributes.kind] and cell.attributes.kind or "result"
+  if HTML then
+    return { pandoc.Div(content, pandoc.Attr("", { "output", kind })) }
+  end
+  content:walk({ Image = function() kind = "figure" end })
+  content:insert(1, raw(('#report-output("%s")['):format(kind)))
+  content:insert(raw("]"))
+  return content
+end
+
+local function show_code(cell)
+  if not HTML then
+    return {}
+  end
+  local blocks = pandoc.Blocks({ raw('<details class="code"><summary>Code</summary>') })
+  append(blocks, cell.content:filter(function(block) return block.t == "CodeBlock" end))
+  blocks:insert(raw("</details>"))
+  return blocks
+end
+
+local function show_prose(cell)
+  local content = cell.content
+  for i, block in ipairs(content) do
+    if block.t == "Plain" then
+      content[i] = pandoc.Para(block.content) -- what stood in a <summary>, for one
+    end
+  end
+  if cell.attributes.caption then
+    return captioned(cell.attributes.caption, content)
+  end
+  return content
+end
+
+-- Headings, and the links that lead to them -------------------------------------------------------------
+
+local function heading_plan(report)
+  local plan = { taken = {}, anchors = {}, chapters = {}, prefix = "", merged = report ~= nil }
+  function plan.unique(id)
+    local free, count = id, 1
+    while plan.taken[free] do
+      count = count + 1
+      free = id .. "-" .. count
+    end
+    plan.taken[free] = true
+    return free
+  end
+  return plan
+end
+
+-- Give each heading of a chapter its level and id. The first of level 1 names the chapter.
+local function place_headings(blocks, plan, chapter)
+  local named = false
+  return blocks:walk({
+    Header = function(header)
+      local text = plain_text(header)
+      local level = header.level
+      if level == 1 and not named then
+        named = true
+        if chapter.is_title then
+          plan.title = plan.title or header.content
+          if plain_text(plan.title) == text then
+            return {} -- it stands on the title page already
+          end
+          level = 2
+        end
+      elseif level == 1 then
+        level = 2
+      end
+      local id = level == 1 and chapter.id or chapter.id .. "-" .. slug(text)
+      id = plan.unique(slug(id))
+      plan.anchors[chapter.id .. "#" .. slug(text)] = id
+      if level == 1 then
+        plan.chapters[chapter.id] = id
+      end
+      local unlisted = chapter.unlisted and { "unnumbered", "unlisted" } or {}
+      return pandoc.Header(level, header.content, pandoc.Attr(id, unlisted))
+    end,
+  }), named
+end
+
+-- "#section", "05_grpo.ipynb" and "05_grpo.ipynb#section" lead into the report if the place is there.
+local function resolve_links(blocks, plan, chapter)
+  return blocks:walk({
+    Link = function(link)
+      if link.target:match("^%a+:") then
+        return nil -- into the web
+      end
+      local notebook, section = link.target:match("([%w_%-%.]+)%.ipynb#?([^#]*)$")
+      section = section or link.target:match("^#(.+)$")
+      local id = notebook and "nb-" .. notebook or chapter.id
+      local target = section and plan.anchors[id .. "#" .. slug(section)] or plan.chapters[id]
+      if target then
+        return pandoc.Link(link.content, "#" .. target)
+      elseif notebook and HTML and not plan.merged then
+        return pandoc.Link(link.content, notebook .. ".html") -- exported one by one, side by side
+      end
+      return link.content
+    end,
+  })
+end
+
+-- The whole document ------------------------------------------------------------------------------------
+
+-- At the beginning of a cell or caption, "1." or "=" would begin a list or a heading in typst, and the
+-- writer lets it. So wherever they stand alone, they are written as a string.
+local function literal_markers(str)
+  local rest = str.text:match("^=+(.*)$") or str.text:match("^[%-%+/](.*)$") or str.text:match("^%d+%.(.*)$")
+  if rest and (rest == "" or rest:byte() > 127) then -- not ASCII: it might be a space
+    return pandoc.RawInline("typst", '#"' .. str.text:gsub('[\\"]', "\\%0") .. '";')
+  end
+end
+
+local SHOW = { prose = show_prose, code = show_code, output = show_output }
+
+local function split_chapters(doc)
+  local chapters = pandoc.List({})
+  for _, cell in ipairs(doc.blocks) do
+    local chapter = cell.attributes.chapter
+    if chapter or #chapters == 0 then
+      chapters:insert({ id = slug(chapter or ""), name = chapter, blocks = pandoc.Blocks({}) })
+    end
+    local blocks = chapters[#chapters].blocks
+    if not HTML then
+      -- an error of typst's names a line; this names the cell it is in
+      local where = (cell.attributes.place or ""):gsub("[^%w%._%-, ]", "?")
+      blocks:insert(raw("// cell: " .. where))
+    end
+    -- an output in markdown is a markdown cell: it is typeset as prose is
+    local role = cell.classes:includes("markdown") and "prose" or cell.attributes.role
+    append(blocks, SHOW[role](cell))
+  end
+  return chapters
+end
+
+local function inlines(text)
+  return text and text ~= "" and pandoc.Inlines(text) or nil
+end
+
+function Pandoc(doc)
+  local report = doc.meta.jupyter and doc.meta.jupyter.report
+  local plan = heading_plan(report)
+  plan.title = report and inlines(report.title)
+
+  local chapters = split_chapters(doc)
+  for i, chapter in ipairs(chapters) do
+    local alone = #chapters == 1
+    chapter.is_title = alone or (i == 1 and report and report.front)
+    chapter.unlisted = chapter.is_title and not alone
+    local named
+    chapter.blocks, named = place_headings(chapter.blocks, plan, chapter)
+    if not named and not chapter.is_title then
+      -- the contents need a name for the chapter: the file's, if the notebook gives none
+      local id = plan.unique(chapter.id)
+      plan.chapters[chapter.id] = id
+      local name = chapter.name:gsub("^nb%-", "")
+      chapter.blocks:insert(1, pandoc.Header(1, pandoc.Inlines(name), pandoc.Attr(id)))
+    end
+  end
+
+  local body = pandoc.Blocks({})
+  for i, chapter in ipairs(chapters) do
+    append(body, resolve_links(chapter.blocks, plan, chapter))
+    if i == 1 and chapter.unlisted and not HTML then
+      body:insert(raw("#report-contents()")) -- after the front page
+    end
+  end
+  local meta = { title = plan.title or pandoc.Inlines("Notebook") }
+  meta.subtitle = report and inlines(report.subtitle)
+  meta.banner = report and inlines(report.banner)
+  meta.front = chapters[1] ~= nil and chapters[1].unlisted or false
+  local whole = pandoc.Pandoc(body, meta)
+  return HTML and whole or whole:walk({ Str = literal_markers })
+end

@@ -1,0 +1,111 @@
+"""The verdict of a study, written by rules from its results: nothing is said that no interval shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rlhf_lib.display import NAMES, interval
+from rlhf_lib.intervals import verdict as direction
+
+METHODS = ("ppo", "grpo", "dpo")
+
+
+def sentences(results: Mapping) -> list[str]:
+    """The verdict, one finding a sentence, the most important first."""
+    parts = [_gains(results), _ranking(results), _overoptimisation(results), _best_of_n(results)]
+    parts += [_reward_model(results), _scope(results)]
+    return [part for part in parts if part]
+
+
+def _names(names: Sequence[str]) -> str:
+    words = [NAMES[name] for name in names]
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def _gains(results: Mapping) -> str:
+    """Which methods changed the judged reward against SFT."""
+    judge = results["judge"]
+    gains = {name: results["policies"][name][f"{judge}_gain"] for name in METHODS}
+    said = []
+    for verdict, verb in (("higher", "raised"), ("lower", "lowered")):
+        names = [name for name in METHODS if gains[name]["verdict"] == verdict]
+        if names:
+            numbers = "; ".join(f"{NAMES[n]} {interval(gains[n])}" for n in names)
+            said.append(f"**{_names(names)} {verb} {judge} reward over SFT** ({numbers})")
+    unclear = [name for name in METHODS if gains[name]["verdict"] == "not distinguishable"]
+    if unclear:
+        numbers = "; ".join(f"{NAMES[n]} {interval(gains[n])}" for n in unclear)
+        verb = "are" if len(unclear) > 1 else "is"
+        said.append(f"**{_names(unclear)} {verb} not distinguishable from SFT** ({numbers})")
+    text = "; ".join(said) + "."
+    if judge == "proxy":
+        text += (
+            " The proxy is the very reward model that PPO and GRPO were trained against: a higher "
+            "score shows that they optimise it, not that their replies are better."
+        )
+    return text
+
+
+def _ranking(results: Mapping) -> str:
+    """What the paired comparisons between the methods allow to say."""
+    clear = []
+    for key, record in results["comparisons"].items():
+        one, other = key.split("_minus_")
+        if record["verdict"] == "lower":
+            one, other = other, one
+        if record["verdict"] != "not distinguishable":
+            clear.append(f"{NAMES[one]} above {NAMES[other]} (difference {interval(record)})")
+    if not clear:
+        return "Among themselves the three methods are not distinguishable at this number of seeds."
+    return "Among the methods: " + "; ".join(clear) + ". Other pairs are not distinguishable."
+
+
+def _overoptimisation(results: Mapping) -> str:
+    record, judge = results["overoptimisation"], results["judge"]
+    if record is None or judge == "proxy":
+        return ""
+    proxy, gold = record["proxy"], record["gold"]
+    numbers = f"proxy {interval(proxy)}, gold {interval(gold)}"
+    if proxy["verdict"] == "higher" and gold["verdict"] == "lower":
+        return (
+            "**More proxy reward, worse replies:** PPO with a tenth of the KL coefficient or less "
+            f"ends above the default run in proxy and below it in gold ({numbers})."
+        )
+    return (
+        "Over-optimisation is not shown: against the default, the under-regularised PPO run is "
+        f"{proxy['verdict']} in proxy and {gold['verdict']} in gold ({numbers})."
+    )
+
+
+def _best_of_n(results: Mapping) -> str:
+    """The baseline that needs no training: where its judged reward peaks."""
+    judge, curve = results["judge"], results["best_of_n"]["default"]
+    best = max(curve, key=lambda row: row[judge]["mean"])
+    text = f"Best-of-n, which trains nothing, peaks at n = {best['n']} with {judge} reward "
+    text += f"{interval(best[judge])}"
+    if judge == "gold" and best["n"] < curve[-1]["n"]:
+        text += f" and falls to {interval(curve[-1][judge])} at n = {curve[-1]['n']}"
+    ahead = [n for n in METHODS if results["policies"][n][judge]["mean"] > best[judge]["mean"]]
+    return text + (f"; {_names(ahead)} end above its peak." if ahead else "; no method ends above.")
+
+
+def _reward_model(results: Mapping) -> str:
+    accuracy = results["reward_model"]["accuracy"]
+    difference = accuracy["reward_model_minus_bag_of_words"]
+    where = {
+        "higher": "above", "lower": "below", "not distinguishable": "not distinguishable from",
+    }[direction(difference)]  # fmt: skip
+    text = f"The reward model ranks {interval(accuracy['reward_model'], 1, percent=True)} of "
+    text += "held-out pairs as labelled, "
+    text += f"{where} a bag of words ({interval(accuracy['bag_of_words'], 1, percent=True)})"
+    ceiling = results["reward_model"].get("ceiling")
+    return text + (f"; {ceiling:.1%} is reachable." if ceiling else ".")
+
+
+def _scope(results: Mapping) -> str:
+    seeds = len(results["seeds"])
+    over = "seeds" if seeds > 1 else "evaluation prompts, from a single seed"
+    return (
+        f"Intervals are 95 % over {over}. Rankings belong to this data, this model size and this "
+        "tuning."
+    )

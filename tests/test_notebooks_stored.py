@@ -1,0 +1,95 @@
+"""How notebooks are kept in the repository: no outputs, one parameters cell, short cells."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+NAMES = (
+    "01_dataset",
+    "02_reward_model",
+    "03_sft",
+    "04_ppo",
+    "05_grpo",
+    "06_dpo",
+    "07_evaluation",
+)
+PARAMETERS = {"PROFILE", "SEED", "RUN_DIR", "OVERRIDES"}
+MAX_CELL_LINES = 20
+
+
+@pytest.fixture(params=NAMES)
+def notebook(request: pytest.FixtureRequest) -> nbformat.NotebookNode:
+    """One notebook as it is stored, not upgraded to a newer format on the way in."""
+    return nbformat.read(NOTEBOOKS / f"{request.param}.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters_of(source: str) -> dict[str, object]:
+    """The names a parameters cell assigns, with their literal values.
+
+    Raises ValueError for anything but plain assignments of literals, which papermill replaces.
+    """
+    values: dict[str, object] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            target, value = node.target, node.value
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, value = node.targets[0], node.value
+        else:
+            raise ValueError(f"not a plain assignment: {ast.unparse(node)}")
+        values[ast.unparse(target)] = ast.literal_eval(value)
+    return values
+
+
+def test_the_seven_notebooks_are_there_and_no_other() -> None:
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == list(NAMES)
+
+
+def test_stored_form_is_valid(notebook: nbformat.NotebookNode) -> None:
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(ids) == len(set(ids))
+
+
+def test_no_outputs_are_stored(notebook: nbformat.NotebookNode) -> None:
+    for index, cell in enumerate(code_cells(notebook)):
+        assert cell.outputs == [], f"code cell {index} holds outputs; `make hooks` strips them"
+        assert cell.execution_count is None, f"code cell {index} holds an execution count"
+
+
+def test_no_trace_of_a_run_is_stored(notebook: nbformat.NotebookNode) -> None:
+    assert not {"papermill", "widgets"} & notebook.metadata.keys()
+    for cell in notebook.cells:
+        assert not {"papermill", "execution"} & cell.metadata.keys()
+        assert "injected-parameters" not in cell.metadata.get("tags", [])
+
+
+def test_the_first_code_cell_holds_the_parameters(notebook: nbformat.NotebookNode) -> None:
+    first, *others = code_cells(notebook)
+    assert "parameters" in first.metadata.get("tags", [])
+    assert parameters_of(first.source).keys() == PARAMETERS
+    for cell in others:
+        assert "parameters" not in cell.metadata.get("tags", []), "two cells are tagged parameters"
+
+
+def test_code_cells_are_short(notebook: nbformat.NotebookNode) -> None:
+    for index, cell in enumerate(code_cells(notebook)):
+        lines = len(cell.source.splitlines())
+        assert lines <= MAX_CELL_LINES, f"code cell {index} has {lines} lines"
+
+
+@pytest.mark.parametrize(
+    "source", ["import os", "SEED = int('1')", "SEED = PROFILE = 1", "PROFILE: str"]
+)
+def test_the_parameters_reader_refuses_what_papermill_cannot_replace(source: str) -> None:
+    with pytest.raises(ValueError, match=r"not a plain assignment|malformed node"):
+        parameters_of(source)
