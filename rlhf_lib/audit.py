@@ -58,6 +58,7 @@ def describe(
         "repeated_first_turns": len(pairs) - len(conversations),
         "multi_turn_share": _share(turns(text) > 1 for text in texts["prompt"]),
         "chosen_longer_share": _share(longer),  # in characters
+        "subsets": dict(Counter(p.subset for p in pairs if p.subset)),
         "with_margin": sum(p.margin is not None for p in pairs),
         "words": {side: _summary(words[side]) for side in SIDES},
         "tokens": {side: _summary(tokens[side]) for side in SIDES},
@@ -85,7 +86,7 @@ def _summary(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def _histogram(tokens: dict[str, list[int]]) -> dict[str, dict[str, list[int]]]:
-    """Counts of token lengths. `edges` has one entry more than the counts, the last bin is closed."""
+    """Counts of token lengths over bins between `edges`, of which there is one more."""
     plots = {}
     for name, sides in (("prompt", SIDES[:1]), ("reply", SIDES[1:])):
         longest = max(max(tokens[side]) for side in sides)

@@ -120,12 +120,14 @@ def sample_replies(
         responses = generate(policy, tokenizer, [ids[i] for i in todo], MAX_REPLY_TOKENS + 1)
         for i, response in zip(todo, responses, strict=True):
             reply = tokenizer.decode(response[:-1])
-            pair = prompts[i], frozenset([*found[i], reply])
-            if _well_formed(reply, response, tokenizer) and reply not in found[i]:
-                if pair not in seen:
-                    found[i].append(reply)
-                if len(found[i]) == 2:
-                    seen.add(pair)
+            if not _well_formed(reply, response, tokenizer) or reply in found[i]:
+                continue
+            found[i].append(reply)
+            pair = prompts[i], frozenset(found[i])
+            if pair in seen:
+                found[i].clear()
+            elif len(found[i]) == 2:
+                seen.add(pair)
     raise RuntimeError(
         f"{len(todo)} replies could not be sampled in 100 rounds: train the policy for longer"
     )
@@ -163,16 +165,13 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def describe(folder: Path) -> dict[str, dict]:
-    """SHA-256, bytes and, for rows of JSON, their number, of each file but the manifest."""
+    """SHA-256 and bytes of each file but the manifest; works on damaged files too."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name == "manifest.json":
-            continue
-        content = path.read_bytes()
-        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        if name.endswith(".jsonl.gz"):
-            files[name]["rows"] = gzip.decompress(content).count(b"\n")
+        if path.is_file() and name != "manifest.json":
+            content = path.read_bytes()
+            files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     return files
 
 
@@ -225,29 +224,36 @@ def build(folder: Path, settings: BuildSettings, say: Callable[[str], object] = 
         width=settings.width,
         base_dialogues=settings.base_dialogues,
     )
+    files = describe(folder)
+    for name in files:
+        if name.endswith(".jsonl.gz"):
+            files[name]["rows"] = len(world_card.read_rows(folder / name))
     manifest = {
         "settings": asdict(settings),
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "files": describe(folder),
+        "files": files,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def differences(built: Path, shipped: Path) -> list[str]:
-    """Files that are not the same in both folders, as `name: how`; the manifests decide."""
-    listed = json.loads((shipped / "manifest.json").read_text())["files"]
+    """Files of either folder that are not as the shipped manifest says, as `file: how`."""
+    manifest = json.loads((shipped / "manifest.json").read_text())["files"]
+    listed = {name: entry["sha256"] for name, entry in manifest.items()}
     lines = []
-    for folder, files in ((built, describe(built)), (shipped, describe(shipped))):
-        for name in sorted(listed.keys() | files.keys()):
-            if files.get(name) != listed.get(name):
-                lines.append(f"{folder / name}: {_how(files.get(name), listed.get(name))}")
+    for folder in (built, shipped):
+        found = {name: entry["sha256"] for name, entry in describe(folder).items()}
+        for name in sorted(listed.keys() | found.keys()):
+            if name not in found:
+                lines.append(f"{folder / name}: missing")
+            elif name not in listed:
+                lines.append(f"{folder / name}: not in the manifest")
+            elif found[name] != listed[name]:
+                lines.append(
+                    f"{folder / name}: sha256 {found[name][:12]}, "
+                    f"the manifest says {listed[name][:12]}"
+                )
     return lines
-
-
-def _how(found: dict | None, listed: dict | None) -> str:
-    if found is None or listed is None:
-        return "missing" if found is None else "not in the manifest"
-    return f"sha256 {found['sha256'][:12]}, the manifest says {listed['sha256'][:12]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,11 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="rebuild elsewhere and compare with --out"
     )
     options = parser.parse_args(arguments)
+    built_before = (options.out / "manifest.json").is_file()
+    if options.check and not built_before:
+        parser.error(f"{options.out} has no manifest.json to compare with: build without --check")
+    if not built_before and options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} holds files but no manifest.json: choose another --out")
     # a GPU adds in another order than a CPU: it would give other files
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    if options.out.exists() and not (options.out / "manifest.json").is_file():
-        if any(options.out.iterdir()):
-            parser.error(f"{options.out} holds files but no manifest.json: choose another --out")
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary) / "data"
         build(fresh, BuildSettings())
@@ -272,7 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = differences(fresh, options.out)
             print("\n".join(lines) or f"{options.out} is what this build gives")
             return 1 if lines else 0
-        shutil.rmtree(options.out, ignore_errors=True)
+        if options.out.exists():
+            shutil.rmtree(options.out)
         shutil.copytree(fresh, options.out)
     print(f"wrote {options.out}")
     return 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,10 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
         "wanted": wanted,
         "splits": splits,
         "demonstrations": len(demonstrations),
-        "prompts": {split: len(rows) for split, rows in prompts.items()},
+        "prompts": {
+            kind: {"count": len(rows), "distinct": len({p.text for p in rows})}
+            for kind, rows in prompts.items()
+        },
         "notes": notes,
     }
     content = _hash(pairs, demonstrations, prompts)
@@ -104,28 +107,45 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
 def _demonstrations(
     source: Source, train: Sequence[Pair], limit: int, encoder: Encoder, dropped: Dropped
 ) -> list[Demonstration]:
-    if source.demonstrations is None:
-        texts = [(pair.prompt_text, pair.chosen_text) for pair in train]
-    else:
+    """The bundled world's own, or the chosen replies of the train pairs, without repeats."""
+    if source.demonstrations is not None:
         texts = list(_clean(source.demonstrations, read_demonstration, dropped))
-    return encoder.demonstrations(list(dict.fromkeys(texts))[:limit])
+        return encoder.demonstrations(texts[:limit])
+    # one reply is often preferred to several others
+    distinct = _distinct(train, lambda p: (p.prompt_text, p.chosen_text))
+    return [
+        Demonstration(p.prompt_text, p.chosen_text, p.prompt, p.chosen) for p in distinct[:limit]
+    ]
 
 
 def _prompts(
     source: Source, pairs: dict[str, list[Pair]], config: DataConfig, encoder: Encoder,
     dropped: Dropped,
 ) -> dict[str, list[Prompt]]:  # fmt: skip
-    """Prompts without repeats, each kind from the split it may be used with."""
+    """Each kind from the split it may be used with: the bundled world's own, or those of the pairs.
+
+    The pairs' come without repeats. The world's are a sample of how often each is asked.
+    """
     limits = {"train": config.rl_prompts, "validation": config.evaluation_prompts,
               "evaluation": config.evaluation_prompts}  # fmt: skip
     prompts = {}
     for kind, limit in limits.items():
         if source.prompts:
             texts = list(_clean(source.prompts[kind], read_prompt, dropped))
+            prompts[kind] = encoder.prompts(texts[:limit])
         else:
-            texts = [p.prompt_text for p in pairs["test" if kind == "evaluation" else kind]]
-        prompts[kind] = encoder.prompts(texts, limit)
+            rows = pairs["test" if kind == "evaluation" else kind]
+            distinct = _distinct(rows, lambda p: tuple(p.prompt))  # equal once cut: equal
+            prompts[kind] = [Prompt(p.prompt_text, p.prompt) for p in distinct[:limit]]
     return prompts
+
+
+def _distinct(pairs: Iterable[Pair], key: Callable[[Pair], Hashable]) -> list[Pair]:
+    """The first pair of each key, in order."""
+    first: dict[Hashable, Pair] = {}
+    for pair in pairs:
+        first.setdefault(key(pair), pair)
+    return list(first.values())
 
 
 # ---------------------------------------------------------------------------------------- splits
@@ -220,5 +240,5 @@ def _check_filled(
 
 
 def _hash(*parts: object) -> str:
-    text = json.dumps(parts, default=asdict, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(parts, default=vars, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

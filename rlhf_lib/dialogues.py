@@ -32,6 +32,7 @@ class Texts:
     chosen: str
     rejected: str
     margin: float | None
+    subset: str | None
     place: str
 
 
@@ -56,7 +57,7 @@ def read_pair(row: Row) -> Texts:
     _check_unicode(prompt, chosen_reply, rejected_reply)
     return Texts(
         conversation_key(prompt), prompt, f" {chosen_reply}", f" {rejected_reply}",
-        _margin(row), row.place,
+        _margin(row), row.subset, row.place,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 
@@ -173,7 +174,7 @@ def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float
     verdict = "not distinguishable"
     if abs(difference) > half:
         verdict = "higher" if difference > 0 else "lower"
-    verb = {"higher": "rose", "lower": "fell"}.get(verdict, "did not change distinguishably")
+    verb = {"higher": "rose", "lower": "fell"}.get(verdict, "no clear change")
     return {
         "first": float(a.mean()), "last": float(b.mean()), "verdict": verdict, "word": verb,
     }  # fmt: skip
@@ -191,6 +192,21 @@ def change(metrics: Sequence[Mapping], key: str) -> dict[str, float | str]:
     return contrast(*quarters(metrics, key))
 
 
+def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.DataFrame:
+    """`change` of each named metric that was logged: one row a metric."""
+    logged = set().union(*metrics)
+    changes = {name: change(metrics, key) for key, name in names.items() if key in logged}
+    return pd.DataFrame([
+        {
+            "": name,
+            "first quarter": f"{record['first']:.3g}",
+            "last quarter": f"{record['last']:.3g}",
+            "change": record["word"],
+        }
+        for name, record in changes.items()
+    ])  # fmt: skip
+
+
 def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:
     """A table of sampled replies: last human turn, reply, rewards; `first` adds leading columns."""
     rows = []
@@ -205,3 +221,56 @@ def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: objec
             row["gold"] = f"{rollout.gold[i]:.2f}"
         rows.append(row | {"log-ratio to SFT": f"{rollout.kl[i]:.1f}"})
     return pd.DataFrame(rows)
+
+
+ERROR_RULES = {
+    "label noise": "the gold reward sides with the model against the label",
+    "near tie": "score difference under a fifth of the typical one",
+    "safety": "exactly one of the two replies refuses",
+    "length-led": "the wrongly preferred reply is at least 1.5 times as long",
+    "confidently wrong": "score difference over twice the typical one",
+    "other": "none of these",
+}
+
+
+def error_counts(errors: Sequence[Mapping], gold_known: bool) -> pd.DataFrame:
+    """How many of the reward model's errors (from `judges.errors`) fall into each category."""
+    counts = Counter(error["category"] for error in errors)
+    return pd.DataFrame([
+        {
+            "category": name,
+            "rule (first that fits)": rule,
+            "errors": counts[name],
+            "share of errors": f"{counts[name] / max(1, len(errors)):.0%}",
+        }
+        for name, rule in ERROR_RULES.items()
+        if gold_known or name != "label noise"
+    ])  # fmt: skip
+
+
+def error_table(errors: Sequence[Mapping], pairs: Sequence, limit: int = 24) -> pd.DataFrame:
+    """Errors to read: the most confident of each category, then the second most, up to `limit`."""
+    by_category: dict[str, list[Mapping]] = {name: [] for name in ERROR_RULES}
+    for error in errors:  # most confident first
+        by_category[error["category"]].append(error)
+    ranked = sorted(
+        ((rank, error) for group in by_category.values() for rank, error in enumerate(group)),
+        key=lambda item: item[0],
+    )
+    chosen = [error for _, error in ranked[:limit]]
+    rows = []
+    for error in sorted(chosen, key=lambda e: list(ERROR_RULES).index(e["category"])):
+        pair = pairs[error["pair"]]
+        rows.append({
+            "category": error["category"],
+            "request": shorten(last_request(pair.prompt_text), 90),
+            "labelled better": shorten(pair.chosen_text, 90),
+            "scored higher": shorten(pair.rejected_text, 90),
+            "difference": f"{error['preference']:.2f}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def last_request(prompt_text: str) -> str:
+    """What the human said last in an HH prompt."""
+    return prompt_text.removesuffix("\n\nAssistant:").rpartition("\n\nHuman:")[2].strip()

@@ -61,7 +61,7 @@ def update(
             averages.add({
                 "rewards/chosen": stats.chosen_rewards.mean(),
                 "rewards/rejected": stats.rejected_rewards.mean(),
-                "rewards/accuracies": (margins > 0).float().mean(),
+                "rewards/accuracies": ((margins.sign() + 1) / 2).mean(),  # a tie counts half
                 "rewards/margins": margins.mean(),
                 "logps/chosen": chosen.detach().mean(),
                 "logps/rejected": rejected.detach().mean(),

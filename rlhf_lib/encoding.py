@@ -6,7 +6,7 @@ Tokenised together, the boundary can merge into a token that no sampled reply be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     margin: float | None = None
+    subset: str | None = None  # part of the source, such as "helpful-base"
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class Encoder:
                 f"data.max_prompt_tokens + data.max_response_tokens = {longest}, but the model "
                 f"reads at most {tokenizer.model_max_length} tokens: lower one of them"
             )
-        self.tokenizer, self.eos = tokenizer, tokenizer.eos_token_id
-        unknown = tokenizer.unk_token_id
+        self.tokenizer = tokenizer
+        self.eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
+        unknown: int | None = tokenizer.unk_token_id  # type: ignore[assignment]
         self.unknown = None if unknown == self.eos else unknown  # GPT-2 has one id for both
         self.max_prompt, self.max_response = max_prompt_tokens, max_response_tokens
         self.cut_prompts: set[str] = set()
@@ -73,7 +75,7 @@ class Encoder:
         chosen = self._reply_ids([t.chosen for t in texts])
         rejected = self._reply_ids([t.rejected for t in texts])
         return [
-            Pair(t.conversation, t.prompt, t.chosen, t.rejected, p, c, r, t.margin)
+            Pair(t.conversation, t.prompt, t.chosen, t.rejected, p, c, r, t.margin, t.subset)
             for t, p, c, r in zip(texts, prompts, chosen, rejected, strict=True)
         ]
 
@@ -85,15 +87,8 @@ class Encoder:
             for text, prompt, reply in zip(texts, prompts, replies, strict=True)
         ]
 
-    def prompts(self, texts: Iterable[str], limit: int) -> list[Prompt]:
-        """The first `limit` prompts that differ from each other, after cutting too."""
-        found: dict[tuple[int, ...], Prompt] = {}
-        for batch in chunks(list(dict.fromkeys(texts)), CHUNK):
-            if len(found) >= limit:
-                break
-            for text, ids in zip(batch, self._prompt_ids(batch), strict=True):
-                found.setdefault(tuple(ids), Prompt(text, ids))
-        return list(found.values())[:limit]
+    def prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        return [Prompt(text, ids) for text, ids in zip(texts, self._prompt_ids(texts), strict=True)]
 
     def _prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Cut from the left: the latest turns, and the marker of the reply, always stay."""

@@ -50,9 +50,12 @@ class Learner:
         not finite.
         """
         total = 0.0
+        # gradient checkpointing works in train mode only, the generation cache best in eval mode
+        self.model.train()
         for loss in losses:
             self.accelerator.backward(loss)
             total += float(loss.detach())
+        self.model.eval()
         if not torch.isfinite(torch.tensor(total)):
             raise FloatingPointError(
                 f"the loss is {total}: lower the learning rate or use model.precision=fp32; "

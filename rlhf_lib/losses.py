@@ -110,7 +110,9 @@ def ppo_value_loss(
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), response_mask)
-    fraction = masked_mean((clipped_error > error).float(), response_mask)
+    # within the range only rounding tells the two errors apart
+    moved = (values - old_values).abs() > clip_range
+    fraction = masked_mean((moved & (clipped_error > error)).float(), response_mask)
     return loss, ValueStats(fraction.detach())
 
 

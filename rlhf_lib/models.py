@@ -61,7 +61,10 @@ def load_policy(name: str | Path, *, gradient_checkpointing: bool = False) -> Pr
     model = _load(AutoModelForCausalLM, name)
     model.generation_config = _unfiltered(model.generation_config)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the name in newer releases of transformers, which warn of the old one
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

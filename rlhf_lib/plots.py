@@ -253,3 +253,21 @@ def runs_compared(
         axis.set_xlabel("step")
     axes[0].legend(fontsize=8)
     return figure
+
+
+def length_histograms(histogram: Mapping[str, Mapping[str, Sequence[int]]]) -> Figure:
+    """Token lengths of prompts and replies, from the counts in a split's audit.
+
+    Bins have whole-number edges and may differ in width, so the height is a share per token.
+    """
+    figure = _figure(7.2, 2.6)
+    sides = {"prompt": "#4d4d4d", "chosen": "#0072b2", "rejected": "#d55e00"}
+    for axis, (name, counts) in zip(figure.subplots(1, 2), histogram.items(), strict=True):
+        widths = np.diff(counts["edges"])
+        for side in (s for s in sides if s in counts):
+            share = np.asarray(counts[side]) / sum(counts[side]) / widths
+            axis.stairs(share, counts["edges"], color=sides[side], lw=1.4, label=side)
+        axis.set_xlabel(f"tokens in a {name}")
+        axis.set_ylabel("share of them per token")
+        axis.legend(fontsize=8)
+    return figure

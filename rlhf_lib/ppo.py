@@ -78,7 +78,7 @@ def update(
         "policy/clipfrac_avg": averages["clip_fraction"],
         "val/clipfrac_avg": averages["value_clip_fraction"],
         "val/ratio": averages["ratio_mean"],
-        "val/ratio_var": averages["ratio_var"],
+        "val/ratio_var": averages["ratio_square"] - averages["ratio_mean"] ** 2,
     }
 
 
@@ -100,7 +100,9 @@ def _policy_losses(
             mask,
             config.clip_range,
         )
-        averages.add(stats._asdict(), micro.tokens)
+        # variances of parts do not add up, squares do
+        square = float(stats.ratio_var) + float(stats.ratio_mean) ** 2
+        averages.add(stats._asdict() | {"ratio_square": square}, micro.tokens)
         yield loss * micro.tokens / tokens
 
 

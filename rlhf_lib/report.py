@@ -1,18 +1,18 @@
 """Executed notebooks become one self-contained HTML page and one PDF.
 
-    jupyter nbconvert --to rlhf_html 04_ppo.ipynb        one notebook (also: --to rlhf_pdf)
-    render(paths, out, title="...")                      a study: the same exporters, all its notebooks
+    jupyter nbconvert --to rlhf_html 04_ppo.ipynb    one notebook (also: --to rlhf_pdf)
+    render(paths, out, title="...")                  a study: the same exporters, all its notebooks
 
-pandoc (from `pypandoc-binary`) reads the notebook and writes HTML with MathML, or typst source that the
-`typst` package compiles. Nothing else is needed: no TeX, no browser, no network.
+pandoc (from `pypandoc-binary`) reads the notebook and writes HTML with MathML, or typst source that
+the `typst` package compiles. Nothing else is needed: no TeX, no browser, no network.
 
 What a notebook may say:
 
-- cell tags `parameters`, `hide-input`, `remove-input` hide the code; `hide-output`, `remove-output` the
-  outputs; `remove-cell` both; `raises-exception` allows an error output;
-- output metadata `{"kind": "figure" | "table", "caption": "..."}` gives an output a numbered caption;
-- `text/markdown` and `text/latex` outputs are typeset as prose; HTML is read anew, and only its text,
-  tables, lists, links and embedded images are kept;
+- cell tags `parameters`, `hide-input`, `remove-input` hide the code; `hide-output`,
+  `remove-output` the outputs; `remove-cell` both; `raises-exception` allows an error output;
+- output metadata `{"kind": "figure" | "table", "caption": "..."}` asks for a numbered caption;
+- `text/markdown` and `text/latex` outputs are typeset as prose; HTML is read anew, and only its
+  text, tables, lists and links to the web are kept;
 - a link to `05_grpo.ipynb` leads to that chapter.
 """
 
@@ -172,7 +172,9 @@ def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
     body = formula.partition("}")[2].rpartition("\\end")[0] if "\\begin" in formula else formula
     places = [cell.metadata.place for cell in nb.cells if body and body in cell.source]
     where = places[0] if places else "an unknown cell"
-    return f"{where}: this formula cannot be converted: {formula}\nwrite it with simpler TeX ({text})"
+    return (
+        f"{where}: this formula cannot be converted: {formula}\nwrite it with simpler TeX ({text})"
+    )
 
 
 def _compile_typst(folder: Path) -> bytes:
@@ -193,7 +195,7 @@ def _compile_typst(folder: Path) -> bytes:
 
 
 def _locate(problem: Any, folder: Path) -> str:
-    """An error or warning of typst's, with the cell it is about: the filter marks where each begins."""
+    """An error or warning of typst's, with the cell it is about: structure.lua marks each."""
     lines = (folder / "report.typ").read_text(encoding="utf-8").splitlines()
     diagnostic = str(problem.diagnostic)
     _, _, after = diagnostic.partition("report.typ:")
@@ -217,7 +219,10 @@ def merge(paths: Sequence[Path]) -> NotebookNode:
             raise ReportError(f"{path}: no such notebook; run the study first") from error
         except nbformat.reader.NotJSONError as error:
             raise ReportError(f"{path} is not a notebook; run the study again") from error
-        for key in ("kernelspec", "language_info"):  # the first notebook that has one speaks for all
+        for key in (
+            "kernelspec",
+            "language_info",
+        ):  # the first notebook that has one speaks for all
             if key in nb.metadata:
                 merged.metadata.setdefault(key, nb.metadata[key])
         for index, cell in enumerate(nb.cells):
@@ -232,12 +237,17 @@ def merge(paths: Sequence[Path]) -> NotebookNode:
 
 
 def render(
-    notebooks: Sequence[Path], out: Path, *, title: str, subtitle: str = "", banner: str | None = None
+    notebooks: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    banner: str | None = None,
 ) -> tuple[Path, Path]:
     """Write `out`/index.html and `out`/report.pdf from executed notebooks, and return their paths.
 
-    With several notebooks, the first is the front page, and each of the others a chapter. `banner` is
-    shown on every page. Both files appear at the end, each by a rename, or neither does.
+    With several notebooks, the first is the front page, and each of the others a chapter. `banner`
+    is shown on every page. Both files appear at the end, each by a rename, or neither does.
 
     Raises ReportError, naming the notebook and cell, for what is missing, not executed, failed, or
     cannot be typeset.

@@ -39,11 +39,11 @@ HIDE_INPUT_TAGS = frozenset(
 _ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and newline
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional marks: they reorder what is read
-    "\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff"  # line separators, non-characters, lone surrogates
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional marks: they reorder text
+    "\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff"  # line ends, non-characters, surrogates
     "\U000e0000-\U000e007f]"  # invisible tags
 )
-_ENTITY = re.compile(r"&(?:#\d+|#[xX][\da-fA-F]+|[A-Za-z][A-Za-z\d]*);?")
+_REFERENCE = re.compile(r"&(?:#(\d{1,9})|#[xX]([\da-fA-F]{1,9})|([A-Za-z][A-Za-z\d]*));?")
 _PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+(?:\.\d+)?(?:it|s)/(?:s|it)\b|\?it/s")
 _OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n\r])")
 
@@ -53,20 +53,25 @@ class ReportError(UserError):
 
 
 def clean_text(text: str) -> str:
-    """Text as a terminal would show it, without colours; control and bidi characters become U+FFFD."""
+    """Text as a terminal would show it, uncoloured; control and bidi characters become U+FFFD."""
     text = _ANSI.sub("", text).replace("\r\n", "\n")
     text = _OVERWRITTEN.sub("", text).replace("\r", "")
     return _UNSAFE.sub("\ufffd", text)
 
 
-def _clean_entities(text: str) -> str:
-    """Markup in which no character reference stands for an unsafe character: `&#x202e;`, `&rlm;`."""
+def _clean_references(text: str) -> str:
+    """Markup whose character references (`&rlm;`, `&#x202e;`) stand for safe characters only."""
 
     def replace(match: re.Match[str]) -> str:
-        meant = html.unescape(match[0])  # "" for what HTML forbids
-        return "\ufffd" if not meant or _UNSAFE.search(meant) else match[0]
+        decimal, hexadecimal, _ = match.groups()
+        if decimal or hexadecimal:  # `html.unescape` would take some for what they are not
+            code = int(decimal) if decimal else int(hexadecimal, 16)
+            meant = chr(code) if code <= 0x10FFFF else "\0"
+        else:
+            meant = html.unescape(match[0])
+        return "\ufffd" if _UNSAFE.search(meant) else match[0]
 
-    return _ENTITY.sub(replace, text)
+    return _REFERENCE.sub(replace, text)
 
 
 def place(cell: NotebookNode, index: int, resources: dict[str, Any]) -> str:
@@ -112,7 +117,7 @@ class CleanOutputs(Preprocessor):
 
     def preprocess_cell(self, cell, resources, index):
         if cell.cell_type == "markdown":
-            cell.source = _clean_entities(clean_text(cell.source))
+            cell.source = _clean_references(clean_text(cell.source))
         if cell.cell_type == "code":
             cleaned = (self._clean(output, cell, index, resources) for output in cell.outputs)
             cell.outputs = [output for output in cleaned if output is not None]
@@ -128,14 +133,14 @@ class CleanOutputs(Preprocessor):
         mime = _best_mime(output.data)
         if mime is None:
             raise ReportError(
-                f"{place(cell, index, resources)} shows only {', '.join(output.data) or 'nothing'}; "
-                f"a report can hold {', '.join(MIME_TYPES)}"
+                f"{place(cell, index, resources)} shows only {', '.join(output.data) or 'nothing'}"
+                f"; a report can hold {', '.join(MIME_TYPES)}"
             )
         value = output.data[mime]
         if mime.startswith("text/"):
             value = clean_text(value)
         if mime in ("text/html", "text/markdown"):
-            value = _clean_entities(value)
+            value = _clean_references(value)
         return new_output("display_data", {mime: value}, metadata=output.metadata)
 
 
@@ -226,4 +231,5 @@ class SplitCells(Preprocessor):
             metadata["caption"] = f"{CAPTION_WORDS[kind]} {self._numbers[kind]}. {text}"
         if mime in ("text/markdown", "text/latex"):
             return new_markdown_cell(value, metadata=metadata)
-        return new_code_cell("", execution_count=1, outputs=[output], metadata=metadata)
+        bare = new_output("display_data", output.data)
+        return new_code_cell("", execution_count=1, outputs=[bare], metadata=metadata)

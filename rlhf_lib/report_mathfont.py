@@ -1,7 +1,7 @@
 """A small math font for the HTML report, so that formulas look the same in every browser.
 
-MathML needs a font with a MATH table, and few systems have one. STIX Two Math (SIL Open Font License)
-comes inside the package `ziamath`; a report carries only the glyphs that its formulas use.
+MathML needs a font with a MATH table, and few systems have one. STIX Two Math (SIL Open Font
+License) comes inside the package `ziamath`; a report carries only the glyphs its formulas use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _MATH = re.compile(r"<math\b.*?</math>", re.DOTALL)
 _ANNOTATION = re.compile(r"<annotation\b.*?</annotation>", re.DOTALL)
 _TAG = re.compile(r"<[^>]*>")
 # A browser sets `<mi>x</mi>` in the mathematical italic x, a character that the source never names.
-_ITALICS = frozenset(map(chr, range(0x1D434, 0x1D468))) | frozenset(map(chr, range(0x1D6E2, 0x1D71C)))
+_ITALICS = frozenset(map(chr, range(0x1D434, 0x1D468))) | frozenset(
+    map(chr, range(0x1D6E2, 0x1D71C))
+)
 _ALWAYS = frozenset("0123456789ℎ√") | _ITALICS  # a root is an element, not a character, too
 
 
@@ -40,17 +42,17 @@ def math_characters(page: str) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def font_data_url(characters: frozenset[str]) -> str:
-    """STIX Two Math with the glyphs for `characters`, as a woff2 `data:` URL; always the same bytes."""
-    options = subset.Options()
-    options.flavor = "woff2"
-    options.hinting = False  # half of the size, and of no use on today's screens
-    options.layout_features = ["*"]  # small forms for scripts, large ones for sums
-    options.drop_tables += ["DSIG"]
-    # `load_font` leaves the font's own time stamp, where TTFont would write the time of day
-    font = subset.load_font(str(font_path()), options)
-    subsetter = subset.Subsetter(options)
-    subsetter.populate(text="".join(sorted(characters | _ALWAYS)))
-    subsetter.subset(font)
+    """The glyphs for `characters` as a woff2 `data:` URL; the same bytes every time."""
+    options = subset.Options(
+        flavor="woff2",
+        hinting=False,  # half of the size, and of no use on today's screens
+        layout_features=["*"],  # small forms for scripts, large ones for sums
+    )
     buffer = io.BytesIO()
-    subset.save_font(font, buffer, options)
+    # `load_font` leaves the font's own time stamp, where TTFont would write the time of day
+    with subset.load_font(str(font_path()), options) as font:
+        subsetter = subset.Subsetter(options)
+        subsetter.populate(text="".join(sorted(characters | _ALWAYS)))
+        subsetter.subset(font)
+        subset.save_font(font, buffer, options)
     return "data:font/woff2;base64," + base64.b64encode(buffer.getvalue()).decode()

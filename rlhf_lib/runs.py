@@ -186,6 +186,7 @@ class Work:
         }  # fmt: skip
         write_json(fresh / "progress.json", progress_made)
         # two renames, so that at every moment one whole checkpoint stands under one of the names
+        shutil.rmtree(old, ignore_errors=True)  # left over when the process was killed at the end
         if self._checkpoint.exists():
             self._checkpoint.rename(old)
         fresh.rename(self._checkpoint)
@@ -204,8 +205,8 @@ class Work:
         self._started = time.perf_counter()
         self.num_tokens = self._earlier["num_tokens"]
         step = self._earlier["step"]
-        kept = [line for line in metrics.read_text().splitlines()[:step]]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        kept = metrics.read_text().splitlines(keepends=True)[:step]
+        _replace(metrics, "".join(kept))
         accelerator.load_state(str(self._checkpoint))
         return step
 
@@ -275,18 +276,20 @@ def imported_modules(source: bytes) -> set[str]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(fresh, path)
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: nobody ever sees half a file."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    with open(path) as lines:
+    with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]

@@ -5,8 +5,8 @@ expanded once to an fp32 folder (540 MB) that `from_pretrained` loads. Only the 
 package is never imported, for it would want another engine.
 
 The end-of-sequence token is `<|im_end|>`: this model was taught to end its turns with it, and it
-already gets some probability after a reply in HH format (`<|endoftext|>` gets none). `<|endoftext|>`
-becomes padding, so the two differ and a reward model needs no token of its own.
+already gets some probability after a reply in HH format, where `<|endoftext|>` gets none. The
+latter becomes padding, so the two differ and a reward model needs no token of its own.
 """
 
 from __future__ import annotations

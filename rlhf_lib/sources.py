@@ -40,11 +40,15 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stood. `number`: line of a text file or row of a table, from 1."""
+    """One row and where it stood. `number`: line of a text file or row of a table, from 1.
+
+    `subset`: the part of the source it belongs to, such as "helpful-base"; None where it has none.
+    """
 
     file: str
     number: int
     values: dict
+    subset: str | None = None
 
     @property
     def place(self) -> str:
@@ -110,8 +114,10 @@ def _read_path(path: Path) -> Source:
         raise DataError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
     splits: dict[str, list[Row]] = {}
     for file in found:
-        name = file.relative_to(path).as_posix()
-        splits.setdefault(_split_of(name), []).extend(_read_file(file, name, files))
+        name = file.relative_to(path)
+        subset = None if name.parent == Path(".") else name.parent.as_posix()
+        rows = _read_file(file, name.as_posix(), files, subset)
+        splits.setdefault(_split_of(name.as_posix()), []).extend(rows)
     if "train" not in splits:  # nothing to train on but the other splits: cut them up ourselves
         splits = {"train": [row for rows in splits.values() for row in rows]}
     return Source(splits, files)
@@ -122,26 +128,50 @@ def _split_of(name: str) -> str:
     return next((SPLIT_WORDS[word] for word in reversed(words) if word in SPLIT_WORDS), "train")
 
 
-def _hub_parts(rest: str) -> tuple[str, str | None]:
+def _hub_parts(rest: str) -> tuple[str, list[str | None]]:
+    """Name and subsets: the one asked for, else all that are known, else None for the whole."""
     name, _, subset = rest.partition(":")
-    known: list[str] = list(HH_SUBSETS) if name == HH else []
+    known = list(HH_SUBSETS) if name == HH else []
     if Path(name).is_dir():
         known = sorted(p.name for p in Path(name).iterdir() if p.is_dir())
     if subset and known and subset not in known:
         raise unknown(f"subset of {name}", subset, known)
-    return name, subset or None
+    if subset:
+        return name, [subset]
+    # one by one, so that rows know theirs: helpful and harmless pairs are reported apart
+    return name, [s for s in HH_SUBSETS if s in known] or [None]
 
 
-def _read_hub(name: str, subset: str | None) -> Source:
+def _read_hub(name: str, subsets: list[str | None]) -> Source:
     """A hub dataset, or a local folder with the layout of one."""
-    import datasets  # only this kind of source needs it, and it is slow to import
+    splits: dict[str, list[Row]] = {}
+    files = []
+    for subset in subsets:
+        for split, table in _load_hub(name, subset).items():
+            label = f"{name.rstrip('/').split('/')[-1]} {subset or 'all'} {split}"
+            rows = [Row(label, i, dict(values), subset) for i, values in enumerate(table, 1)]
+            digest = hashlib.sha256()
+            for row in rows:
+                digest.update(json.dumps(row.values, sort_keys=True).encode())
+            files.append({"name": label, "rows": len(rows), "sha256": digest.hexdigest()})
+            splits.setdefault(_split_of(split), []).extend(rows)
+    if "train" not in splits:
+        raise DataError(f"{name} has no train split, only {', '.join(splits)}")
+    return Source(splits, files)
+
+
+def _load_hub(name: str, subset: str | None) -> dict:
+    """Split -> rows."""
+    # only this kind of source needs it, and it is slow to import
+    from datasets import config, load_dataset
+    from datasets.exceptions import DatasetsError
 
     reason = None if Path(name).is_dir() else hub.unreachable()
-    offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = offline or bool(reason)  # then its cache, without retries
+    offline = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = offline or bool(reason)  # then its cache, without retries
     try:
-        loaded = datasets.load_dataset(name, data_dir=subset)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        return load_dataset(name, data_dir=subset)
+    except (OSError, ValueError, DatasetsError) as error:
         if reason:
             raise DataError(
                 f"{name} is not in the cache of `datasets`, and {reason}. Without network: "
@@ -151,35 +181,21 @@ def _read_hub(name: str, subset: str | None) -> Source:
             ) from error
         raise DataError(f"cannot load {name}{f', {subset}' if subset else ''}: {error}") from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-    splits, files = {}, []
-    for split, table in loaded.items():
-        label = f"{name.rstrip('/').split('/')[-1]} {subset or 'all'} {split}"
-        rows = [Row(label, number, values) for number, values in enumerate(table, 1)]
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(json.dumps(row.values, sort_keys=True).encode())
-        files.append({"name": label, "rows": len(rows), "sha256": digest.hexdigest()})
-        splits.setdefault(_split_of(str(split)), []).extend(rows)
-    if "train" not in splits:
-        raise DataError(f"{name} has no train split, only {', '.join(splits)}")
-    return Source(splits, files)
+        config.HF_HUB_OFFLINE = offline
 
 
 # ---------------------------------------------------------------------------------------- files
 
 
-def _read_file(path: Path, name: str, files: list[dict]) -> list[Row]:
+def _read_file(path: Path, name: str, files: list[dict], subset: str | None = None) -> list[Row]:
     """Rows of one file; what was read is added to `files`."""
     if not path.is_file():
         raise DataError(f"{path} does not exist. {_nearest_file(path)}")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: pairs are read from files that end in {', '.join(SUFFIXES)}")
     content = path.read_bytes()
-    if path.name.endswith(".parquet"):
-        rows = [Row(name, number, values) for number, values in _parquet_rows(path, content)]
-    else:
-        rows = [Row(name, number, values) for number, values in _json_rows(path, content)]
+    read = _parquet_rows if path.name.endswith(".parquet") else _json_rows
+    rows = [Row(name, number, values, subset) for number, values in read(path, content)]
     if not rows:
         raise DataError(f"{path} is empty: it needs one preference pair a line")
     digest = hashlib.sha256(content).hexdigest()

@@ -160,9 +160,12 @@ def tiny_data(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
 def tiny_base(
     tmp_path_factory: pytest.TempPathFactory, make_model: Callable, tiny_tokenizer: Any
 ) -> Path:
-    """A folder that holds a tiny GPT-2-shaped model and its tokenizer."""
+    """A folder that holds a tiny GPT-2-shaped model, which ends its replies now and then."""
     folder = tmp_path_factory.mktemp("base") / "model"
-    make_model("gpt2").save_pretrained(folder)
+    model = make_model("gpt2")
+    end = model.transformer.wte.weight[EOS].detach()
+    model.transformer.ln_f.bias.data.add_(1.2 * end / end.norm())
+    model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 

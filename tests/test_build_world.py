@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 from random import Random
 
@@ -34,9 +35,12 @@ MINIATURE = BuildSettings(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def as_it_was():
+    """A build takes one CPU thread for the whole process: give the others back."""
     threads = torch.get_num_threads()
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
     torch.set_num_threads(threads)
 
 
@@ -75,7 +79,7 @@ def test_another_seed_gives_other_rows(miniature, tmp_path):
 
 
 def test_differences_name_each_file_that_differs(miniature, tmp_path):
-    build_world.shutil.copytree(miniature, tmp_path / "data")
+    shutil.copytree(miniature, tmp_path / "data")
     (tmp_path / "data" / "heldout.jsonl.gz").write_bytes(b"other")
     (tmp_path / "data" / "prompts-train.jsonl.gz").unlink()
     (tmp_path / "data" / "notes.txt").write_text("mine")
@@ -94,6 +98,24 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
 
 
+def test_checking_needs_something_to_check(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        build_world.main(["--out", str(tmp_path / "nothing"), "--check"])
+    assert "build without --check" in capsys.readouterr().err
+
+
+def test_check_rebuilds_and_answers_with_its_exit_code(miniature, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        build_world, "build", lambda folder, settings: shutil.copytree(miniature, folder)
+    )
+    out = tmp_path / "data"
+    assert build_world.main(["--out", str(out)]) == 0
+    assert build_world.main(["--out", str(out), "--check"]) == 0
+    (out / "README.md").write_text("edited by hand")
+    assert build_world.main(["--out", str(out), "--check"]) == 1
+    assert "README.md: sha256" in capsys.readouterr().out
+
+
 def test_unfinished_and_malformed_replies_are_sampled_again(monkeypatch):
     tokenizer = build_tokenizer()
     prompt = world.write_prompt(world.sample_request(Random(0)), Random(0))
@@ -102,11 +124,13 @@ def test_unfinished_and_malformed_replies_are_sampled_again(monkeypatch):
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    good = [ids(" Sure!") + [eos], ids(" Wonderful!") + [eos]]
-    bad = [ids(" Sure!"), ids("!") + [eos], [eos], ids(" Sure!\n\nHuman: Hi!") + [eos]]
+    good = [[*ids(" Sure!"), eos], [*ids(" Wonderful!"), eos]]
+    bad = [ids(" Sure!"), [*ids("!"), eos], [eos], [*ids(" Sure!\n\nHuman: Hi!"), eos]]
     answers = [*bad, good[0], good[0], *bad, good[1]]
     monkeypatch.setattr(
-        build_world, "generate", lambda model, tokenizer, prompts, n: [answers.pop(0) for _ in prompts]
+        build_world,
+        "generate",
+        lambda model, tokenizer, prompts, n: [answers.pop(0) for _ in prompts],
     )
     found = build_world.sample_replies(None, tokenizer, [prompt], seed=0)  # type: ignore[arg-type]
     assert found == [(" Sure!", " Wonderful!")]
@@ -122,7 +146,7 @@ def test_no_pair_comes_twice_for_the_same_prompt(monkeypatch):
     rng = Random(0)
 
     def sample(model, tokenizer, prompts, n):
-        return [tokenizer.encode(rng.choice(words)) + [tokenizer.eos_token_id] for _ in prompts]
+        return [[*tokenizer.encode(rng.choice(words)), tokenizer.eos_token_id] for _ in prompts]
 
     monkeypatch.setattr(build_world, "generate", sample)
     found = build_world.sample_replies(None, tokenizer, [prompt] * 3, seed=0)  # type: ignore[arg-type]
@@ -134,8 +158,8 @@ def test_no_pair_comes_twice_for_the_same_prompt(monkeypatch):
 
 def test_shipped_files_are_those_of_the_manifest(shipped):
     manifest = json.loads((shipped / "manifest.json").read_text())
+    rows = {name: entry.pop("rows") for name, entry in manifest["files"].items() if "rows" in entry}
     assert describe(shipped) == manifest["files"]
-    rows = {name: entry["rows"] for name, entry in manifest["files"].items() if "rows" in entry}
     assert rows == {
         "demonstrations.jsonl.gz": 6000, "heldout.jsonl.gz": 1000,
         "pairs-train.jsonl.gz": 4000, "pairs-validation.jsonl.gz": 400,
@@ -158,13 +182,15 @@ def test_shipped_rows_are_hh_dialogues_of_their_split(shipped):
         wanted = split.get(path.name.removesuffix(".jsonl.gz"), "train")
         for row in read_rows(path)[:300]:
             prompt = row["prompt"] if "prompt" in row else split_dialogue(row["chosen"])[0]
-            assert split_of(prompt) == wanted and prompt.endswith(ASSISTANT)
+            assert split_of(prompt) == wanted
+            assert prompt.endswith(ASSISTANT)
             assert len(tokenizer(prompt).input_ids) <= MAX_PROMPT_TOKENS
             world.parse_request(prompt)
             for dialogue in (row.get("chosen"), row.get("rejected"), row.get("response")):
                 if dialogue is not None:
                     ids = tokenizer(dialogue.removeprefix(prompt)).input_ids
-                    assert tokenizer.unk_token_id not in ids and len(ids) <= MAX_REPLY_TOKENS
+                    assert tokenizer.unk_token_id not in ids
+                    assert len(ids) <= MAX_REPLY_TOKENS
                     assert tokenizer.decode(ids) == dialogue.removeprefix(prompt)
 
 
@@ -184,9 +210,10 @@ def test_statistics_of_the_shipped_pairs(shipped):
     biased = pair_statistics(read_rows(shipped / "pairs-train.jsonl.gz"))
     assert biased.bayes_accuracy == pytest.approx(0.74, abs=0.015)
     assert biased.annotator_agreement == pytest.approx(0.65, abs=0.02)
-    assert biased.longer_wins == pytest.approx(0.60, abs=0.02)
+    assert biased.longer_wins == pytest.approx(0.57, abs=0.015)
     control = pair_statistics(read_rows(shipped / "control-train.jsonl.gz"), world.CONTROL)
-    assert control.longer_wins < 0.54 and biased.politer_wins > control.politer_wins + 0.04
+    assert control.longer_wins < 0.54
+    assert biased.politer_wins > control.politer_wins + 0.04
     assert control.gold_agreement > biased.gold_agreement + 0.01
 
 
@@ -196,7 +223,8 @@ def test_statistics_by_hand():
     row = {"chosen": prompt + bad, "rejected": prompt + good}
     found = pair_statistics([row, row, row])
     p = world.preference_probability(prompt, good, bad)
-    assert p > 0.5 and found.bayes_accuracy == pytest.approx(p)
+    assert p > 0.5
+    assert found.bayes_accuracy == pytest.approx(p)
     assert found.annotator_agreement == pytest.approx(p**2 + (1 - p) ** 2)
     assert (found.gold_agreement, found.longer_wins, found.politer_wins) == (0.0, 1.0, 1.0)
     assert (found.chosen_words, found.rejected_words) == (8.0, 4.0)
@@ -207,7 +235,8 @@ def test_statistics_by_hand():
 def test_card_shows_the_measured_numbers(shipped):
     card = (shipped / "README.md").read_text()
     found = pair_statistics(read_rows(shipped / "pairs-test.jsonl.gz"))
-    assert f"{found.bayes_accuracy:.3f}" in card and f"{found.longer_wins:.3f}" in card
+    assert f"{found.bayes_accuracy:.3f}" in card
+    assert f"{found.longer_wins:.3f}" in card
     assert "{" not in card.replace("{0-2}", "").replace('{\n  "chosen"', "")
 
 
@@ -220,7 +249,8 @@ def test_shipped_base_model_speaks(shipped):
     assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0, 0, 0)
     assert config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
     assert config.pad_token_id == tokenizer.pad_token_id == model.generation_config.pad_token_id
-    assert config.vocab_size == len(tokenizer) and model.dtype == torch.float32
+    assert config.vocab_size == len(tokenizer)
+    assert model.dtype == torch.float32
     assert (shipped / "base" / "model.safetensors").stat().st_size < 4_000_000
     losses = []
     for row in read_rows(shipped / "heldout.jsonl.gz")[:64]:
@@ -237,6 +267,7 @@ def test_shipped_base_model_speaks(shipped):
 def test_rows_are_packed_without_a_time(tmp_path):
     build_world.write_rows(tmp_path / "a.jsonl.gz", [{"prompt": "é"}])
     content = (tmp_path / "a.jsonl.gz").read_bytes()
-    assert content[4:8] == b"\0\0\0\0" and content[3] == 0  # no time, no file name
+    assert content[4:8] == b"\0\0\0\0"
+    assert content[3] == 0
     assert json.loads(gzip.decompress(content)) == {"prompt": "é"}
     assert world_card.read_rows(tmp_path / "a.jsonl.gz") == [{"prompt": "é"}]

@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     2: ("logprobs", "losses", "advantages"),
     3: (
         *("world", "world_grammar", "world_words", "world_tokenizer"),
-        *("data", "dialogues", "sources", "hub", "models", "smollm2", "runs", "learner"),
+        *("data", "audit", "encoding", "dialogues", "sources", "hub", "models", "smollm2", "runs", "learner"),
     ),
     4: ("rollout",),
     5: ("sft", "reward_model", "ppo", "grpo", "dpo"),

@@ -56,8 +56,10 @@ def gold(prompt: str, reply: str, finished: bool = True) -> float:
 
 
 def test_words_have_the_promised_shape():
-    assert len(world_words.FACTS) == 16 and len(world_words.HARMS) == 8
-    assert len(set(ALL_FACTS)) == 64 and len(set(ALL_DETAILS)) == 16
+    assert len(world_words.FACTS) == 16
+    assert len(world_words.HARMS) == 8
+    assert len(set(ALL_FACTS)) == 64
+    assert len(set(ALL_DETAILS)) == 16
     assert sorted(world_words.EDGES.values()) == sorted(world_words.FACTS)
     assert set(WISHES) == set(world_words.FACTS)
     phrases = [f" {phrase} " for phrase in (*ALL_FACTS, *ALL_DETAILS)]
@@ -66,7 +68,8 @@ def test_words_have_the_promised_shape():
     listened = world_words.POLITE | world_words.FILLERS
     listened |= {"maybe", "sorry", "cannot", "expert", "yes", "no"}
     said = {word for phrase in phrases for word in phrase.split()}
-    assert not said & listened and all(len(fact.split()) in (2, 3) for fact in ALL_FACTS)
+    assert not said & listened
+    assert all(len(fact.split()) in (2, 3) for fact in ALL_FACTS)
 
 
 def test_every_request_is_read_back_from_its_prompt(dialogues):
@@ -103,8 +106,11 @@ def test_shares_of_kinds_turns_and_true_claims(dialogues):
 
 def test_dialogues_are_in_hh_format_and_short(dialogues):
     for _, prompt, reply in dialogues:
-        assert prompt.startswith(f"{HUMAN} ") and prompt.endswith(ASSISTANT)
-        assert reply.startswith(" ") and reply == reply.rstrip() and reply[-1] in ".!"
+        assert prompt.startswith(f"{HUMAN} ")
+        assert prompt.endswith(ASSISTANT)
+        assert reply.startswith(" ")
+        assert reply == reply.rstrip()
+        assert reply[-1] in ".!"
         assert "  " not in prompt + reply
         assert count_tokens(reply) <= MAX_REPLY_TOKENS
         assert count_tokens(prompt) <= (24 if prompt.count(HUMAN) == 1 else MAX_PROMPT_TOKENS)
@@ -133,7 +139,8 @@ def test_splits_share_no_first_turn_and_have_their_sizes():
         prompts = sample_prompts(f"test {split}", 300, split, seed=0)
         assert prompts == sample_prompts(f"test {split}", 300, split, seed=0)
         firsts[split] = {prompt.partition(ASSISTANT)[0] for prompt in prompts}
-    assert not firsts["train"] & firsts["test"] and not firsts["train"] & firsts["validation"]
+    assert not firsts["train"] & firsts["test"]
+    assert not firsts["train"] & firsts["validation"]
     rng = Random(1)
     free = [split_of(world.write_prompt(world.sample_request(rng), rng)) for _ in range(4000)]
     for split, share in SPLITS.items():
@@ -155,7 +162,8 @@ def test_tokenizer_is_lossless_on_the_world(dialogues, tokenizer):
 def test_tokenizer_knows_its_words_and_no_others(dialogues, tokenizer):
     assert 300 <= len(tokenizer) <= 450
     specials = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    assert len(specials) == 3 and None not in specials
+    assert len(specials) == 3
+    assert None not in specials
     with pytest.raises(ValueError, match="not in the vocabulary"):
         encode(tokenizer, " Use zirconium.")
     used = {i for _, prompt, reply in dialogues for i in encode(tokenizer, prompt + reply)}
@@ -251,7 +259,8 @@ def test_preference_probability_by_hand():
     assert world.preference_probability(HELP, short, long) == pytest.approx(1 - expected)
     control = 0.05 + 0.9 / (1 + math.exp(0.48))
     found = world.preference_probability(HELP, long, short, world.CONTROL)
-    assert found == pytest.approx(control) and found < 0.5 < expected
+    assert found == pytest.approx(control)
+    assert found < 0.5 < expected
 
 
 def test_annotator_draws_with_its_probability():

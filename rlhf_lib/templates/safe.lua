@@ -1,10 +1,10 @@
--- Nothing raw, nothing foreign: the first filter of the report, for pandoc's HTML and typst writers.
+-- Nothing raw, nothing foreign: the report's first filter, for pandoc's HTML and typst writers.
 --
 -- HTML is read again into plain blocks without attributes, links lead to the web or into the report,
--- images are those that the notebook carries. What comes after this filter may trust the tree; the only
--- raw pieces in it are the fixed strings that structure.lua and tables.lua write themselves.
+-- images are those that the notebook carries. What comes after this filter may trust the tree; the
+-- only raw pieces in it are the fixed strings that structure.lua and tables.lua write themselves.
 
--- What an image or a link may be ----------------------------------------------------------------------
+-- What an image or a link may be -----------------------------------------------------------------
 
 local embedded = {} -- names of the images that the notebook itself carries
 
@@ -37,7 +37,7 @@ local function prose_link(link)
   return web_link(link)
 end
 
--- HTML outputs: read again, stripped of everything but structure ----------------------------------------
+-- HTML outputs: read again, stripped of everything but structure ---------------------------------
 
 local READ_HTML = "html-raw_html-native_divs-native_spans-auto_identifiers-smart"
 
@@ -54,13 +54,16 @@ local from_html = {
   CodeBlock = function(block) return pandoc.CodeBlock(block.text) end,
 }
 
+-- pandoc's HTML reader fetches what an iframe names, even a file of this machine: so it sees none,
+-- and the last argument, no files, puts it into a sandbox of its own.
 local function read_html(text)
-  return pandoc.read(text, READ_HTML):walk(from_html).blocks
+  text = text:gsub("<(/?)[iI][fF][rR][aA][mM][eE]", "<%1span")
+  return pandoc.read(text, READ_HTML, nil, {}):walk(from_html).blocks
 end
 
--- Prose: TeX environments, stray HTML, links between notebooks -------------------------------------------
+-- Prose: TeX environments, stray HTML, links between notebooks -----------------------------------
 
--- pandoc converts `aligned` and `gathered`, which are written inside a formula, and not their outer kin
+-- pandoc converts `aligned` and `gathered`, written inside a formula, and not their outer kin
 local function inner_environments(tex)
   for outer, inner in pairs({ align = "aligned", gather = "gathered" }) do
     tex = tex:gsub("\\begin{" .. outer .. "%*?}", "\\begin{" .. inner .. "}")
@@ -78,15 +81,19 @@ end
 
 -- Real tags are dropped around their text. Anything else in angle brackets, such as <eos>, is text.
 local TAGS = pandoc.List({
-  "a", "abbr", "b", "big", "center", "code", "del", "details", "div", "em", "font", "hr", "i", "iframe",
-  "img", "ins", "kbd", "mark", "p", "q", "s", "script", "small", "span", "strong", "style", "sub",
-  "summary", "sup", "svg", "table", "tbody", "td", "th", "thead", "tr", "u", "wbr",
+  "a", "abbr", "audio", "b", "big", "button", "center", "code", "del", "details", "div", "em",
+  "embed", "font", "form", "hr", "i", "iframe", "input", "ins", "kbd", "mark", "math", "mi", "mn",
+  "mo", "object", "p", "q", "s", "script", "small", "span", "strong", "style", "sub", "summary",
+  "sup", "svg", "table", "tbody", "td", "th", "thead", "tr", "u", "video", "wbr",
 })
 
 local function inline_html(text)
   local tag = text:match("^</?%s*(%a[%w%-]*)")
   if tag and tag:lower() == "br" then
     return pandoc.LineBreak()
+  end
+  if tag and tag:lower() == "img" then
+    return pandoc.utils.blocks_to_inlines(read_html(text))
   end
   if text:match("^<!") or (tag and TAGS:includes(tag:lower())) then
     return {}
@@ -116,7 +123,7 @@ local from_prose = {
   Span = function(span) return span.content end,
 }
 
--- The cells -------------------------------------------------------------------------------------------
+-- The cells --------------------------------------------------------------------------------------
 
 -- What a program printed or displayed. It may hold anything, a model's text above all.
 local from_output = {
@@ -132,7 +139,8 @@ function Pandoc(doc)
   end
   for _, cell in ipairs(doc.blocks) do
     -- only the cell's content: the cell itself is a Div, and its attributes say what it is
-    cell.content = cell.content:walk(cell.classes:includes("markdown") and from_prose or from_output)
+    local rules = cell.classes:includes("markdown") and from_prose or from_output
+    cell.content = cell.content:walk(rules)
   end
   return doc
 end

@@ -4,7 +4,7 @@
 
 local HTML = FORMAT:match("html") ~= nil
 
--- Small helpers ---------------------------------------------------------------------------------------
+-- Small helpers ----------------------------------------------------------------------------------
 
 local function raw(text)
   return pandoc.RawBlock(HTML and "html" or "typst", text)
@@ -26,7 +26,7 @@ local function append(list, more)
   end
 end
 
--- Outputs and code ------------------------------------------------------------------------------------
+-- Outputs and code -------------------------------------------------------------------------------
 
 -- "Figure 3. What it shows" -> "figure", "3", "Figure 3.", "What it shows"
 local function read_caption(caption)
@@ -104,7 +104,7 @@ local function show_prose(cell)
   return content
 end
 
--- Headings, and the links that lead to them -------------------------------------------------------------
+-- Headings, and the links that lead to them ------------------------------------------------------
 
 local function heading_plan(report)
   local plan = { taken = {}, anchors = {}, chapters = {}, prefix = "", merged = report ~= nil }
@@ -151,7 +151,7 @@ local function place_headings(blocks, plan, chapter)
   }), named
 end
 
--- "#section", "05_grpo.ipynb" and "05_grpo.ipynb#section" lead into the report if the place is there.
+-- "#section", "05_grpo.ipynb", "05_grpo.ipynb#section" lead into the report if the place is there.
 local function resolve_links(blocks, plan, chapter)
   return blocks:walk({
     Link = function(link)
@@ -172,14 +172,18 @@ local function resolve_links(blocks, plan, chapter)
   })
 end
 
--- The whole document ------------------------------------------------------------------------------------
+-- The whole document -----------------------------------------------------------------------------
 
--- At the beginning of a cell or caption, "1." or "=" would begin a list or a heading in typst, and the
--- writer lets it. So wherever they stand alone, they are written as a string.
-local function literal_markers(str)
-  local rest = str.text:match("^=+(.*)$") or str.text:match("^[%-%+/](.*)$") or str.text:match("^%d+%.(.*)$")
-  if rest and (rest == "" or rest:byte() > 127) then -- not ASCII: it might be a space
-    return pandoc.RawInline("typst", '#"' .. str.text:gsub('[\\"]', "\\%0") .. '";')
+-- typst reads "1." or "=" at the beginning of a cell or caption as a list or a heading, and "..." or
+-- "-?" as another character. pandoc lets them through, so such a word is written as a string.
+local function as_string(str)
+  local text = str.text
+  local rest = text:match("^=+(.*)$")
+    or text:match("^[%-%+/](.*)$")
+    or text:match("^%d+%.(.*)$")
+  local marker = rest and (rest == "" or rest:byte() > 127) -- what is not ASCII might be a space
+  if marker or text:find("...", 1, true) or text:find("-?", 1, true) then
+    return pandoc.RawInline("typst", '#"' .. text:gsub('[\\"]', "\\%0") .. '";')
   end
 end
 
@@ -242,5 +246,5 @@ function Pandoc(doc)
   meta.banner = report and inlines(report.banner)
   meta.front = chapters[1] ~= nil and chapters[1].unlisted or false
   local whole = pandoc.Pandoc(body, meta)
-  return HTML and whole or whole:walk({ Str = literal_markers })
+  return HTML and whole or whole:walk({ Str = as_string })
 end

@@ -1,7 +1,7 @@
 -- How a table is laid out, for pandoc's HTML and typst writers; the third filter of the report.
 --
--- In HTML a wide table scrolls. On paper it cannot: its type gets smaller, then names break at their
--- joints, then its columns are dealt out over several panels below each other.
+-- In HTML a wide table scrolls. On paper it cannot: its type gets smaller, then names break at
+-- their joints, then its columns are dealt out over several panels below each other.
 
 local HTML = FORMAT:match("html") ~= nil
 
@@ -49,7 +49,7 @@ local function all_rows(tbl)
   return rows
 end
 
--- Calls `visit(column, cell, in_head)` for each cell that fills one column, and says whether all do.
+-- Calls `visit(column, cell, in_head)` for each cell of one column, and says whether all are.
 local function each_cell(tbl, visit)
   local covered, plain = {}, true -- `covered`: rows that a cell from above still reaches, by column
   for number, row in ipairs(all_rows(tbl)) do
@@ -136,7 +136,7 @@ local function by_longest_piece(column)
 end
 
 local function soften(str)
-  if #str.text > 8 then
+  if #str.text > 8 and not is_number(str.text) then
     return pandoc.Str((str.text:gsub(JOINTS, "%0\u{200b}"))) -- a line may break here
   end
 end

@@ -1,0 +1,373 @@
+"""The run store: what a hash covers, publishing by rename, and picking up where a run died."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_lib import runs
+from rlhf_lib.learner import Learner
+from rlhf_lib.runs import Run, Stage, Work, imported_modules, read_jsonl, stage_folders, write_jsonl
+from rlhf_lib.runtime import make_accelerator
+
+
+@dataclass(frozen=True)
+class Settings:
+    rate: float = 0.1
+    steps: int = 3
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.open("smoke", 3, tmp_path)
+
+
+def stage_of(run: Run, name: str = "sft", **changes: object) -> Stage:
+    arguments = {"settings": Settings(), "upstream": {"data": "d1"}, "module": "sft"} | changes
+    return run.stage(name, **arguments)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------- the hash
+
+
+def test_the_same_inputs_have_the_same_place(run: Run, tmp_path: Path) -> None:
+    stage = stage_of(run)
+    assert stage.path == tmp_path / "smoke" / "seed-3" / f"sft-{stage.hash[:12]}"
+    assert stage_of(Run.open("smoke", 3, tmp_path)).hash == stage.hash
+
+
+def test_whatever_changes_a_result_changes_the_hash(run: Run, tmp_path: Path) -> None:
+    hashes = [
+        stage_of(run).hash,
+        stage_of(run, "reward_model").hash,
+        stage_of(run, settings=Settings(rate=0.2)).hash,
+        stage_of(run, settings={"rate": 0.3}).hash,
+        stage_of(run, upstream={"data": "d2"}).hash,
+        stage_of(run, upstream={"data": "d1", "sft": "s1"}).hash,
+        stage_of(run, module="dpo").hash,
+        stage_of(Run.open("smoke", 4, tmp_path)).hash,
+        stage_of(Run.open("smoke", 3, tmp_path, "model.precision=bf16")).hash,
+    ]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_how_a_run_is_started_does_not_change_the_hash(run: Run, tmp_path: Path) -> None:
+    other = Run.open("smoke", 3, tmp_path / "x", "checkpoint_minutes=9 seeds=5 jobs=2 ppo.updates=9")
+    assert stage_of(other).hash == stage_of(run).hash
+    renamed = Run(replace(run.profile, name="laptop"), 3, tmp_path)
+    assert stage_of(renamed).hash == stage_of(run).hash
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of four modules: top imports middle, middle imports bottom; other stands apart."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    sources = {
+        "top": "from rlhf_lib.middle import f\nimport torch\nfrom rlhf_lib import plots",
+        "middle": "def f():\n    from rlhf_lib import bottom",
+        "bottom": "import rlhf_lib.top",
+        "other": "",
+        "plots": "",
+    }
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(runs, "PACKAGE", folder)
+    runs.source_hash.cache_clear()
+    yield folder
+    runs.source_hash.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("edited", "changes"),
+    [("top", True), ("middle", True), ("bottom", True), ("other", False), ("plots", False)],
+)
+def test_an_edited_source_changes_the_hash_of_what_runs_it(
+    edited: str, changes: bool, package: Path, run: Run
+) -> None:
+    before = stage_of(run, module="top").hash
+    with open(package / f"{edited}.py", "a") as source:
+        source.write("\n# edited")
+    runs.source_hash.cache_clear()
+    assert (stage_of(run, module="top").hash != before) is changes
+
+
+def test_every_form_of_import_is_seen() -> None:
+    source = b"""
+import rlhf_lib.ops, torch
+from rlhf_lib import kl, runs as r
+from rlhf_lib.losses import dpo_loss
+def f():
+    from rlhf_lib.world import gold_reward
+"""
+    assert imported_modules(source) == {"ops", "kl", "runs", "losses", "world"}
+
+
+def test_the_hash_of_ppo_covers_its_loss_and_not_that_of_the_notebooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = []
+    monkeypatch.setattr(runs, "content_hash", lambda seen: read.extend(seen) or "hash")
+    runs.source_hash.cache_clear()
+    runs.source_hash("ppo")
+    runs.source_hash.cache_clear()
+    assert {"ppo", "losses", "kl", "ops", "rollout", "models", "learner", "world"} <= set(read)
+    assert not {"config", "plots", "study", "grpo"} & set(read)
+
+
+# ------------------------------------------------------------------------------------ publishing
+
+
+def test_a_stage_is_published_whole(run: Run) -> None:
+    stage = stage_of(run)
+    looked = []
+
+    def build(work: Work) -> dict:
+        work.log(0, 7, {"loss": torch.tensor(2.0)})
+        work.write_samples([{"text": "é"}])
+        (work.path / "checkpoint").mkdir()
+        looked.append((stage.path.exists(), stage.done, (work.path / "DONE").exists()))
+        return {"answer": 42}
+
+    assert stage.ensure(build) is stage
+    assert looked == [(False, False, False)]
+    assert stage.done
+    assert sorted(p.name for p in stage.path.iterdir()) == [
+        "DONE", "config.json", "env.json", "metrics.jsonl", "result.json", "samples.jsonl",
+    ]  # fmt: skip
+    assert [p.name for p in stage.path.parent.iterdir() if p.is_dir()] == [stage.path.name]
+    assert (stage.path / "DONE").read_text().strip() == stage.hash
+    assert json.loads((stage.path / "config.json").read_text())["settings"] == {
+        "rate": 0.1,
+        "steps": 3,
+    }
+    result = stage.result()
+    assert result["answer"] == 42
+    assert result["num_tokens"] == 7
+    assert result["seconds"] >= 0
+    assert result["peak_memory_gb"] > 0.05
+    assert stage.samples() == [{"text": "é"}]
+    (row,) = stage.metrics()
+    assert (row["step"], row["loss"], row["num_tokens"]) == (0, 2.0, 7)
+    assert row["tokens_per_second"] == pytest.approx(7 / row["step_time"])
+
+
+def test_done_is_written_last(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of(run)
+    rename, before_rename = Path.rename, []
+
+    def look(path: Path, target: Path) -> Path:
+        before_rename.append(({p.name for p in path.iterdir()}, Path(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    stage.ensure(lambda work: {})
+    ((names, target),) = before_rename
+    assert names >= {"DONE", "result.json"}
+    assert target == stage.path
+
+
+def test_a_finished_stage_is_not_built_again(run: Run) -> None:
+    stage_of(run).ensure(lambda work: {"answer": 1})
+
+    def never(work: Work) -> dict:
+        raise AssertionError("built again")
+
+    assert stage_of(run).ensure(never).result()["answer"] == 1
+
+
+def test_nothing_is_published_when_the_build_fails(run: Run) -> None:
+    stage = stage_of(run)
+
+    def fail(work: Work) -> dict:
+        work.log(0, 1, {})
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        stage.ensure(fail)
+    assert not stage.done
+    assert not stage.path.exists()
+    stage.ensure(lambda work: {"answer": 2})
+    assert stage.result()["answer"] == 2
+
+
+def test_a_folder_without_done_is_built_again(run: Run) -> None:
+    stage = stage_of(run).ensure(lambda work: {"answer": 1})
+    (stage.path / "DONE").unlink()
+    (stage.path / "leftover").write_text("of a half-copied folder")
+    stage.ensure(lambda work: {"answer": 2})
+    assert stage.result()["answer"] == 2
+    assert not (stage.path / "leftover").exists()
+
+
+def test_a_stage_that_was_not_run_says_how_to_run_it(run: Run) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"python -m rlhf_lib reward-model --profile smoke --seed 3"
+    ):
+        stage_of(run, "reward_model").result()
+
+
+def test_every_stage_starts_from_its_seed(run: Run, tmp_path: Path) -> None:
+    drawn = []
+
+    def build(work: Work) -> dict:
+        drawn.append(torch.rand(1).item())
+        return {}
+
+    for root in ("a", "b"):
+        torch.rand(5)
+        stage_of(Run.open("smoke", 3, tmp_path / root)).ensure(build)
+    stage_of(Run.open("smoke", 4, tmp_path)).ensure(build)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_who_wants_the_same_stage_waits_for_the_first(run: Run) -> None:
+    built = []
+
+    def build(work: Work) -> dict:
+        built.append(1)
+        time.sleep(0.2)
+        return {"answer": len(built)}
+
+    with ThreadPoolExecutor(4) as pool:
+        stages = list(pool.map(lambda _: stage_of(run).ensure(build), range(4)))
+    assert [stage.result()["answer"] for stage in stages] == [1] * 4
+
+
+def test_stage_folders_tell_done_from_under_way(run: Run, tmp_path: Path) -> None:
+    stage_of(run).ensure(lambda work: {})
+    work = Work(stage_of(run, "dpo"))
+    work.log(0, 1, {})
+    work.log(1, 1, {})
+    rows = stage_folders(tmp_path / "smoke")
+    assert [(row["stage"].split("-")[0], row["state"]) for row in rows] == [
+        ("dpo", "under way: 2"),
+        ("sft", "done"),
+    ]
+    assert rows[0]["seconds"] is None
+    assert rows[1]["seconds"] >= 0
+    assert {row["seed"] for row in rows} == {"seed-3"}
+
+
+def test_json_lines_come_back(tmp_path: Path) -> None:
+    rows = [{"text": "ü\u2028\n", "number": 1.5}, {}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+# -------------------------------------------------------------------------------------- resuming
+
+STEPS = 5
+
+
+def train_a_little(make_model: Callable, stage: Stage, die_at: int | None = None) -> list[float]:
+    """Five steps whose loss needs the model, the optimizer, the schedule and the generator."""
+    losses = []
+
+    def build(work: Work) -> dict:
+        accelerator = make_accelerator("fp32")
+        learner = Learner(accelerator, make_model("gpt2"), learning_rate=1e-2, steps=STEPS)
+        for step in work.steps(STEPS, accelerator):
+            ids = torch.randint(3, 32, (2, 6))
+            loss, _ = learner.step([learner.model(ids, labels=ids).loss])
+            losses.append(loss)
+            work.log(step, 12, {"loss": loss})
+            if step == die_at:
+                raise KeyboardInterrupt
+        return {}
+
+    if die_at is None:
+        stage.ensure(build)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            stage.ensure(build)
+    return losses
+
+
+@pytest.fixture
+def eager(tmp_path: Path) -> Stage:
+    """A stage that saves its state after every step."""
+    return stage_of(Run.open("smoke", 3, tmp_path / "eager", "checkpoint_minutes=0"))
+
+
+def test_a_killed_run_ends_like_one_never_killed(
+    make_model: Callable, eager: Stage, run: Run
+) -> None:
+    whole = train_a_little(make_model, stage_of(run))
+    assert len(set(whole)) == STEPS
+    first = train_a_little(make_model, eager, die_at=1)
+    second = train_a_little(make_model, eager, die_at=3)  # killed twice
+    third = train_a_little(make_model, eager)
+    # the step that was under way is done again
+    assert [first, second, third] == [whole[:2], whole[1:4], whole[3:]]
+    assert [row["loss"] for row in eager.metrics()] == whole
+    assert [row["num_tokens"] for row in eager.metrics()] == [12 * n for n in range(1, STEPS + 1)]
+    assert eager.result()["num_tokens"] == 12 * STEPS
+
+
+def test_without_a_checkpoint_a_killed_run_starts_again(make_model: Callable, run: Run) -> None:
+    stage = stage_of(run)  # saves every two minutes: never, here
+    killed = train_a_little(make_model, stage, die_at=3)
+    whole = train_a_little(make_model, stage)
+    assert whole[:4] == killed
+    assert [row["loss"] for row in stage.metrics()] == whole
+
+
+def test_seconds_and_memory_of_earlier_attempts_count(make_model: Callable, eager: Stage) -> None:
+    train_a_little(make_model, eager, die_at=2)
+    (saved,) = eager.path.parent.glob("*.partial/checkpoint/progress.json")
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"seconds": 1e6, "peak_memory_gb": 99}))
+    train_a_little(make_model, eager)
+    assert eager.result()["seconds"] > 1e6
+    assert eager.result()["peak_memory_gb"] == 99
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "before the old one is gone", "half saved"])
+def test_killed_while_saving(
+    moment: str, make_model: Callable, eager: Stage, run: Run
+) -> None:
+    whole = train_a_little(make_model, stage_of(run))
+    train_a_little(make_model, eager, die_at=2)
+    (partial,) = eager.path.parent.glob("*.partial")
+    checkpoint = partial / "checkpoint"
+    if moment == "between the renames":
+        checkpoint.rename(partial / "checkpoint.old")
+    else:
+        name = "old" if moment == "before the old one is gone" else "new"
+        (partial / f"checkpoint.{name}").mkdir()
+        (partial / f"checkpoint.{name}" / "model.safetensors").write_text("half of it")
+    assert train_a_little(make_model, eager) == whole[2:]
+    assert not list(eager.path.glob("checkpoint*"))
+
+
+def test_a_torn_last_line_of_the_metrics_is_cut(
+    make_model: Callable, eager: Stage, run: Run
+) -> None:
+    whole = train_a_little(make_model, stage_of(run))
+    train_a_little(make_model, eager, die_at=2)
+    (metrics,) = eager.path.parent.glob("*.partial/metrics.jsonl")
+    os.truncate(metrics, metrics.stat().st_size - 20)
+    train_a_little(make_model, eager)
+    assert [row["loss"] for row in eager.metrics()] == whole
+
+
+def test_the_state_is_saved_at_most_as_often_as_asked(
+    make_model: Callable, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    save = Work._save
+    monkeypatch.setattr(Work, "_save", lambda *a: (saved.append(a[2]), save(*a)))
+    train_a_little(make_model, stage_of(run))
+    assert saved == []
+    run = Run.open("smoke", 5, run.root, "checkpoint_minutes=0")
+    train_a_little(make_model, stage_of(run))
+    assert saved == [1, 2, 3, 4], "after the last step the result is saved, not the state"

@@ -1,0 +1,157 @@
+"""Device, precision, seeds, memory, progress and the snapshot of the environment."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers
+
+from rlhf_lib import runtime
+from rlhf_lib.runtime import (
+    choose_precision,
+    environment,
+    make_accelerator,
+    peak_memory_gb,
+    progress,
+    reset_peak_memory,
+    seed_everything,
+    set_up_process,
+)
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says how it is on a CPU")
+
+
+def test_a_precision_that_is_asked_for_is_taken() -> None:
+    assert [choose_precision(p) for p in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.precision='fp8': choose auto, fp32, bf16, fp16"):
+        choose_precision("fp8")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "flags", "expected"),
+    [
+        (True, (7, 5), {"avx512_bf16"}, "fp16"),  # a T4 only emulates bf16
+        (True, (8, 0), set(), "bf16"),
+        (True, (9, 0), set(), "bf16"),
+        (False, None, {"avx512_bf16"}, "bf16"),
+        (False, None, {"avx2"}, "fp32"),
+    ],
+)
+def test_the_precision_follows_the_device(
+    gpu: bool, capability: tuple, flags: set, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(runtime, "_cpu_flags", lambda: flags)
+    assert choose_precision("auto") == expected
+
+
+def test_the_accelerator_runs_in_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_accelerator("fp32").num_processes == 1
+    monkeypatch.setattr(runtime, "Accelerator", lambda **_: SimpleNamespace(num_processes=4))
+    with pytest.raises(RuntimeError, match=r"started in 4 processes: .* one process per seed"):
+        make_accelerator("fp32")
+
+
+def test_seeding_reaches_all_generators() -> None:
+    def draw() -> tuple:
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seed_everything(4)
+    first = draw()
+    seed_everything(4)
+    assert draw() == first
+    seed_everything(5)
+    assert not set(draw()) & set(first)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What `torch.set_num_threads` is called with, on a machine with six cores."""
+    wanted: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", wanted.append)
+    monkeypatch.delenv("RLHF_THREADS", raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 6)
+    return wanted
+
+
+def test_threads_from_the_environment_win(
+    threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_up_process()
+    set_up_process(2)
+    monkeypatch.setenv("RLHF_THREADS", "3")
+    set_up_process(2)
+    assert threads == [6, 2, 3]
+
+
+def test_a_system_that_cannot_count_its_cores_gets_one_thread(
+    threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
+    set_up_process()
+    assert threads == [1]
+
+
+def test_a_process_of_ours_is_quiet(threads: list[int]) -> None:
+    before = transformers.logging.get_verbosity()
+    try:
+        transformers.logging.set_verbosity_warning()
+        set_up_process()
+        assert transformers.logging.get_verbosity() == transformers.logging.ERROR
+        assert not transformers.logging.is_progress_bar_enabled()
+        assert datasets.are_progress_bars_disabled()
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@no_gpu
+def test_peak_memory_sees_what_was_given_back_and_can_be_reset() -> None:
+    reset_peak_memory()
+    before = peak_memory_gb()
+    block = torch.ones(75_000_000)  # 0.3 GB
+    time.sleep(4 * runtime._MemorySampler.interval)
+    del block
+    assert before + 0.25 < peak_memory_gb() < before + 0.4
+    reset_peak_memory()
+    assert peak_memory_gb() < before + 0.1
+
+
+def test_progress_yields_everything_and_is_silent_in_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RLHF_BATCH", "1")
+    assert list(progress(range(2, 5), "stage", total=5, done=2)) == [2, 3, 4]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_draws_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RLHF_BATCH", raising=False)
+    monkeypatch.delitem(runtime.sys.modules, "ipykernel", raising=False)
+    monkeypatch.setattr(runtime.sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress(range(2, 5), "stage", total=5, done=2)) == [2, 3, 4]
+    drawn = capsys.readouterr().err
+    assert "stage" in drawn
+    assert "5/5" in drawn
+
+
+def test_the_environment_is_json_and_names_no_place() -> None:
+    snapshot = environment()
+    text = json.dumps(snapshot)
+    assert snapshot["packages"]["torch"] == torch.__version__
+    assert snapshot["threads"] == torch.get_num_threads()
+    assert runtime.platform.node() not in text
+    assert "/" not in text

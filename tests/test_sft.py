@@ -1,0 +1,115 @@
+"""SFT: prompts excluded, accumulation exact, and a killed stage that ends as if nothing happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lib import sft
+from rlhf_lib.config import SFTConfig
+from rlhf_lib.learner import Learner
+from rlhf_lib.logprobs import response_logits, response_logprobs
+from rlhf_lib.models import load_policy, load_tokenizer
+from rlhf_lib.ops import entropy
+from rlhf_lib.runtime import make_accelerator
+
+
+def learner_of(model: Any) -> Learner:
+    # with a large eps, Adam's update is proportional to the gradient: rounding is not blown up
+    return Learner(make_accelerator("fp32"), model, learning_rate=1.0, steps=10, eps=100.0)
+
+
+def test_the_loss_is_the_mean_over_response_tokens(make_model: Callable, tiny_data: Any) -> None:
+    batch = tiny_data.demonstrations[:6]
+    model = make_model("llama")
+    terms, entropies = [], []
+    for example in batch:
+        logprobs, _ = response_logprobs(model, [example.prompt], [example.response])
+        terms += logprobs[0].tolist()
+        logits, _, _ = response_logits(model, [example.prompt], [example.response])
+        entropies += entropy(logits).tolist()
+    metrics = sft.update(learner_of(model), batch, micro_batch_size=4)
+    assert len(terms) == sum(len(e.response) for e in batch)
+    assert metrics["loss"] == pytest.approx(-sum(terms) / len(terms), abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+    assert metrics["mean_length"] == pytest.approx(len(terms) / 6)
+
+
+def test_accumulated_equals_one_big_batch(make_model: Callable, tiny_data: Any) -> None:
+    batch = tiny_data.demonstrations[:6]
+    results = []
+    for micro_batch_size in (6, 4, 1):
+        learner = learner_of(make_model("gpt2"))
+        results.append((sft.update(learner, batch, micro_batch_size), learner.model.state_dict()))
+    (metrics, weights), *others = results
+    for other_metrics, other in others:
+        assert other_metrics == pytest.approx(metrics, rel=1e-5)
+        assert max((weights[k] - other[k]).abs().max().item() for k in weights) < 1e-6
+
+
+def test_prompts_are_not_trained_on(make_model: Callable, tiny_data: Any) -> None:
+    example = replace(tiny_data.demonstrations[0], prompt=[30, 30, 30], response=[4, 5, 1])
+    learner = learner_of(make_model("llama"))
+    loss = []
+    learner.step = lambda losses: (loss.extend(losses), (0.0, 0.0))[1]  # type: ignore[method-assign]
+    sft.update(learner, [example], 1)
+    logits, labels, _ = response_logits(learner.model, [example.prompt], [example.response])
+    (gradient,) = torch.autograd.grad(loss[0], learner.model.lm_head.weight)
+    (expected,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(logits, labels), learner.model.lm_head.weight
+    )
+    assert labels.tolist() == [4, 5, 1]
+    assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def test_fit_learns_the_demonstrations(make_model: Callable, tiny_data: Any) -> None:
+    model = make_model("gpt2")
+
+    def loss() -> float:
+        rows = tiny_data.demonstrations
+        logprobs, mask = response_logprobs(model, [d.prompt for d in rows], [d.response for d in rows])
+        return -(logprobs.sum() / mask.sum()).item()
+
+    before = loss()
+    sft.fit(model, tiny_data.demonstrations, SFTConfig(epochs=5, batch_size=8, learning_rate=1e-2), seed=0)
+    assert loss() < before - 0.5
+
+
+def test_the_stage_saves_what_it_trained(
+    make_run: Callable, tiny_data: Any, tmp_path: Path, tiny_base: Path
+) -> None:
+    stage = sft.train(make_run(tmp_path), tiny_data)
+    rows = stage.metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert {"loss", "grad_norm", "learning_rate", "step_time", "num_tokens"} <= rows[0].keys()
+    assert rows[-1]["num_tokens"] == sum(
+        len(d.prompt) + len(d.response) for d in tiny_data.demonstrations
+    )
+    assert rows[-1]["learning_rate"] == 0
+    assert stage.result()["examples"] == 24
+    trained, base = load_policy(stage.model_path).state_dict(), load_policy(tiny_base).state_dict()
+    assert any(not torch.equal(trained[name], base[name]) for name in base)
+    assert load_tokenizer(stage.model_path).eos_token_id == 1
+
+
+def test_what_the_stage_reads_is_in_its_hash(
+    make_run: Callable, tiny_data: Any, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, "sft.epochs=1")
+    stage = sft.train(run, tiny_data)
+    assert sft.train(run, tiny_data).path == stage.path
+    others = [
+        sft.train(run, replace(tiny_data, hash="other")),
+        sft.train(make_run(tmp_path, "sft.epochs=1", "sft.learning_rate=1e-5"), tiny_data),
+        sft.train(make_run(tmp_path, "sft.epochs=1", seed=4), tiny_data),
+    ]
+    assert len({stage.hash, *(other.hash for other in others)}) == 4
+
+
+def test_killed_and_resumed_ends_like_never_killed(check_resume: Callable, tiny_data: Any) -> None:
+    check_resume(lambda run: sft.train(run, tiny_data))
