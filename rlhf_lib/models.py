@@ -100,9 +100,18 @@ def load_reward_model(
 def load_value_model(reward_model: str | Path) -> PreTrainedModel:
     """A value model that starts as the reward model: its `score` head reads every position.
 
-    Raises SettingsError for a folder that holds no reward model.
+    The head is scaled to the *normalised* reward that a policy is trained on, so that the value at
+    the last token starts as the reward itself. Raises SettingsError for a folder that holds no
+    reward model.
     """
-    return _load(AutoModelForSequenceClassification, reward_model, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, reward_model, num_labels=1)
+    mean = getattr(model.config, "reward_mean", 0.0)
+    std = getattr(model.config, "reward_std", 1.0)
+    head = torch.nn.Linear(model.score.in_features, 1)
+    head.weight.data.copy_(model.score.weight.data / std)
+    head.bias.data.fill_(-mean / std)
+    model.score = head
+    return model
 
 
 def save_model(

@@ -27,25 +27,20 @@ from rlhf_lib.config import (
 
 
 def _real_pairs(name: str, source: str, model: str, **changes: dict) -> Profile:
-    """Settings to start from with real pairs and a model of 124-135 M parameters."""
-    return Profile(
-        name=name,
-        data=DataConfig(
-            source=source, max_prompt_tokens=192, max_response_tokens=64, **changes.get("data", {})
-        ),
-        model=ModelConfig(name=model, **changes.get("model", {})),
-        reward_model=RewardModelConfig(
-            epochs=1, learning_rate=2e-5, weight_decay=0.01, **changes.get("reward_model", {})
-        ),
-        sft=SFTConfig(epochs=1, batch_size=32, learning_rate=2e-5, **changes.get("sft", {})),
-        ppo=PPOConfig(
-            learning_rate=1e-5, value_learning_rate=1e-5, kl_coef=0.05, low_kl_coef=0.0,
-            **changes.get("ppo", {}),
-        ),
-        grpo=GRPOConfig(learning_rate=1e-5, kl_reward_coef=0.05, **changes.get("grpo", {})),
-        dpo=DPOConfig(epochs=1, batch_size=32, learning_rate=5e-6, **changes.get("dpo", {})),
-        evaluation=EvaluationConfig(**changes.get("evaluation", {})),
-    )
+    """Settings to start from with real pairs and a model of 124-135 M parameters, with changes."""
+    start = {
+        "data": dict(source=source, max_prompt_tokens=192, max_response_tokens=64),
+        "model": dict(name=model),
+        "reward_model": dict(epochs=1, learning_rate=2e-5, weight_decay=0.01),
+        "sft": dict(epochs=1, batch_size=32, learning_rate=2e-5),
+        "ppo": dict(learning_rate=1e-5, value_learning_rate=1e-5, kl_coef=0.05, low_kl_coef=0.0),
+        "grpo": dict(learning_rate=1e-5, kl_reward_coef=0.05),
+        "dpo": dict(epochs=1, batch_size=32, learning_rate=5e-6),
+        "evaluation": {},
+    }
+    kinds = typing.get_type_hints(Profile)
+    sections = {key: kinds[key](**{**values, **changes.get(key, {})}) for key, values in start.items()}
+    return Profile(name=name, **sections)
 
 
 HH = "hub:Anthropic/hh-rlhf"
@@ -75,15 +70,15 @@ PROFILES: dict[str, Profile] = {
             "path:pairs.jsonl.gz",
             "smollm2-135m",
             data=dict(
-                train_pairs=1000, validation_pairs=100, test_pairs=800, demonstrations=1000,
-                rl_prompts=1000, evaluation_prompts=128,
+                max_prompt_tokens=128, train_pairs=1000, validation_pairs=100, test_pairs=500,
+                demonstrations=1000, rl_prompts=1000, evaluation_prompts=96,
             ),
             reward_model=dict(batch_size=16, micro_batch_size=8),
             sft=dict(micro_batch_size=8),
-            ppo=dict(updates=16, batch_size=32, minibatch_size=16, micro_batch_size=8),
-            grpo=dict(updates=16, prompts_per_update=4, group_size=8, micro_batch_size=8),
-            dpo=dict(micro_batch_size=8, probes=4, probe_prompts=32),
-            evaluation=dict(batch_size=64, best_of_n=8, best_of_n_prompts=32),
+            ppo=dict(updates=10, batch_size=32, minibatch_size=16, micro_batch_size=8),
+            grpo=dict(updates=10, prompts_per_update=4, group_size=8, micro_batch_size=8),
+            dpo=dict(micro_batch_size=8, probes=4, probe_prompts=16),
+            evaluation=dict(batch_size=16, best_of_n=8, best_of_n_prompts=24),
         ),
         _real_pairs(
             "t4",

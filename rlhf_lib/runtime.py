@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -69,6 +70,7 @@ def set_up_process(threads: int = 0) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     wanted = int(os.environ.get("RLHF_THREADS", 0)) or threads or psutil.cpu_count(logical=False)
     torch.set_num_threads(wanted or 1)
 

@@ -22,6 +22,7 @@ os.environ.update(
 )
 
 import random
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,7 @@ def tiny_base(
 
 @pytest.fixture(scope="session")
 def make_run(tiny_base: Path) -> Callable[..., Any]:
-    """`make_run(root, *overrides)`: a run of the tiny model; no gold reward is known for its words."""
+    """`make_run(root, *overrides)`: a run of the tiny model, whose words have no gold reward."""
     from rlhf_lib.runs import Run
 
     small = """
@@ -182,10 +183,12 @@ def make_run(tiny_base: Path) -> Callable[..., Any]:
         ppo.updates=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.micro_batch_size=3
         grpo.updates=4 grpo.prompts_per_update=2 grpo.group_size=4 grpo.micro_batch_size=5
         dpo.batch_size=6 dpo.micro_batch_size=4 dpo.probes=2 dpo.probe_prompts=4
-    """.split()
+    """
 
     def make(root: Path, *overrides: str, seed: int = 3) -> Run:
-        return Run.open("smoke", seed, root, [f"model.name={tiny_base}", *small, *overrides])
+        return Run.open(
+            "smoke", seed, root, [f"model.name={tiny_base}", *shlex.split(small), *overrides]
+        )
 
     return make
 
@@ -245,7 +248,9 @@ def _check_resume(
     with monkeypatch.context() as patch:
         log = Work.log
         patch.setattr(
-            Work, "log", lambda work, step, *rest: (first_steps.append(step), log(work, step, *rest))
+            Work,
+            "log",
+            lambda work, step, *rest: (first_steps.append(step), log(work, step, *rest)),
         )
         resumed = train(run)
     assert first_steps[0] == 2, "the resumed stage did not go on from its last checkpoint"

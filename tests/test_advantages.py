@@ -49,7 +49,9 @@ def test_with_lambda_one_the_return_is_the_sum_of_rewards_to_come() -> None:
     _, returns = gae(rewards, values, MASK, gamma=1.0, gae_lambda=1.0)
     for i, length in enumerate(LENGTHS):
         for t in range(length):
-            assert returns[i, t].item() == pytest.approx(rewards[i, t:length].sum().item(), abs=1e-5)
+            assert returns[i, t].item() == pytest.approx(
+                rewards[i, t:length].sum().item(), abs=1e-5
+            )
 
 
 def test_defaults_are_those_of_ppo_for_language_models() -> None:

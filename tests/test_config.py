@@ -32,7 +32,9 @@ def test_as_dict_reaches_into_sections() -> None:
 
 
 def test_an_unknown_name_among_many_lists_the_near_ones() -> None:
-    error = str(unknown("setting", "ppo.kl_coeff", [f"grpo.{c}" for c in "abcdefghijkl"] + ["ppo.kl_coef"]))
+    error = str(
+        unknown("setting", "ppo.kl_coeff", [f"grpo.{c}" for c in "abcdefghijkl"] + ["ppo.kl_coef"])
+    )
     assert "did you mean 'ppo.kl_coef'?" in error
     assert len(error) < 150
 

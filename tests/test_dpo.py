@@ -106,7 +106,9 @@ def test_the_stage_starts_at_ln_2_and_probes_itself(
     rows = stage.metrics()
     assert len(rows) == 4
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert ["reward" in row for row in rows] == [True, False, True, False], "two probes were asked for"
+    assert ["reward" in row for row in rows] == [True, False, True, False], (
+        "two probes were asked for"
+    )
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert stage.result()["train_pairs"] == 24
     assert rows[-1]["num_tokens"] == sum(

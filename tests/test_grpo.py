@@ -71,9 +71,7 @@ def test_rewards_pay_for_the_divergence_of_the_whole_response(rollout_at: Callab
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_first_ratio_is_one(
-    temperature: float, rollout_at: Callable, tiny_base: Path
-) -> None:
+def test_the_first_ratio_is_one(temperature: float, rollout_at: Callable, tiny_base: Path) -> None:
     rollout = rollout_at(temperature)
     config = replace(CONFIG, temperature=temperature)
     _, advantages = grpo.make_advantages(rollout, config)
@@ -183,9 +181,7 @@ def test_a_group_answers_one_prompt(
     asked = []
     sample = Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda *a: (asked.append(a[2]), sample(*a))[1])
-    grpo.train(
-        make_run(tmp_path, "grpo.updates=2"), tiny_data, finished.sft, finished.reward_model
-    )
+    grpo.train(make_run(tmp_path, "grpo.updates=2"), tiny_data, finished.sft, finished.reward_model)
     for prompts in asked:
         first, second = prompts[:4], prompts[4:]
         assert first == [first[0]] * 4

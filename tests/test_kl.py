@@ -50,7 +50,7 @@ def test_k3_keeps_its_digits_for_close_policies() -> None:
 
 
 def _gradients() -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient of the exact KL, and expected gradient of each estimator used as a loss on samples."""
+    """Gradient of the exact KL, and expected gradients of the estimators used as a loss."""
     logits = POLICY.log().requires_grad_()
 
     def gradient(loss: Tensor) -> Tensor:

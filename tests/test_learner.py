@@ -187,7 +187,7 @@ def test_chunks_cover_everything_once() -> None:
 def test_every_epoch_is_a_fresh_order_of_everything() -> None:
     batches = shuffled_batches(10, 4, epochs=3, seed=1)
     assert [len(b) for b in batches] == [4, 4, 2] * 3
-    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[*a, *b, *c] for a, b, c in (batches[0:3], batches[3:6], batches[6:9])]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert shuffled_batches(10, 4, 3, seed=1) == batches

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ def sigmoid(x: float) -> float:
 
 
 def sample() -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, old log-probs and advantages (3, 4) with ratios on both sides of the clip range."""
+    """Log-probs, old ones and advantages (3, 4); ratios on both sides of the clip range."""
     old = -2 * torch.rand(3, 4)
     return old + 0.4 * torch.randn(3, 4), old, torch.randn(3, 4)
 
@@ -91,7 +90,8 @@ def clipped_loop(
 
 def test_policy_loss_equals_the_loop() -> None:
     logprobs, old, advantages = sample()
-    tokens = sum(clipped_loop(logprobs, old, advantages, 0.2, 0.2), [])
+    rows = clipped_loop(logprobs, old, advantages, 0.2, 0.2)
+    tokens = [token for row in rows for token in row]
     loss, stats = ppo_policy_loss(logprobs, old, advantages, MASK)
     assert loss.item() == pytest.approx(sum(tokens) / 7, abs=1e-6)
     ratios = (logprobs - old).exp()[MASK.bool()]
@@ -156,10 +156,9 @@ def test_value_loss_has_its_half_and_takes_the_larger_error() -> None:
 
 
 def test_rounding_is_not_counted_as_clipping() -> None:
-    # old + (value - old) is not value in the last digit, on about half of these
-    old, returns = torch.randn(2, 50, 50)
-    values = old + 0.19 * (2 * torch.rand(50, 50) - 1)
-    _, stats = ppo_value_loss(values, old, returns, torch.ones(50, 50), clip_range=0.2)
+    # 0.15 + (1e-9 - 0.15) is 0 in fp32: an error where there was none, though nothing was clipped
+    value = torch.tensor([[1e-9]])
+    _, stats = ppo_value_loss(value, torch.tensor([[0.15]]), value, torch.ones(1, 1))
     assert stats.clip_fraction.item() == 0
 
 
@@ -276,66 +275,3 @@ def test_dpo_gradient_is_beta_times_the_chance_of_the_wrong_order() -> None:
     assert rejected.grad is not None
     assert chosen.grad.item() == pytest.approx(-0.5 * sigmoid(-1.25))
     assert rejected.grad.item() == pytest.approx(0.5 * sigmoid(-1.25))
-
-
-# ------------------------------------------------------------------------------------- padding
-
-
-def _sft(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, tuple]:
-    return sft_loss(x, MASK), ()
-
-
-def _policy(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, tuple]:
-    return ppo_policy_loss(x, a, b, MASK)
-
-
-def _value(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, tuple]:
-    return ppo_value_loss(x, a, b, MASK)
-
-
-def _grpo(aggregation: str) -> Callable:
-    def loss(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, tuple]:
-        value, stats = grpo_loss(x, a, b, MASK, c, kl_coef=0.3, aggregation=aggregation)
-        return value, (*stats.policy, stats.kl)
-
-    loss.__name__ = aggregation
-    return loss
-
-
-LOSSES = [_sft, _policy, _value, *map(_grpo, ("sequence", "token", "constant"))]
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("junk", [300.0, math.inf, -math.inf, math.nan])
-def test_padding_changes_neither_loss_nor_statistics_nor_gradient(
-    loss: Callable, junk: float
-) -> None:
-    inputs = [*sample(), -torch.rand(3, 4)]
-
-    def everything(fill: list[float]) -> list[Tensor]:
-        x, *rest = (i.where(MASK.bool(), f) for i, f in zip(inputs, fill, strict=True))
-        x.requires_grad_()
-        value, stats = loss(x, *rest)
-        value.backward()
-        return [value.detach(), *stats, x.grad]
-
-    clean = everything([0.0] * 4)
-    assert clean[-1].abs().max() > 0
-    for place in range(4):  # in one input at a time, then in all
-        fill = [junk if i == place else 0.0 for i in range(4)]
-        for one, other in zip(clean, everything(fill), strict=True):
-            assert torch.equal(one, other)
-    for one, other in zip(clean, everything([junk, -junk, junk, -junk]), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("loss", [_sft, _policy, _value, _grpo("token"), _grpo("sequence")])
-def test_more_padding_changes_nothing(loss: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = [*sample(), -torch.rand(3, 4)]
-    before, stats_before = loss(*inputs)
-    wider = [torch.cat([x, torch.randn(3, 5)], dim=1) for x in inputs]
-    monkeypatch.setitem(globals(), "MASK", torch.cat([MASK, torch.zeros(3, 5)], dim=1))
-    after, stats_after = loss(*wider)
-    assert torch.allclose(before, after, atol=1e-6)
-    for one, other in zip(stats_before, stats_after, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)

@@ -180,7 +180,9 @@ def test_the_value_model_starts_as_the_reward_model_and_apart_from_the_policy(
     rows = stage.metrics()
     assert len(rows) == 4
     assert {"loss", "grad_norm", "gold"} - rows[0].keys() == {"gold"}
-    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5), "the policy starts as the reference"
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5), (
+        "the policy starts as the reference"
+    )
     assert abs(rows[-1]["objective/kl"]) > 1e-5
     assert rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-12), "the schedule ends at 0"
     assert all(math.isfinite(x) for row in rows for x in row.values())
@@ -198,7 +200,9 @@ def test_a_run_with_less_kl_is_a_stage_of_its_own(
     assert (low.config["settings"]["kl_coef"], stage.config["settings"]["kl_coef"]) == (0.01, 0.2)
     one, other = low.metrics()[0], stage.metrics()[0]
     assert one["objective/scores"] == other["objective/scores"], "the same first samples"
-    again = ppo.train(run, tiny_data, finished.reward_model, finished.reward_model, "ppo_low_kl", 0.2)
+    again = ppo.train(
+        run, tiny_data, finished.reward_model, finished.reward_model, "ppo_low_kl", 0.2
+    )
     assert again.hash != stage.hash, "what it starts from is in the hash"
 
 

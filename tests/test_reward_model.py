@@ -129,9 +129,7 @@ def test_transformers_loads_it_and_agrees_on_a_padded_batch(finished: Any, tiny_
     assert theirs == pytest.approx(ours, abs=1e-5)
 
 
-def test_it_learns_an_easy_preference(
-    make_run: Callable, tiny_data: Any, tmp_path: Path
-) -> None:
+def test_it_learns_an_easy_preference(make_run: Callable, tiny_data: Any, tmp_path: Path) -> None:
     def easy(pair: Any) -> Any:  # whoever says token 7 wins
         return replace(pair, chosen=[7, 7, *pair.chosen], rejected=[8, 8, *pair.rejected])
 

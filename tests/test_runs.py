@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +12,7 @@ import pytest
 import torch
 
 from rlhf_lib import runs
-from rlhf_lib.learner import Learner
 from rlhf_lib.runs import Run, Stage, Work, imported_modules, read_jsonl, stage_folders, write_jsonl
-from rlhf_lib.runtime import make_accelerator
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,9 @@ def test_whatever_changes_a_result_changes_the_hash(run: Run, tmp_path: Path) ->
 
 
 def test_how_a_run_is_started_does_not_change_the_hash(run: Run, tmp_path: Path) -> None:
-    other = Run.open("smoke", 3, tmp_path / "x", "checkpoint_minutes=9 seeds=5 jobs=2 ppo.updates=9")
+    other = Run.open(
+        "smoke", 3, tmp_path / "x", "checkpoint_minutes=9 seeds=5 jobs=2 ppo.updates=9"
+    )
     assert stage_of(other).hash == stage_of(run).hash
     renamed = Run(replace(run.profile, name="laptop"), 3, tmp_path)
     assert stage_of(renamed).hash == stage_of(run).hash
@@ -262,112 +260,3 @@ def test_json_lines_come_back(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-# -------------------------------------------------------------------------------------- resuming
-
-STEPS = 5
-
-
-def train_a_little(make_model: Callable, stage: Stage, die_at: int | None = None) -> list[float]:
-    """Five steps whose loss needs the model, the optimizer, the schedule and the generator."""
-    losses = []
-
-    def build(work: Work) -> dict:
-        accelerator = make_accelerator("fp32")
-        learner = Learner(accelerator, make_model("gpt2"), learning_rate=1e-2, steps=STEPS)
-        for step in work.steps(STEPS, accelerator):
-            ids = torch.randint(3, 32, (2, 6))
-            loss, _ = learner.step([learner.model(ids, labels=ids).loss])
-            losses.append(loss)
-            work.log(step, 12, {"loss": loss})
-            if step == die_at:
-                raise KeyboardInterrupt
-        return {}
-
-    if die_at is None:
-        stage.ensure(build)
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            stage.ensure(build)
-    return losses
-
-
-@pytest.fixture
-def eager(tmp_path: Path) -> Stage:
-    """A stage that saves its state after every step."""
-    return stage_of(Run.open("smoke", 3, tmp_path / "eager", "checkpoint_minutes=0"))
-
-
-def test_a_killed_run_ends_like_one_never_killed(
-    make_model: Callable, eager: Stage, run: Run
-) -> None:
-    whole = train_a_little(make_model, stage_of(run))
-    assert len(set(whole)) == STEPS
-    first = train_a_little(make_model, eager, die_at=1)
-    second = train_a_little(make_model, eager, die_at=3)  # killed twice
-    third = train_a_little(make_model, eager)
-    # the step that was under way is done again
-    assert [first, second, third] == [whole[:2], whole[1:4], whole[3:]]
-    assert [row["loss"] for row in eager.metrics()] == whole
-    assert [row["num_tokens"] for row in eager.metrics()] == [12 * n for n in range(1, STEPS + 1)]
-    assert eager.result()["num_tokens"] == 12 * STEPS
-
-
-def test_without_a_checkpoint_a_killed_run_starts_again(make_model: Callable, run: Run) -> None:
-    stage = stage_of(run)  # saves every two minutes: never, here
-    killed = train_a_little(make_model, stage, die_at=3)
-    whole = train_a_little(make_model, stage)
-    assert whole[:4] == killed
-    assert [row["loss"] for row in stage.metrics()] == whole
-
-
-def test_seconds_and_memory_of_earlier_attempts_count(make_model: Callable, eager: Stage) -> None:
-    train_a_little(make_model, eager, die_at=2)
-    (saved,) = eager.path.parent.glob("*.partial/checkpoint/progress.json")
-    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"seconds": 1e6, "peak_memory_gb": 99}))
-    train_a_little(make_model, eager)
-    assert eager.result()["seconds"] > 1e6
-    assert eager.result()["peak_memory_gb"] == 99
-
-
-@pytest.mark.parametrize("moment", ["between the renames", "before the old one is gone", "half saved"])
-def test_killed_while_saving(
-    moment: str, make_model: Callable, eager: Stage, run: Run
-) -> None:
-    whole = train_a_little(make_model, stage_of(run))
-    train_a_little(make_model, eager, die_at=2)
-    (partial,) = eager.path.parent.glob("*.partial")
-    checkpoint = partial / "checkpoint"
-    if moment == "between the renames":
-        checkpoint.rename(partial / "checkpoint.old")
-    else:
-        name = "old" if moment == "before the old one is gone" else "new"
-        (partial / f"checkpoint.{name}").mkdir()
-        (partial / f"checkpoint.{name}" / "model.safetensors").write_text("half of it")
-    assert train_a_little(make_model, eager) == whole[2:]
-    assert not list(eager.path.glob("checkpoint*"))
-
-
-def test_a_torn_last_line_of_the_metrics_is_cut(
-    make_model: Callable, eager: Stage, run: Run
-) -> None:
-    whole = train_a_little(make_model, stage_of(run))
-    train_a_little(make_model, eager, die_at=2)
-    (metrics,) = eager.path.parent.glob("*.partial/metrics.jsonl")
-    os.truncate(metrics, metrics.stat().st_size - 20)
-    train_a_little(make_model, eager)
-    assert [row["loss"] for row in eager.metrics()] == whole
-
-
-def test_the_state_is_saved_at_most_as_often_as_asked(
-    make_model: Callable, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved = []
-    save = Work._save
-    monkeypatch.setattr(Work, "_save", lambda *a: (saved.append(a[2]), save(*a)))
-    train_a_little(make_model, stage_of(run))
-    assert saved == []
-    run = Run.open("smoke", 5, run.root, "checkpoint_minutes=0")
-    train_a_little(make_model, stage_of(run))
-    assert saved == [1, 2, 3, 4], "after the last step the result is saved, not the state"

@@ -1,4 +1,4 @@
-"""SFT: prompts excluded, accumulation exact, and a killed stage that ends as if nothing happened."""
+"""SFT: prompts excluded, accumulation exact, and a killed stage that ends like any other."""
 
 from __future__ import annotations
 
@@ -72,11 +72,18 @@ def test_fit_learns_the_demonstrations(make_model: Callable, tiny_data: Any) -> 
 
     def loss() -> float:
         rows = tiny_data.demonstrations
-        logprobs, mask = response_logprobs(model, [d.prompt for d in rows], [d.response for d in rows])
+        logprobs, mask = response_logprobs(
+            model, [d.prompt for d in rows], [d.response for d in rows]
+        )
         return -(logprobs.sum() / mask.sum()).item()
 
     before = loss()
-    sft.fit(model, tiny_data.demonstrations, SFTConfig(epochs=5, batch_size=8, learning_rate=1e-2), seed=0)
+    sft.fit(
+        model,
+        tiny_data.demonstrations,
+        SFTConfig(epochs=5, batch_size=8, learning_rate=1e-2),
+        seed=0,
+    )
     assert loss() < before - 0.5
 
 
