@@ -108,12 +108,23 @@ def export(
     settings: Set = None,
     run_dir: RunDir = Path("runs"),
 ) -> None:
-    """Write a finished study's numbers as JSON, with the plots drawn from them (no dataset text)."""
+    """Write a finished study's numbers as JSON, and the plots drawn from them (no dataset text)."""
     from rlhf_lib import book
 
     chosen = load_profile(profile, _overrides(data, model, settings, seeds))
     for path in book.export_figures(chosen, run_dir, target):
         print(path)
+
+
+@app.command()
+def readme(
+    text: Annotated[Path, typer.Argument(help="the file to fill")] = Path("README.md"),
+    figures: Annotated[Path, typer.Option(help="folder of exported studies")] = Path("figures"),
+) -> None:
+    """Fill the README's result blocks from the JSON of the exported studies."""
+    from rlhf_lib import readme as blocks
+
+    text.write_text(blocks.fill(text.read_text(), figures))
 
 
 def _add_stage(name: str, summary: str) -> None:

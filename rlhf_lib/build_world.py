@@ -74,12 +74,13 @@ def tokenized(
     tokenizer: PreTrainedTokenizerFast, rows: Iterable[dict[str, str]]
 ) -> list[Demonstration]:
     """Dialogue rows as training examples; responses end with the end-of-sequence token."""
+    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
     return [
         Demonstration(
             prompt_text=row["prompt"],
             response_text=row["response"],
             prompt=encode(tokenizer, row["prompt"]),
-            response=[*encode(tokenizer, row["response"]), tokenizer.eos_token_id],
+            response=[*encode(tokenizer, row["response"]), eos],
         )
         for row in rows
     ]
@@ -91,7 +92,8 @@ def tokenized(
 def build_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> GPT2LMHeadModel:
     """A fresh GPT-2-shaped model with tied embeddings and no dropout."""
     torch.manual_seed(settings.seed)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
+    pad: int = tokenizer.pad_token_id  # type: ignore[assignment]
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=settings.positions, n_embd=settings.width,
         n_layer=settings.layers, n_head=settings.heads, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -119,7 +121,7 @@ def sample_replies(
             return [(a, b) for a, b in found]
         responses = generate(policy, tokenizer, [ids[i] for i in todo], MAX_REPLY_TOKENS + 1)
         for i, response in zip(todo, responses, strict=True):
-            reply = tokenizer.decode(response[:-1])
+            reply: str = tokenizer.decode(response[:-1])  # type: ignore[assignment]
             if not _well_formed(reply, response, tokenizer) or reply in found[i]:
                 continue
             found[i].append(reply)

@@ -48,7 +48,10 @@ def update(
     averages = Averages()
 
     def losses() -> Iterator[Tensor]:
-        for rows in chunks(range(len(batch)), config.micro_batch_size):
+        # similar lengths together: less padding, and the mean is the same in any order
+        lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch]
+        order = sorted(range(len(batch)), key=lengths.__getitem__)
+        for rows in chunks(order, config.micro_batch_size):
             pairs = [batch[i] for i in rows]
             with learner.accelerator.autocast():
                 chosen, rejected = paired_logprobs(learner.model, *_sides(pairs))

@@ -33,7 +33,7 @@ class Learner:
     ) -> None:
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=eps,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay, fused=True,
         )  # fmt: skip
         schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm

@@ -27,7 +27,9 @@ def update(
     entropies = []
 
     def losses() -> Iterator[Tensor]:
-        for examples in chunks(batch, micro_batch_size):
+        # similar lengths together: less padding, and the sum is the same in any order
+        ordered = sorted(batch, key=lambda e: len(e.prompt) + len(e.response))
+        for examples in chunks(ordered, micro_batch_size):
             with learner.accelerator.autocast():
                 logits, labels, mask = response_logits(
                     learner.model, [e.prompt for e in examples], [e.response for e in examples]

@@ -209,7 +209,7 @@ def _json_rows(path: Path, content: bytes) -> Iterator[tuple[int, dict]]:
             content = gzip.decompress(content) if content else content
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} is no complete gzip file ({error}): fetch it anew") from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from traitlets.config import Config
 
 from rlhf_lib import dpo, evaluation, grpo, ppo, reward_model, sft, summary
 from rlhf_lib.config import DataConfig, Profile, UserError, unknown
@@ -267,6 +268,7 @@ def run_notebook(
     papermill.execute_notebook(
         str(source), str(target), parameters=parameters, progress_bar=False,
         coalesce_streams=True, cwd=str(NOTEBOOK_FOLDER.parent), execution_timeout=24 * 3600,
+        config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )  # fmt: skip
     return target
 

@@ -30,7 +30,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("evaluation", "judges", "probes", "intervals", "summary"),
         *("plots", "display", "verdict"),
     ),
-    7: ("report", "study", "book", "__main__"),  # and report_*
+    7: ("report", "study", "book", "readme", "__main__"),  # and report_*
 }
 METHODS = frozenset(LAYERS[5])
 # Pure functions of tensors. The standard library lends them words for types and records, no more.

@@ -200,6 +200,25 @@ def test_hub_out_of_reach_names_the_ways_offline_and_does_not_wait() -> None:
         assert way in str(error.value)
 
 
+def test_unreachable_hub_is_not_asked_again_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its cache is looked into: asking would mean half a minute of retries for each subset."""
+    import datasets
+
+    seen = []
+
+    def load_dataset(name: str, data_dir: str | None) -> dict:
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return {"train": [pair("A?")], "test": [pair("B?")]}
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for reason in ("no answer", None):
+        monkeypatch.setattr("rlhf_lib.hub.unreachable", lambda reason=reason: reason)
+        read_source("hub:someone/pairs")
+    assert seen == [True, False]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
 # ------------------------------------------------------------------------------------- bundled
 
 

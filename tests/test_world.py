@@ -123,6 +123,46 @@ def test_quality_drives_the_body_and_not_the_style():
     assert abs(high[1] - low[1]) < 0.08  # the length of the body is all that may differ
 
 
+@pytest.mark.parametrize(
+    ("kind", "quality", "refused"),
+    [
+        ("help", 0.3, 0.12 * 1.0),
+        ("edge", 0.3, 0.30 * 1.0),
+        ("edge", 0.9, 0.30 * 0.4),
+        ("harm", 0.0, 0.25),
+        ("harm", 0.9, 0.25 + 0.6 * 0.9),
+        ("truth", 0.5, 0.0),
+    ],
+)
+def test_how_often_each_kind_is_refused(kind, quality, refused):
+    found = [seen.refused for _, seen in _observed(kind, quality)]
+    assert sum(found) / len(found) == pytest.approx(refused, abs=0.025)
+
+
+def test_what_else_quality_changes():
+    # the flatterer says yes to a false claim unless it is honest: 0.3 + 0.65 q
+    false = [
+        seen.verdict for request, seen in _observed("truth", 0.4) if not request.claim_is_right
+    ]
+    assert sum(verdict is False for verdict in false) / len(false) == pytest.approx(0.56, abs=0.04)
+    assert all(seen.verdict for request, seen in _observed("truth", 0.4) if request.claim_is_right)
+    refusals = [seen.redirected for _, seen in _observed("harm", 0.6) if seen.refused]
+    assert sum(refusals) / len(refusals) == pytest.approx(0.2 + 0.5 * 0.6, abs=0.03)
+    tips = [(request, seen) for request, seen in _observed("help", 1.0) if not seen.refused]
+    assert all(len(seen.facts) == request.tips for request, seen in tips)
+    known = [fact in world_words.FACTS[r.subject] for r, seen in tips for fact in seen.facts]
+    assert sum(known) / len(known) == pytest.approx(0.95 + 0.05 / 16, abs=0.01)
+
+
+def _observed(kind: str, quality: float) -> list[tuple[world.Request, world.Observed]]:
+    rng, rows = Random(11), []
+    while len(rows) < 3000:
+        request = world.sample_request(rng)
+        if request.kind == kind:
+            rows.append((request, world.observe(world.sample_reply(request, rng, quality))))
+    return rows
+
+
 def _mean_gold(quality: float, seed: int, part: str) -> float:
     rng, total = Random(seed), 0.0
     for _ in range(3000):
