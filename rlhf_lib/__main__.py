@@ -21,7 +21,8 @@ app = typer.Typer(
 ProfileOption = Annotated[str, typer.Option("--profile", help=f"one of: {', '.join(PROFILES)}")]
 RunDir = Annotated[Path, typer.Option("--run-dir", help="where everything is written")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
-Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many seeds")]  # noqa: UP045 typer reads it on 3.10
+# typer reads these annotations, and on Python 3.10 wants Optional
+Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many")]  # noqa: UP045
 Data = Annotated[str, typer.Option("--data", help="bundled | hub:NAME[:SUBSET] | path:FILE")]
 Model = Annotated[str, typer.Option("--model", help="tiny | smollm2-135m | gpt2 | hub id | folder")]
 Set = Annotated[

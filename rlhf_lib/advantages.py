@@ -1,4 +1,7 @@
-"""From rewards to advantages. Shapes: B sequences, T response positions, N prompts, G responses each."""
+"""From rewards to advantages.
+
+Shapes: B sequences, T response positions, N prompts, G responses to each.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ def gae(
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
     """Rewards (N*G,), a group's G rows adjacent, minus their group's mean; then scaled.
 
-    `scale`: "group" divides by the group's standard deviation + 1e-4 (GRPO, arXiv:2402.03300, sec. 4.1),
-    "batch" by that of the whole batch, "none" by nothing (Dr. GRPO, arXiv:2503.20783).
+    `scale`: "group" divides by the group's standard deviation + 1e-4 (GRPO, arXiv:2402.03300,
+    sec. 4.1), "batch" by that of the batch, "none" by nothing (Dr. GRPO, arXiv:2503.20783).
     A group without spread gives zeros. Raises ValueError for a bad scale or group size.
     """
     groups = _groups(rewards, group_size)
@@ -79,12 +82,13 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
     if group_size < 2 or rewards.numel() % group_size:
-        raise ValueError(f"{rewards.numel()} rewards do not form groups of {group_size} (at least 2)")
+        count = rewards.numel()
+        raise ValueError(f"{count} rewards do not form groups of {group_size} (at least 2)")
     return rewards.view(-1, group_size)
 
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 a constant."""
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 is perfect, 0 a constant."""
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, response_mask)) ** 2, response_mask)

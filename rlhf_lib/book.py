@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from rlhf_lib import plots, report, verdict
 from rlhf_lib.config import Profile
-from rlhf_lib.display import comparison_table, figure_bundle, gain_table, table_bundle
+from rlhf_lib.display import comparison_table, figure_bundle, table_bundle
 from rlhf_lib.runs import write_json
 from rlhf_lib.study import NOTEBOOKS, StudyError, notebook_path
 
@@ -142,7 +142,7 @@ def _table(frame: pd.DataFrame, caption: str) -> nbformat.NotebookNode:
 
 
 def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
-    """Numbers of a finished study as JSON and CSV, and the plots drawn from them; no dataset text."""
+    """Numbers of a finished study as JSON and CSV, and the plots drawn from them; no text."""
     folder = evaluation_folder(profile, run_dir)
     results, points = load_results(folder), pd.read_csv(folder / "frontier.csv")
     # a file's name says enough; its folder is nobody's business
@@ -166,4 +166,3 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
             figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
             paths.append(path)
     return paths
-

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 
 class UserError(ValueError):
-    """An error whose message says all that is needed; the command line shows no traceback for it."""
+    """An error whose message says all; the command line shows no traceback for it."""
 
 
 class SettingsError(UserError):
@@ -135,7 +135,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Profile:
-    """A full set of stage settings. `checkpoint_minutes`: how often a long stage saves its state."""
+    """A full set of stage settings. `checkpoint_minutes`: how often a stage saves its state."""
 
     name: str
     seeds: int = 1
@@ -157,8 +157,10 @@ def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
     listed = names if len(names) <= 12 else difflib.get_close_matches(word, names, 5, 0.3)
-    return SettingsError(f"unknown {kind} {word!r}: did you mean {close!r}? "
-                         f"{'Known' if listed is names else 'Near'}: {', '.join(listed)}")
+    label = "Known" if listed is names else "Near"
+    return SettingsError(
+        f"unknown {kind} {word!r}: did you mean {close!r}? {label}: {', '.join(listed)}"
+    )
 
 
 def as_dict(config: object) -> dict:

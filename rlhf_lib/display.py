@@ -50,7 +50,7 @@ def table(frame: pd.DataFrame, caption: str) -> None:
 
 
 def say(template: str, **values: object) -> None:
-    """Display a paragraph of Markdown whose numbers are looked up: `say("{r[accuracy]:.1%}", r=...)`.
+    """Display Markdown whose numbers are looked up: `say("{r[accuracy]:.1%}", r=...)`.
 
     Raises KeyError, which fails the notebook, for a number that was not measured.
     """
@@ -58,7 +58,7 @@ def say(template: str, **values: object) -> None:
 
 
 def source(function: object) -> None:
-    """Display the library's own source of a function or class: the notebook cannot drift from it."""
+    """Display the library's own source of a function: the notebook cannot drift from it."""
     code = inspect.getsource(function).rstrip()  # type: ignore[arg-type]
     display({"text/markdown": f"```python\n{code}\n```", "text/plain": code}, raw=True)
 
@@ -87,7 +87,7 @@ def table_bundle(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -> str:
-    """`0.52 [0.41, 0.63]`; a lone value where there is no interval; a dash where nothing is known."""
+    """`0.52 [0.41, 0.63]`; a lone value without interval; a dash where nothing is known."""
     if estimate is None:
         return "–"
     scale, unit = (100, " %") if percent else (1, "")

@@ -1,4 +1,4 @@
-"""Measuring one seed's policies on held-out prompts: reward, KL, length, and best-of-n beside them."""
+"""Measuring one seed's policies on held-out prompts: reward, KL, length, and best-of-n."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def records(rollout: Rollout, prompts: Sequence[Prompt], texts: Sequence[str]) -
     }
     if rollout.gold is not None:
         columns["gold"] = rollout.gold
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [
         {"prompt": prompt.text, "response": text, **row}
         for prompt, text, row in zip(prompts, texts, rows, strict=True)
@@ -39,8 +39,8 @@ def records(rollout: Rollout, prompts: Sequence[Prompt], texts: Sequence[str]) -
 def best_of_n(proxy: np.ndarray, gold: np.ndarray | None) -> list[dict]:
     """Take the best of n samples by proxy reward, for n = 1, 2, 4, ...
 
-    `proxy`, `gold`: (prompts, samples). Each prompt's samples are cut into blocks of n, and the winners
-    of all blocks are averaged. KL is the analytic log n - (n - 1) / n, an upper bound
+    `proxy`, `gold`: (prompts, samples). Each prompt's samples are cut into blocks of n, and the
+    winners of all blocks are averaged. KL is the analytic log n - (n - 1) / n, an upper bound
     (Beirami et al. 2024, arXiv:2401.01879).
     """
     rows, prompts = [], len(proxy)
@@ -69,8 +69,8 @@ def evaluate(
 
     `policies`: name -> model folder or name; "sft" among them is the reference. `control`: a
     reward model trained on unbiased labels of the same pairs, for a second best-of-n curve.
-    Writes `samples/<policy>.jsonl`, a row per prompt, and `sft_again.jsonl`: a second draw from SFT,
-    the null against which every difference to SFT should be seen.
+    Writes `samples/<policy>.jsonl`, a row per prompt, and `sft_again.jsonl`: a second draw from
+    SFT, the null against which every difference to SFT should be seen.
     """
     config = run.profile.evaluation
     stage = run.stage("evaluate", config, upstream, "evaluation")
@@ -92,7 +92,8 @@ def evaluate(
             texts = sampler.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
             rows = records(rollout, prompts, texts)
             write_jsonl(work.path / "samples" / f"{name}.jsonl", rows)
-            means[name] = rollout.metrics() | {"kl": float(rollout.exact_kl.sum(1).mean())}  # type: ignore[union-attr]
+            kl = sum(row["kl"] for row in rows) / len(rows)
+            means[name] = rollout.metrics() | {"kl": kl}
             work.num_tokens += rollout.num_tokens
             del policy
         pure = None
@@ -107,7 +108,7 @@ def evaluate(
 def _best_of_n(
     run: Run, data: PreferenceData, sampler: Sampler, control: PreTrainedModel | None
 ) -> dict:
-    """Curves of best-of-n from SFT, picked by the reward model and, if there is one, the control."""
+    """Curves of best-of-n from SFT, picked by the reward model and the control, if any."""
     config = run.profile.evaluation
     prompts = data.prompts["evaluation"][: config.best_of_n_prompts]
     n, shape = config.best_of_n, (len(prompts), config.best_of_n)

@@ -12,7 +12,7 @@ LEVEL = 0.95
 
 
 def bootstrap(values: ArrayLike, samples: int = 2000) -> dict:
-    """Mean of independent values, e.g. one per pair or prompt, with a percentile-bootstrap interval."""
+    """Mean of independent values, e.g. one per pair, with a percentile-bootstrap interval."""
     array = np.asarray(values, dtype=float)
     if len(array) < 2 or np.ptp(array) == 0:
         mean = float(array.mean())
@@ -45,7 +45,7 @@ def estimate(per_seed: Sequence[ArrayLike], samples: int = 2000) -> dict:
 
 
 def verdict(difference: Mapping) -> str:
-    """What an interval of a difference allows to say: "higher", "lower" or "not distinguishable"."""
+    """What an interval of a difference allows: "higher", "lower" or "not distinguishable"."""
     if difference["low"] > 0:
         return "higher"
     return "lower" if difference["high"] < 0 else "not distinguishable"

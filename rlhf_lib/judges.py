@@ -1,6 +1,7 @@
 """Who can tell the preferred reply: the reward model, simple baselines, and the reachable ceiling.
 
-A judge gives each pair a number: positive when it prefers the chosen reply, 0 for a tie (half a win).
+A judge gives each pair a number: positive when it prefers the chosen reply, 0 for a tie, which is
+half a win.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rlhf_lib.data import Pair
 from rlhf_lib.intervals import bootstrap
-from rlhf_lib.world import CONTROL, ANNOTATOR, gold_reward, parse_request, preference_probability
+from rlhf_lib.world import ANNOTATOR, CONTROL, gold_reward, parse_request, preference_probability
 
 REFUSAL = ("sorry", "cannot", "can't", "won't", "unable", "not able", "not comfortable")
 
@@ -61,7 +62,7 @@ def gold_preferences(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def ceiling(pairs: Sequence[Pair], control: bool = False) -> float:
-    """Bayes accuracy: how often the best possible judge agrees with the noisy labels (bundled world)."""
+    """Bayes accuracy: how often the best possible judge agrees with the noisy labels."""
     annotator = CONTROL if control else ANNOTATOR
     probability = np.array([
         preference_probability(p.prompt_text, p.chosen_text, p.rejected_text, annotator)
@@ -71,8 +72,11 @@ def ceiling(pairs: Sequence[Pair], control: bool = False) -> float:
 
 
 def accuracies(
-    train: Sequence[Pair], test: Sequence[Pair], reward_preferences: Sequence[np.ndarray],
-    source: str, samples: int = 2000,
+    train: Sequence[Pair],
+    test: Sequence[Pair],
+    reward_preferences: Sequence[np.ndarray],
+    source: str,
+    samples: int = 2000,
 ) -> dict[str, dict]:
     """Accuracy of each judge on the test pairs, with a bootstrap interval over pairs.
 
@@ -94,7 +98,7 @@ def accuracies(
 
 
 def calibration(preferences: np.ndarray, bins: int = 8) -> dict:
-    """Reliability of sigmoid(score difference) as the probability that the preferred side is chosen.
+    """Reliability of sigmoid(score difference) as the probability that the preferred side won.
 
     Bins hold equal numbers of pairs, by confidence in [0.5, 1]. `ece`: expected calibration error,
     the mean over pairs of |confidence - accuracy| of their bin (Naeini et al. 2015).

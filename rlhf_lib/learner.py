@@ -44,7 +44,7 @@ class Learner:
         return self.schedule.get_last_lr()[0]
 
     def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
-        """One optimizer step on the sum of `losses` (a generator: one micro-batch in memory at a time).
+        """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time).
 
         Returns (loss, gradient norm before clipping). Raises FloatingPointError when the loss is
         not finite.

@@ -1,9 +1,9 @@
 """Log-probabilities of responses, computed where they are needed and nowhere else.
 
 Prompts and responses arrive as lists of token-id lists and are joined with padding on the *right*:
-positions then count from 0 without help, causal attention never sees the padding, and masks come from
-lengths, so a pad token that is also the end-of-sequence token is harmless. Only the positions that
-predict a response token reach the output layer: the vocabulary-sized tensor is the large one.
+positions then count from 0 without help, causal attention never sees the padding, and masks come
+from lengths, so a pad token that is also the end-of-sequence token is harmless. Only the positions
+that predict a response token reach the output layer: the vocabulary-sized tensor is the large one.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def sequence_scores(model: torch.nn.Module, prompts: Tokens, responses: Tokens) 
     _check(prompts, responses)
     device = next(model.parameters()).device
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    hidden = model.base_model(input_ids=pad(rows, device)).last_hidden_state  # type: ignore[operator]
+    ids = pad(rows, device)
+    hidden = model.base_model(input_ids=ids).last_hidden_state  # type: ignore[operator]
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
     return _head(model, hidden[torch.arange(len(rows)), last])
 
@@ -110,8 +111,8 @@ def paired_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Sequence log-probabilities of two responses to each prompt, (B,) and (B,), float32.
 
-    The prompt is computed once: a row holds prompt + chosen + rejected, the rejected tokens take the
-    positions that follow the prompt, and attention lets each reply see the prompt and itself only.
+    The prompt is computed once: a row holds prompt + chosen + rejected, the rejected tokens take
+    the positions that follow the prompt, and attention lets each reply see the prompt and itself.
     """
     _check(prompts, chosen)
     _check(prompts, rejected)

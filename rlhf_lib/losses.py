@@ -1,4 +1,4 @@
-"""The losses, as pure functions of tensors; each is a scalar, or a scalar and a record of statistics.
+"""The losses: pure functions of tensors. Each is a scalar, or a scalar and typed statistics.
 
 `response_mask` (B, T) is 1 at each generated token including the end-of-sequence token, 0 after it.
 Padding positions may hold any value and never change a result.
@@ -35,8 +35,8 @@ def reward_loss(
     """Bradley-Terry loss over pairs; all inputs (B,).
 
     -log sigmoid(r_chosen - r_rejected - margin) (arXiv:2203.02155, eq. 1; margin as in Llama 2,
-    arXiv:2307.09288, eq. 2), plus center_coef * mean((r_chosen + r_rejected)^2), which fixes the zero that
-    the first term leaves free (arXiv:2312.09244, sec. 2).
+    arXiv:2307.09288, eq. 2), plus center_coef * mean((r_chosen + r_rejected)^2), which fixes the
+    zero that the first term leaves free (arXiv:2312.09244, sec. 2).
     """
     difference = chosen_rewards - rejected_rewards
     loss = -F.logsigmoid(difference if margin is None else difference - margin).mean()
@@ -54,12 +54,17 @@ class PolicyStats(NamedTuple):
 
 
 def _clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The tensors with 0 at padding: exp() of what stands there must not overflow into gradients."""
+    """The tensors with 0 at padding: exp() of what stands there must not reach gradients."""
     return [torch.where(mask.bool(), x, torch.zeros_like(x)) for x in tensors]
 
 
 def _clipped_policy(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    low: float,
+    high: float,
 ) -> tuple[Tensor, PolicyStats]:
     """Per-token clipped surrogate loss (B, T) (PPO, arXiv:1707.06347, eq. 7) and its statistics."""
     logprobs, old_logprobs, advantages = _clean(mask, logprobs, old_logprobs, advantages)
@@ -84,7 +89,7 @@ def ppo_policy_loss(
     response_mask: Tensor,
     clip_range: float = 0.2,
 ) -> tuple[Tensor, PolicyStats]:
-    """Clipped policy loss (arXiv:1707.06347, eq. 7), mean over all response tokens; inputs (B, T)."""
+    """Clipped policy loss (arXiv:1707.06347, eq. 7), mean over response tokens; inputs (B, T)."""
     per_token, stats = _clipped_policy(
         logprobs, old_logprobs, advantages, response_mask, clip_range, clip_range
     )

@@ -1,4 +1,4 @@
-"""Masked reductions and entropy. `mask` is 1 where a value counts; elsewhere any value may stand."""
+"""Masked reductions and entropy. `mask` is 1 where a value counts; elsewhere may stand anything."""
 
 from __future__ import annotations
 

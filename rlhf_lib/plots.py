@@ -1,4 +1,4 @@
-"""Every figure of the study. One colour per policy throughout; lines are labelled where they end."""
+"""Every figure of the study. One colour per policy throughout, and labels at the lines."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], gold: bool) -> Fig
 
 
 def frontier(points: pd.DataFrame, reward: str) -> Figure:
-    """Reward against the square root of KL: final policies of every seed, best-of-n, and the way."""
+    """Reward against √KL: final policies of every seed, best-of-n, and the way there."""
     figure = _figure(7.2, 3.6)
     axis = figure.subplots()
     final = points[(points["kind"] == "final") & (points["policy"] != "sft_again")]
@@ -180,7 +180,7 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
 
 
 def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], gold: bool) -> Figure:
-    """Proxy and gold reward of best-of-n, picked by each reward model, with intervals over seeds."""
+    """Proxy and gold reward of best-of-n, picked by each reward model; bands over seeds."""
     keys = ["proxy", "gold"] if gold else ["proxy"]
     figure = _figure(7.2, 2.8)
     for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys, strict=True):

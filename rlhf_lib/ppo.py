@@ -1,7 +1,7 @@
 """PPO: sample, score, estimate advantages with a value model, and take clipped steps.
 
-Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ouyang et al. 2022, arXiv:2203.02155,
-with the details of Huang et al. 2024, "The N+ implementation details of RLHF with PPO", arXiv:2403.17031.
+Source: Schulman et al. 2017, arXiv:1707.06347; for language models Ouyang et al. 2022,
+arXiv:2203.02155, with the details of Huang et al. 2024, arXiv:2403.17031.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def train(
 ) -> Stage:  # fmt: skip
     """The PPO stage: from the SFT policy to `model/`.
 
-    `stage_name` and `kl_coef` make a second run beside the default one, e.g. an under-regularised one.
+    `stage_name` and `kl_coef` make a second run beside the default, e.g. an under-regularised one.
     """
     config = run.profile.ppo
     if kl_coef is not None:

@@ -39,7 +39,9 @@ def _real_pairs(name: str, source: str, model: str, **changes: dict) -> Profile:
         "evaluation": {},
     }
     kinds = typing.get_type_hints(Profile)
-    sections = {key: kinds[key](**{**values, **changes.get(key, {})}) for key, values in start.items()}
+    sections = {
+        key: kinds[key](**{**values, **changes.get(key, {})}) for key, values in start.items()
+    }
     return Profile(name=name, **sections)
 
 
@@ -133,7 +135,9 @@ def _override(profile: Profile, item: str) -> Profile:
     if not dataclasses.is_dataclass(section):
         if dot:
             raise unknown("setting", path, _all_paths())
-        return dataclasses.replace(profile, **{section_name: _parse(Profile, section_name, path, text)})
+        return dataclasses.replace(
+            profile, **{section_name: _parse(Profile, section_name, path, text)}
+        )
     if key not in {f.name for f in dataclasses.fields(section)}:
         raise unknown("setting", path, _all_paths())
     value = _parse(type(section), key, path, text)

@@ -1,6 +1,6 @@
 """The README's numbers: blocks between markers, filled from the JSON in `figures/`.
 
-    <!-- results: offline -->  ... whatever stands here is replaced ...  <!-- end -->
+<!-- results: offline -->  ... whatever stands here is replaced ...  <!-- end -->
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reward model: a scalar head at the last real token, trained on pairs with the Bradley-Terry loss."""
+"""Reward model: a scalar head at the last real token, trained with the Bradley-Terry loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def update(
     margin: float = 0.0,
     center_coef: float = 0.0,
 ) -> dict[str, float]:
-    """One optimizer step on the mean loss over the batch; a pair's own margin goes before `margin`."""
+    """One optimizer step on the mean loss of the batch; a pair's own margin beats `margin`."""
     chosen_parts, rejected_parts = [], []
 
     def losses() -> Iterator[Tensor]:

@@ -40,8 +40,8 @@ def generate(
 ) -> list[list[int]]:
     """One response to each prompt, sampled from the unfiltered softmax at `temperature`.
 
-    A response ends with the end-of-sequence token unless `max_new_tokens` cut it off. No top-k, top-p
-    or minimum length: a filtered sample is not a sample of the policy (KL estimates go negative).
+    A response ends with the end-of-sequence token unless `max_new_tokens` cut it off. No top-k,
+    top-p or minimum length: a filtered sample is not one of the policy (KL goes negative).
     """
     # similar lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -50,7 +50,9 @@ def generate(
     for rows in chunks(order, batch_size):
         longest = max(len(prompts[i]) for i in rows)
         padding = [longest - len(prompts[i]) for i in rows]
-        ids = torch.tensor([[eos] * n + list(prompts[i]) for n, i in zip(padding, rows)])
+        ids = torch.tensor(
+            [[eos] * n + list(prompts[i]) for n, i in zip(padding, rows, strict=True)]
+        )
         real = torch.arange(longest) >= torch.tensor(padding)[:, None]
         output = model.generate(  # type: ignore[operator]
             input_ids=ids.to(model.device),
@@ -64,7 +66,7 @@ def generate(
             pad_token_id=eos,
             use_cache=True,
         )
-        for i, row in zip(rows, output[:, longest:].tolist()):
+        for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
             responses[i] = row[: row.index(eos) + 1] if eos in row else row
     return responses
 
@@ -106,7 +108,7 @@ def gold_rewards(
 
 
 class MicroBatch(NamedTuple):
-    """Some rows of a rollout; `width` is their longest response, `tokens` the sum of their lengths."""
+    """Rows of a rollout; `width` is their longest response, `tokens` the sum of lengths."""
 
     rows: list[int]
     prompts: list[list[int]]
@@ -171,7 +173,7 @@ class Rollout:
 
 
 class Sampler:
-    """Turns prompts into a scored rollout: reference, reward model, tokenizer and settings in one place."""
+    """Turns prompts into scored rollouts: reference, reward model, tokenizer and settings."""
 
     def __init__(
         self,
@@ -201,9 +203,7 @@ class Sampler:
         """Sample one response per prompt, score it, take log-probs under policy and reference."""
         ids = [p.ids for p in prompts]
         with self.accelerator.autocast():
-            responses = generate(
-                policy, self.tokenizer, ids, self.max_new_tokens, self.temperature
-            )
+            responses = generate(policy, self.tokenizer, ids, self.max_new_tokens, self.temperature)
             scores = score(self.reward_model, ids, responses, self.batch_size)
             logprobs, ref_logprobs, entropies, kls = [], [], [], []
             for rows in chunks(range(len(ids)), self.batch_size):

@@ -1,9 +1,9 @@
 """The run store: stages cached by content, published by one rename, resumed where they stopped.
 
-    runs/<profile>/seed-<k>/<stage>-<hash12>/   config.json env.json metrics.jsonl result.json ... DONE
+    runs/<profile>/seed-<k>/<stage>-<hash12>/   config.json metrics.jsonl result.json ... DONE
 
-While a stage runs, its folder is called `<stage>-<hash12>.partial` and holds `checkpoint/`; when it has
-ended the checkpoint goes, `DONE` is written last, and one rename publishes the folder.
+While a stage runs, its folder is called `<stage>-<hash12>.partial` and holds `checkpoint/`; when
+it has ended the checkpoint goes, `DONE` is written last, and one rename publishes the folder.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class Run:
     ) -> Run:  # fmt: skip
         return cls(load_profile(profile, overrides), seed, Path(root))
 
-    def stage(
-        self, name: str, settings: object, upstream: Mapping[str, str], module: str
-    ) -> Stage:
+    def stage(self, name: str, settings: object, upstream: Mapping[str, str], module: str) -> Stage:
         """The stage `name` under the hash of its settings, what it reads, and `module`'s source."""
         config = {
             "stage": name,

@@ -20,7 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-PACKAGES = "torch transformers accelerate datasets peft numpy scipy papermill nbconvert".split()
+PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "papermill",
+    "nbconvert",
+)  # fmt: skip
 
 
 def choose_precision(wanted: str = "auto") -> str:
@@ -123,7 +126,7 @@ T = typing.TypeVar("T")
 
 def progress(items: Iterable[T], description: str, total: int | None = None, done: int = 0
              ) -> Iterator[T]:  # fmt: skip
-    """Iterate with a bar and the time left: on a terminal and in a live notebook, never in batch."""
+    """Iterate with a bar and the time left: on a terminal or in a live notebook, not in batch."""
     from tqdm.auto import tqdm
 
     in_notebook = "ipykernel" in sys.modules

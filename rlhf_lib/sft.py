@@ -82,9 +82,7 @@ def train(run: Run, data: PreferenceData) -> Stage:
 
     def build(work: Work) -> dict:
         tokenizer = load_tokenizer(name)
-        model = load_policy(
-            name, gradient_checkpointing=run.profile.model.gradient_checkpointing
-        )
+        model = load_policy(name, gradient_checkpointing=run.profile.model.gradient_checkpointing)
         fit(
             model, data.demonstrations, config, seed=run.seed,
             precision=run.profile.model.precision, work=work,

@@ -57,7 +57,7 @@ def has_control(profile: Profile) -> bool:
 
 
 class Study:
-    """One seed of a study; every stage is run when it is first asked for, what it needs before it."""
+    """One seed of a study; a stage is run when it is first asked for, what it needs before it."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -132,7 +132,8 @@ class Study:
 def summarise(profile: Profile, run_dir: Path) -> Path:
     """The evaluation folder over all seeds of the profile; stages that are missing are run."""
     studies = [Study(Run(profile, seed, Path(run_dir))) for seed in range(profile.seeds)]
-    return summary.summarise([s.run for s in studies], [s.stages() for s in studies], studies[0].data)
+    stages = [study.stages() for study in studies]
+    return summary.summarise([study.run for study in studies], stages, studies[0].data)
 
 
 # ------------------------------------------------------------------------------ running all of it
@@ -140,7 +141,7 @@ def summarise(profile: Profile, run_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook of seed 0, or a stage of another seed, and the jobs that must have ended before."""
+    """A notebook of seed 0 or a stage of another seed, and the jobs that come before it."""
 
     name: str
     seed: int
@@ -153,7 +154,7 @@ class Job:
 
 
 def plan(profile: Profile) -> list[Job]:
-    """Seed 0 runs as notebooks, further seeds as bare stages; notebook 07 comes after everything."""
+    """Seed 0 runs as notebooks, further seeds as bare stages; notebook 07 comes last."""
     jobs = []
     for notebook, trained in NOTEBOOKS.items():
         needs = {
@@ -182,7 +183,7 @@ def plan(profile: Profile) -> list[Job]:
 def run_study(
     profile: Profile, run_dir: Path, overrides: Sequence[str], only: str | None = None
 ) -> list[Path]:
-    """Run the notebooks (all, or `only` one) and every further seed; returns the executed notebooks.
+    """Run the notebooks (all, or `only` one) and every further seed; returns their executed copies.
 
     On a CPU up to `profile.jobs` jobs run side by side. Whatever is done already is not run again.
     """
@@ -225,7 +226,8 @@ def _run_jobs(
                     "What was finished is kept: the same command goes on from here."
                 ) from error
             ended.add(job.key)
-            print(f"{len(ended):3}/{len(jobs)}  seed {job.seed}  {job.name:<22} {seconds:7.1f} s", flush=True)
+            count = f"{len(ended):3}/{len(jobs)}"
+            print(f"{count}  seed {job.seed}  {job.name:<22} {seconds:7.1f} s", flush=True)
             next(bar, None)
 
 
@@ -271,4 +273,3 @@ def run_notebook(
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )  # fmt: skip
     return target
-

@@ -1,6 +1,6 @@
 """From the stages of all seeds to one `results.json`: every number that the report states.
 
-    runs/<profile>/evaluation-<hash12>/   results.json frontier.csv samples/ failure_modes.json DONE
+runs/<profile>/evaluation-<hash12>/   results.json frontier.csv samples/ failure_modes.json DONE
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf_lib.config import as_dict, content_hash
 from rlhf_lib.data import PreferenceData
 from rlhf_lib.intervals import estimate, over_seeds, verdict
 from rlhf_lib.probes import failure_modes
-from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json
+from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf_lib.runtime import environment
 
 METHODS = ("ppo", "grpo", "dpo")
@@ -38,8 +38,9 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     (work / "samples").mkdir(parents=True)
     rows = _load_samples(stages)
     for name, per_seed in rows.items():
-        tagged = [{"seed": run.seed, **row} for run, part in zip(runs, per_seed) for row in part]
-        pd.DataFrame(tagged).to_json(work / "samples" / f"{name}.jsonl", orient="records", lines=True)
+        parts = zip(runs, per_seed, strict=True)
+        tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
+        write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
     modes = _failure_modes(rows, profile.data.source, profile.evaluation.bootstrap_samples)
     write_json(work / "failure_modes.json", modes)
     frontier = _frontier(runs, stages)
@@ -96,12 +97,15 @@ def _results(
         "failure_modes": modes,
         "cost": _cost(stages),
         "environment": environment(),
-        "stages": {str(r.seed): {n: s.hash for n, s in seed.items()} for r, seed in zip(runs, stages)},
+        "stages": {
+            str(run.seed): {name: stage.hash for name, stage in seed.items()}
+            for run, seed in zip(runs, stages, strict=True)
+        },
     }
 
 
 def _policy(rows: dict, name: str, judge: str, samples: int) -> dict:
-    """All measures of one policy; differences and wins are paired by prompt, ties are half a win."""
+    """All measures of one policy; differences and wins are paired by prompt, a tie half a win."""
     own = rows[name]
     record = {
         key: estimate(_column(own, key), samples)
@@ -114,9 +118,7 @@ def _policy(rows: dict, name: str, judge: str, samples: int) -> dict:
             wins = [judges.wins(a - b) for a, b in pairs]
             record[f"win_rate_vs_{other}"] = estimate(wins, samples)
     for key in ("proxy", judge):
-        gains = [
-            a - b for a, b in zip(_column(own, key), _column(rows["sft"], key), strict=True)
-        ]
+        gains = [a - b for a, b in zip(_column(own, key), _column(rows["sft"], key), strict=True)]
         record[f"{key}_gain"] = estimate(gains, samples)
         record[f"{key}_gain"]["verdict"] = verdict(record[f"{key}_gain"])
     return record
@@ -205,7 +207,7 @@ def _cost(stages: Sequence[Stages]) -> dict:
 
 
 def _frontier(runs: Sequence[Run], stages: Sequence[Stages]) -> pd.DataFrame:
-    """Reward against KL: final policies, best-of-n, and the way there (k1 estimates in training)."""
+    """Reward against KL: final policies, best-of-n, and the way there (k1 in training)."""
     rows = []
     for run, seed in zip(runs, stages, strict=True):
         evaluated = seed["evaluate"].result()

@@ -1,4 +1,4 @@
-"""The verdict of a study, written by rules from its results: nothing is said that no interval shows."""
+"""The verdict of a study, by rules from its results: nothing is said that no interval shows."""
 
 from __future__ import annotations
 
