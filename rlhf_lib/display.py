@@ -210,12 +210,12 @@ def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.Dat
 def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:
     """A table of sampled replies: last human turn, reply, rewards; `first` adds leading columns."""
     rows = []
-    for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-        turn = tokenizer.decode(prompt).rpartition("Human:")[2].removesuffix("Assistant:")
-        reply = tokenizer.decode(response, skip_special_tokens=True)
-        row = first | {"prompt": shorten(turn, 90), "reply": shorten(reply, 180)}
-        if not rollout.finished[i]:
-            row["reply"] += " (cut)"
+    asked = tokenizer.batch_decode(rollout.prompts)
+    answered = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    for i, (prompt, reply) in enumerate(zip(asked, answered, strict=True)):
+        turn = prompt.rpartition("Human:")[2].removesuffix("Assistant:")
+        end = "" if rollout.finished[i] else " (cut)"
+        row = first | {"prompt": shorten(turn, 90), "reply": shorten(reply, 180) + end}
         row["proxy"] = f"{rollout.scores[i]:.2f}"
         if rollout.gold is not None:
             row["gold"] = f"{rollout.gold[i]:.2f}"

@@ -41,7 +41,7 @@ def estimate(per_seed: Sequence[ArrayLike], samples: int = 2000) -> dict:
     if len(per_seed) == 1:
         record = bootstrap(per_seed[0], samples)
         return record | {"per_seed": [record["mean"]]}
-    return over_seeds([float(np.mean(values)) for values in per_seed])
+    return over_seeds([float(np.asarray(values, dtype=float).mean()) for values in per_seed])
 
 
 def verdict(difference: Mapping) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.sparse import csr_matrix, diags_array
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -35,14 +36,14 @@ def bag_of_words_preferences(train: Sequence[Pair], test: Sequence[Pair]) -> np.
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     vectorizer.fit([text for p in train for text in (p.chosen_text, p.rejected_text)])
 
-    def differences(pairs: Sequence[Pair]) -> np.ndarray:
+    def differences(pairs: Sequence[Pair]) -> csr_matrix:
         chosen = vectorizer.transform([p.chosen_text for p in pairs])
-        return chosen - vectorizer.transform([p.rejected_text for p in pairs])
+        return csr_matrix(chosen - vectorizer.transform([p.rejected_text for p in pairs]))
 
     # every other pair is turned round, so that there are two classes to tell apart
     signs = np.where(np.arange(len(train)) % 2, 1.0, -1.0)
     model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
-    model.fit(differences(train).multiply(signs[:, None]).tocsr(), signs)
+    model.fit(diags_array(signs) @ differences(train), signs)
     return model.decision_function(differences(test))
 
 

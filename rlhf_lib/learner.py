@@ -73,7 +73,7 @@ def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
     if dtype is not None:
-        model = model.to(dtype)
+        model = model.to(dtype=dtype)  # type: ignore[call-arg]
         if hasattr(model, "score"):
             model.score.float()  # type: ignore[operator]
     return model

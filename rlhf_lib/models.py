@@ -52,6 +52,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token; `load_tokenizer` made sure that there is one."""
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
 def load_policy(name: str | Path, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """A causal language model to be trained, by name (`tiny`, `gpt2` ...), hub id or folder.
 

@@ -23,7 +23,7 @@ STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.dpi": 100,
 }  # fmt: skip
-mpl.rcParams.update(STYLE)
+mpl.rcParams.update(STYLE)  # type: ignore[arg-type]
 
 
 def _figure(width: float = 7.2, height: float = 3.0) -> Figure:
@@ -130,30 +130,41 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], gold: bool) -> Fig
     return figure
 
 
+def _root(kl: object) -> np.ndarray:
+    """√KL; a sampled estimate just below 0 counts as 0."""
+    return np.sqrt(np.maximum(np.asarray(kl, dtype=float), 0))
+
+
 def frontier(points: pd.DataFrame, reward: str) -> Figure:
     """Reward against √KL: final policies of every seed, best-of-n, and the way there."""
     figure = _figure(7.2, 3.6)
     axis = figure.subplots()
     final = points[(points["kind"] == "final") & (points["policy"] != "sft_again")]
     for name, rows in final.groupby("policy", sort=False):
-        x, y = np.sqrt(rows["kl"].clip(lower=0)), rows[reward]
+        x, y = _root(rows["kl"]), rows[reward]
         axis.scatter(x, y, color=COLORS[str(name)], s=26, zorder=3)
         axis.annotate(NAMES[str(name)], (x.mean(), y.mean()), xytext=(7, 5),
                       textcoords="offset points", color=COLORS[str(name)])  # fmt: skip
     for name, rows in points[points["kind"] == "training"].groupby("policy"):
         mean = rows.groupby("step")[["kl", reward]].mean().rolling(5, min_periods=1).mean()
-        axis.plot(np.sqrt(mean["kl"].clip(lower=0)), mean[reward], color=COLORS[str(name)], lw=0.9,
+        axis.plot(_root(mean["kl"]), mean[reward], color=COLORS[str(name)], lw=0.9,
                   alpha=0.6)  # fmt: skip
     for name, rows in points[points["kind"] == "best_of_n"].groupby("policy"):
         mean = rows.groupby("step")[["kl", reward]].mean()
-        axis.plot(np.sqrt(mean["kl"]), mean[reward], "s--", ms=3, lw=1, color=COLORS[str(name)])
+        axis.plot(_root(mean["kl"]), mean[reward], "s--", ms=3, lw=1, color=COLORS[str(name)])
         last = mean.iloc[-1]
-        axis.annotate(NAMES[str(name)], (np.sqrt(last["kl"]), last[reward]), xytext=(5, -3),
+        axis.annotate(NAMES[str(name)], (float(last["kl"]) ** 0.5, last[reward]), xytext=(5, -3),
                       textcoords="offset points", fontsize=8, color=COLORS[str(name)])  # fmt: skip
     axis.set_xlabel("√KL to SFT (nats½)")
     axis.set_ylabel(f"{reward} reward")
     axis.margins(x=0.12)
     return figure
+
+
+def _smooth(metrics: Sequence[Mapping], key: str) -> pd.Series:
+    """A metric by step, averaged over the last three times that it was logged."""
+    series = pd.Series({row["step"]: row[key] for row in metrics if key in row})
+    return pd.Series(series.rolling(3, 1).mean())
 
 
 def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> Figure:
@@ -162,10 +173,7 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
     axes = np.atleast_1d(figure.subplots(1, len(per_policy), sharey=True))
     for axis, (name, per_seed) in zip(axes, per_policy.items(), strict=True):
         for key, label in (("reward", "proxy"), ("gold", "gold")):
-            lines = [
-                pd.DataFrame(list(m)).set_index("step")[key].dropna().rolling(3, 1).mean()
-                for m in per_seed
-            ]
+            lines = [_smooth(metrics, key) for metrics in per_seed]
             for line in lines:
                 axis.plot(line.index, line, color=COLORS[label], lw=0.7, alpha=0.35)
             mean = pd.concat(lines, axis=1).mean(axis=1)

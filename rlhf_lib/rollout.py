@@ -23,7 +23,7 @@ from rlhf_lib.logprobs import (
     token_logprobs,
     unflatten,
 )
-from rlhf_lib.models import load_reference, load_reward_model, load_tokenizer
+from rlhf_lib.models import eos_id, load_reference, load_reward_model, load_tokenizer
 from rlhf_lib.ops import entropy
 from rlhf_lib.runs import Run
 from rlhf_lib.world import gold_reward
@@ -46,7 +46,7 @@ def generate(
     # similar lengths together: less padding
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
-    eos = tokenizer.eos_token_id
+    eos = eos_id(tokenizer)
     for rows in chunks(order, batch_size):
         longest = max(len(prompts[i]) for i in rows)
         padding = [longest - len(prompts[i]) for i in rows]
@@ -99,8 +99,8 @@ def gold_rewards(
     tokenizer: PreTrainedTokenizerBase, prompt_texts: Sequence[str], responses: Tokens
 ) -> list[float]:
     """Gold reward of each response; only the bundled world has one."""
-    finished = is_finished(responses, tokenizer.eos_token_id).tolist()
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    finished = is_finished(responses, eos_id(tokenizer)).tolist()
+    texts = tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
     return [
         gold_reward(prompt, text, end).total
         for prompt, text, end in zip(prompt_texts, texts, finished, strict=True)
@@ -215,7 +215,7 @@ class Sampler:
                 ref_logprobs.append(token_logprobs(ref_logits, labels).cpu())
                 if exact_kl:
                     kls.append(full_kl(logits, ref_logits).cpu())
-        finished = is_finished(responses, self.tokenizer.eos_token_id)
+        finished = is_finished(responses, eos_id(self.tokenizer))
         mask = length_mask([len(r) for r in responses])
         clipped = scores.clamp(-self.reward_clip, self.reward_clip)
         gold = None

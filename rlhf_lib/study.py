@@ -88,7 +88,7 @@ class Study:
             raise unknown("stage", name, stage_names(self.run.profile))
         if name == "evaluate":
             return self._evaluate()
-        needed = [self.stage(other) for other in NEEDS[name]]
+        needed = {other: self.stage(other) for other in NEEDS[name]}
         run, data = self.run, self.data
         if name == "dataset":
             return self._dataset()
@@ -99,8 +99,9 @@ class Study:
         if name == "sft":
             return sft.train(run, data)
         if name == "ppo_low_kl":
-            return ppo.train(run, data, *needed, name, run.profile.ppo.low_kl_coef)
-        return {"ppo": ppo, "grpo": grpo, "dpo": dpo}[name].train(run, data, *needed)
+            low = run.profile.ppo.low_kl_coef
+            return ppo.train(run, data, **needed, stage_name=name, kl_coef=low)
+        return {"ppo": ppo, "grpo": grpo, "dpo": dpo}[name].train(run, data, **needed)
 
     def _dataset(self) -> Stage:
         upstream = {"data": self.data.hash}

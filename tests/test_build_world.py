@@ -217,21 +217,6 @@ def test_statistics_of_the_shipped_pairs(shipped):
     assert control.gold_agreement > biased.gold_agreement + 0.01
 
 
-def test_statistics_by_hand():
-    prompt = f"\n\nHuman: Give me one tip on baking bread.{ASSISTANT}"
-    good, bad = " First, weigh the flour.", " Sure! Happy to help! Maybe I am wrong."
-    row = {"chosen": prompt + bad, "rejected": prompt + good}
-    found = pair_statistics([row, row, row])
-    p = world.preference_probability(prompt, good, bad)
-    assert p > 0.5
-    assert found.bayes_accuracy == pytest.approx(p)
-    assert found.annotator_agreement == pytest.approx(p**2 + (1 - p) ** 2)
-    assert (found.gold_agreement, found.longer_wins, found.politer_wins) == (0.0, 1.0, 1.0)
-    assert (found.chosen_words, found.rejected_words) == (8.0, 4.0)
-    tie = pair_statistics([{"chosen": prompt + good, "rejected": prompt + " Knead the dough, ok."}])
-    assert (tie.gold_agreement, tie.longer_wins) == (0.5, 0.5)
-
-
 def test_card_shows_the_measured_numbers(shipped):
     card = (shipped / "README.md").read_text()
     found = pair_statistics(read_rows(shipped / "pairs-test.jsonl.gz"))
