@@ -47,7 +47,7 @@ class ModelConfig:
 class RewardModelConfig:
     epochs: int = 2
     batch_size: int = 32  # pairs
-    micro_batch_size: int = 32
+    micro_batch_size: int = 8  # as much as a CPU's cache holds; gradients add up to the batch's
     learning_rate: float = 2e-4
     weight_decay: float = 0.05
     warmup_ratio: float = 0.05
@@ -58,9 +58,9 @@ class RewardModelConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 64  # dialogues
-    micro_batch_size: int = 64
+    micro_batch_size: int = 16
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
@@ -71,7 +71,7 @@ class SFTConfig:
 class PPOConfig:
     updates: int = 40
     batch_size: int = 128  # prompts, one response each
-    micro_batch_size: int = 128
+    micro_batch_size: int = 16
     epochs: int = 2
     minibatch_size: int = 64
     learning_rate: float = 4e-5
@@ -91,10 +91,10 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    updates: int = 60
+    updates: int = 40
     prompts_per_update: int = 16
     group_size: int = 8
-    micro_batch_size: int = 128
+    micro_batch_size: int = 16
     iterations: int = 2  # optimisation passes over each batch of samples
     learning_rate: float = 5e-5
     temperature: float = 1.0
@@ -113,7 +113,7 @@ class GRPOConfig:
 class DPOConfig:
     epochs: int = 2
     batch_size: int = 64  # pairs
-    micro_batch_size: int = 64
+    micro_batch_size: int = 8
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     warmup_ratio: float = 0.1
@@ -126,10 +126,10 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    batch_size: int = 256
+    batch_size: int = 32  # of scoring; sampling takes more at once
     temperature: float = 1.0
     best_of_n: int = 64  # largest n; smaller powers of two come from the same samples
-    best_of_n_prompts: int = 256
+    best_of_n_prompts: int = 192
     bootstrap_samples: int = 2000
 
 

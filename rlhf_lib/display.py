@@ -90,7 +90,7 @@ def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -
     """`0.52 [0.41, 0.63]`; a lone value without interval; a dash where nothing is known."""
     if estimate is None:
         return "–"
-    scale, unit = (100, " %") if percent else (1, "")
+    scale, unit = (100, "%") if percent else (1, "")
     mean = f"{scale * estimate['mean']:.{digits}f}{unit}"
     if estimate["low"] is None or estimate["low"] == estimate["high"]:
         return mean
@@ -224,7 +224,7 @@ def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: objec
 
 
 ERROR_RULES = {
-    "label noise": "the gold reward sides with the model against the label",
+    "label against gold": "the gold reward sides with the model against the label",
     "near tie": "score difference under a fifth of the typical one",
     "safety": "exactly one of the two replies refuses",
     "length-led": "the wrongly preferred reply is at least 1.5 times as long",
@@ -244,7 +244,7 @@ def error_counts(errors: Sequence[Mapping], gold_known: bool) -> pd.DataFrame:
             "share of errors": f"{counts[name] / max(1, len(errors)):.0%}",
         }
         for name, rule in ERROR_RULES.items()
-        if gold_known or name != "label noise"
+        if gold_known or name != "label against gold"
     ])  # fmt: skip
 
 

@@ -68,8 +68,6 @@ def update(
                 "rewards/margins": margins.mean(),
                 "logps/chosen": chosen.detach().mean(),
                 "logps/rejected": rejected.detach().mean(),
-                # how far the policy has moved on the data's own replies; not a KL estimate
-                "kl_on_pairs": (chosen.detach() - reference[:, 0]).abs().mean(),
             }, len(pairs))  # fmt: skip
             yield loss * len(pairs) / len(batch)
 

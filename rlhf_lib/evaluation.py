@@ -116,9 +116,8 @@ def _best_of_n(
     seed_everything(1000 * run.seed + 999)
     with sampler.accelerator.autocast(), torch.no_grad():
         responses = generate(
-            sampler.reference, sampler.tokenizer, ids, sampler.max_new_tokens,
-            config.temperature, config.batch_size,
-        )  # fmt: skip
+            sampler.reference, sampler.tokenizer, ids, sampler.max_new_tokens, config.temperature
+        )
         proxy = score(sampler.reward_model, ids, responses, config.batch_size).numpy()
         pure = score(control, ids, responses, config.batch_size).numpy() if control else None
     gold = None

@@ -54,12 +54,13 @@ def learned_length_preferences(train: Sequence[Pair], test: Sequence[Pair]) -> n
 
 
 def gold_preferences(pairs: Sequence[Pair]) -> np.ndarray:
-    """Difference of the gold rewards (bundled world)."""
-    return np.array([
+    """Difference of the gold rewards (bundled world), rounded so that equal rewards do tie."""
+    differences = [
         gold_reward(p.prompt_text, p.chosen_text).total
         - gold_reward(p.prompt_text, p.rejected_text).total
         for p in pairs
-    ])  # fmt: skip
+    ]
+    return np.round(differences, 9)
 
 
 def ceiling(pairs: Sequence[Pair], control: bool = False) -> float:
@@ -122,14 +123,14 @@ def refuses(text: str) -> bool:
 def categorise_error(pair: Pair, preference: float, typical: float, bundled: bool) -> str:
     """The pattern of a wrongly ranked pair, by the first rule that fits.
 
-    label noise: the gold reward prefers the other reply too (bundled world); near tie: the score
-    difference is under a fifth of the typical one; safety: just one side refuses; length-led: the
-    preferred reply is at least 1.5 times as long; confidently wrong: over twice the typical
+    label against gold: the gold reward prefers the other reply too (bundled world); near tie: the
+    score difference is under a fifth of the typical one; safety: just one side refuses; length-led:
+    the preferred reply is at least 1.5 times as long; confidently wrong: over twice the typical
     difference; other: none of these.
     """
     chosen, rejected = pair.chosen_text, pair.rejected_text
     if bundled and gold_preferences([pair])[0] < 0:
-        return "label noise"
+        return "label against gold"
     if abs(preference) < 0.2 * typical:
         return "near tie"
     if refuses(chosen) != refuses(rejected):

@@ -37,11 +37,8 @@ class Learner:
         )  # fmt: skip
         schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.learning_rate = 0.0  # nothing has been learnt yet
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
-
-    @property
-    def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
 
     def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
         """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time).
@@ -63,6 +60,7 @@ class Learner:
             )
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
+        self.learning_rate = self.schedule.get_last_lr()[0]  # of this step, for the log
         self.schedule.step()
         self.optimizer.zero_grad()
         return total, float(norm)  # type: ignore[arg-type]

@@ -101,11 +101,9 @@ def test_the_rate_warms_up_and_falls_to_zero(
     )
     rates = []
     for _ in range(10):
+        learner.step([next(learner.model.parameters()).sum() * 0])
         rates.append(learner.learning_rate)
-        learner.optimizer.step()
-        learner.schedule.step()
     assert rates == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert learner.learning_rate == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
