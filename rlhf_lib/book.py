@@ -146,7 +146,7 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     folder = evaluation_folder(profile, run_dir)
     results, points = load_results(folder), pd.read_csv(folder / "frontier.csv")
     # a file's name says enough; its folder is nobody's business
-    results["settings"]["data"]["source"] = results["source"]
+    results["settings"]["data"]["source"] = results["data"]["source"] = results["source"]
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "results.json", results)
     points.to_csv(target / "frontier.csv", index=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -262,7 +263,7 @@ def run_notebook(
         "PROFILE": profile,
         "SEED": seed,
         "RUN_DIR": str(Path(run_dir).resolve()),
-        "OVERRIDES": " ".join(overrides),
+        "OVERRIDES": shlex.join(overrides),
     }
     # papermill only logs a parameter that the notebook does not know
     missing = set(parameters) - set(papermill.inspect_notebook(str(source)))

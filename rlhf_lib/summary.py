@@ -129,7 +129,7 @@ def _overoptimisation(rows: dict, judge: str, samples: int) -> dict | None:
     if "ppo_low_kl" not in rows:
         return None
     record = {}
-    for key in {"proxy", judge}:
+    for key in dict.fromkeys(("proxy", judge)):
         pairs = zip(_column(rows["ppo_low_kl"], key), _column(rows["ppo"], key), strict=True)
         record[key] = estimate([a - b for a, b in pairs], samples)
         record[key]["verdict"] = verdict(record[key])

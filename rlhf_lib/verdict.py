@@ -53,11 +53,15 @@ def _ranking(results: Mapping) -> str:
         one, other = key.split("_minus_")
         if record["verdict"] == "lower":
             one, other = other, one
+            low, high = -record["high"], -record["low"]
+            record = record | {"mean": -record["mean"], "low": low, "high": high}
         if record["verdict"] != "not distinguishable":
             clear.append(f"{NAMES[one]} above {NAMES[other]} (difference {interval(record)})")
     if not clear:
         return "Among themselves the three methods are not distinguishable at this number of seeds."
-    return "Among the methods: " + "; ".join(clear) + ". Other pairs are not distinguishable."
+    rest = len(clear) < len(results["comparisons"])
+    text = "Among the methods: " + "; ".join(clear) + "."
+    return text + (" Other pairs are not distinguishable." if rest else "")
 
 
 def _overoptimisation(results: Mapping) -> str:
@@ -85,8 +89,11 @@ def _best_of_n(results: Mapping) -> str:
     text += f"{interval(best[judge])}"
     if judge == "gold" and best["n"] < curve[-1]["n"]:
         text += f" and falls to {interval(curve[-1][judge])} at n = {curve[-1]['n']}"
-    ahead = [n for n in METHODS if results["policies"][n][judge]["mean"] > best[judge]["mean"]]
-    return text + (f"; {_names(ahead)} end above its peak." if ahead else "; no method ends above.")
+    peak = best[judge]["mean"] if best[judge]["high"] is None else best[judge]["high"]
+    ahead = [n for n in METHODS if results["policies"][n][judge]["low"] > peak]
+    if not ahead:
+        return text + "; no method is clearly above that peak."
+    return text + f"; {_names(ahead)} {'are' if len(ahead) > 1 else 'is'} clearly above that peak."
 
 
 def _reward_model(results: Mapping) -> str:
@@ -106,6 +113,6 @@ def _scope(results: Mapping) -> str:
     seeds = len(results["seeds"])
     over = "seeds" if seeds > 1 else "evaluation prompts, from a single seed"
     return (
-        f"Intervals are 95 % over {over}. Rankings belong to this data, this model size and this "
-        "tuning."
+        f"Intervals are 95 % over {over}; of accuracies, over pairs. Rankings belong to this data, "
+        "this model size and this tuning."
     )

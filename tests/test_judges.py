@@ -1,0 +1,167 @@
+"""Judges of pairs: baselines, ceiling, calibration, and the names of a reward model's errors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_lib import judges
+from rlhf_lib.data import Pair
+from rlhf_lib.display import ERROR_RULES
+
+CHESS = "\n\nHuman: Give me two tips on playing chess.\n\nAssistant:"
+HARM = "\n\nHuman: How do I rob a bank?\n\nAssistant:"
+GOOD = " You should castle early, and study endgames."
+WRONG = " You should knead the dough, and oil the chain."
+REFUSAL = " Sorry, I cannot help with that."
+
+
+def pair(chosen: str, rejected: str, prompt: str = CHESS) -> Pair:
+    return Pair("talk", prompt, chosen, rejected, [5], [6, 1], [7, 1])
+
+
+def lexical_pairs(count: int) -> list[Pair]:
+    """Replies of equal length; the one with "good" in it is chosen."""
+    return [pair(f" good answer number{i % 4}", f" evil answer number{i % 4}") for i in range(count)]
+
+
+def test_a_tie_is_half_a_win() -> None:
+    assert judges.wins(np.array([2.0, -0.1, 0.0])).tolist() == [1.0, 0.0, 0.5]
+
+
+def test_length_prefers_the_longer_reply() -> None:
+    pairs = [pair(" abcd", " ab"), pair(" a", " abc"), pair(" ab", " cd")]
+    assert judges.length_preferences(pairs).tolist() == [2.0, -2.0, 0.0]
+
+
+@pytest.mark.parametrize(("train", "expected"), [((" long reply", " no"), 2), ((" no", " long"), -2)])
+def test_the_learned_length_takes_its_direction_from_training(
+    train: tuple[str, str], expected: float
+) -> None:
+    preferences = judges.learned_length_preferences([pair(*train)] * 3, [pair(" abcd", " ab")])
+    assert preferences.tolist() == [expected]
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_a_bag_of_words_learns_a_word_and_not_a_side(count: int) -> None:
+    test = [pair(" good reply", " evil reply"), pair(" evil reply", " good reply")]
+    right, wrong = judges.bag_of_words_preferences(lexical_pairs(count), test)
+    assert right > 0.1
+    assert wrong == pytest.approx(-right)
+    neither = judges.bag_of_words_preferences(lexical_pairs(count), [pair(" new", " words")])
+    assert neither.tolist() == [0.0]
+
+
+def test_gold_prefers_the_right_facts() -> None:
+    preferences = judges.gold_preferences([pair(GOOD, WRONG), pair(WRONG, GOOD)])
+    assert preferences[0] == pytest.approx(-preferences[1])
+    assert preferences[0] > 2
+
+
+def test_the_ceiling_is_the_accuracy_of_the_best_guess() -> None:
+    # equal style and nearly equal length: what remains is the gold difference
+    (gold,) = judges.gold_preferences([pair(GOOD, WRONG)])
+    words = len(GOOD.split()) - len(WRONG.split())
+    control = 0.05 + 0.9 / (1 + math.exp(-0.8 * gold))
+    biased = 0.05 + 0.9 / (1 + math.exp(-0.8 * gold - 0.05 * words))
+    for pairs in ([pair(GOOD, WRONG)], [pair(WRONG, GOOD)]):  # whichever side was chosen
+        assert judges.ceiling(pairs, control=True) == pytest.approx(control)
+        assert judges.ceiling(pairs) == pytest.approx(biased)
+    assert control != pytest.approx(biased)
+
+
+def test_accuracies_of_all_judges() -> None:
+    train = lexical_pairs(12)
+    test = [pair(" good reply", " evil reply"), pair(" good", " evil reply")] * 6
+    right, wrong = np.ones(12), -np.ones(12)
+    table = judges.accuracies(train, test, [right, wrong, right], "path:pairs.jsonl", 100)
+    assert table["reward_model"]["mean"] == pytest.approx(2 / 3)
+    assert table["reward_model"]["per_seed"] == [1.0, 0.0, 1.0]
+    assert table["bag_of_words"]["mean"] == 1.0
+    assert table["longer_wins"]["mean"] == pytest.approx(0.25)  # a tie, and a loss
+    difference = table["reward_model_minus_bag_of_words"]
+    assert difference["mean"] == pytest.approx(-1 / 3)
+    assert difference["high"] == pytest.approx(-1 / 3), "paired: each pair differs by the same"
+    assert "gold" not in table, "real pairs have no gold reward"
+    world = judges.accuracies(train, [pair(GOOD, WRONG)] * 2, [np.ones(2)], "bundled", 100)
+    assert world["gold"]["mean"] == 1.0
+
+
+def test_calibration_of_a_model_that_is_right_as_often_as_it_says() -> None:
+    confidence = math.log(3)  # sigmoid: 0.75
+    preferences = np.array([confidence, confidence, confidence, -confidence] * 20)
+    honest = judges.calibration(preferences, bins=1)
+    assert honest["ece"] == pytest.approx(0, abs=1e-9)
+    assert honest["bins"][0]["confidence"] == pytest.approx(0.75)
+    assert honest["bins"][0]["mean"] == pytest.approx(0.75)
+    assert honest["bins"][0]["n"] == 80
+    assert honest["bins"][0]["low"] < 0.75 < honest["bins"][0]["high"]
+
+
+def test_calibration_of_a_braggart_and_of_a_coward() -> None:
+    braggart = judges.calibration(np.array([30.0, -30.0] * 20))
+    assert braggart["ece"] == pytest.approx(0.5)
+    coward = judges.calibration(np.full(40, 1e-6))
+    assert coward["ece"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_calibration_bins_hold_equal_numbers_in_order_of_confidence() -> None:
+    preferences = np.random.default_rng(0).normal(size=83)
+    bins = judges.calibration(preferences, bins=8)["bins"]
+    assert [row["n"] for row in bins] == [11, 11, 11, 10, 10, 10, 10, 10]
+    confidence = [row["confidence"] for row in bins]
+    assert confidence == sorted(confidence)
+    assert confidence[0] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [(REFUSAL, True), (" I can't do that.", True), (" Not able to.", True), (" Sure!", False)],
+)
+def test_refusals_are_seen_whatever_their_case(text: str, refused: bool) -> None:
+    assert judges.refuses(text) is refused
+    assert judges.refuses(text.upper()) is refused
+
+
+LONG = " " + "a very long answer indeed" * 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "preference", "bundled", "category"),
+    [
+        (pair(WRONG, GOOD), -3.0, True, "label noise"),
+        (pair(WRONG, GOOD), -3.0, False, "confidently wrong"),
+        (pair(GOOD, WRONG), -0.1, True, "near tie"),
+        (pair(REFUSAL, " Sure!"), -0.1, False, "near tie"),  # the first rule that fits
+        (pair(REFUSAL, LONG), -3.0, False, "safety"),
+        (pair(" Yes.", REFUSAL), -1.0, False, "safety"),
+        (pair(" short", LONG), -3.0, False, "length-led"),
+        (pair(LONG, " short"), -3.0, False, "confidently wrong"),
+        (pair(LONG, " short"), -1.0, False, "other"),
+        (pair(REFUSAL, REFUSAL + "!"), -1.0, False, "other"),
+    ],
+)
+def test_the_category_of_an_error_is_the_first_rule_that_fits(
+    wrong: Pair, preference: float, bundled: bool, category: str
+) -> None:
+    assert judges.categorise_error(wrong, preference, 1.0, bundled) == category
+    assert category in ERROR_RULES, "a reader is told the rule of every category"
+
+
+def test_errors_come_most_confident_first() -> None:
+    pairs = [pair(" abc", " abd")] * 5
+    preferences = np.array([-0.1, 2.0, -3.0, 0.0, -1.0])
+    found = judges.errors(pairs, preferences, "path:pairs.jsonl")
+    assert [error["pair"] for error in found] == [2, 4, 0], "a tie is no error"
+    assert [error["preference"] for error in found] == [-3.0, -1.0, -0.1]
+    # the typical difference is the median, 1
+    categories = [error["category"] for error in found]
+    assert categories == ["confidently wrong", "other", "near tie"]
+
+
+def test_the_kind_of_a_request() -> None:
+    assert judges.request_kind(CHESS, "bundled") == "help"
+    assert judges.request_kind(HARM, "bundled:control") == "harm"
+    assert judges.request_kind("anything", "path:pairs.jsonl") == "all"
