@@ -69,7 +69,7 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    updates: int = 40
+    updates: int = 24
     batch_size: int = 128  # prompts, one response each
     micro_batch_size: int = 16
     epochs: int = 2
@@ -91,7 +91,7 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    updates: int = 40
+    updates: int = 30
     prompts_per_update: int = 16
     group_size: int = 8
     micro_batch_size: int = 16

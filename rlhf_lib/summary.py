@@ -176,7 +176,8 @@ def _failure_modes(rows: dict, source: str, samples: int) -> dict:
     table = {}
     for name, per_seed in rows.items():
         parts = [failure_modes(part, source) for part in per_seed]
-        table[name] = {mode: estimate([p[mode] for p in parts], samples) for mode in parts[0]}
+        modes = [mode for mode in parts[0] if parts[0][mode]]  # some prompt is of its kind
+        table[name] = {mode: estimate([p[mode] for p in parts], samples) for mode in modes}
     return table
 
 
