@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lib.config import DPOConfig
-from rlhf_lib.data import Pair, PreferenceData
+from rlhf_lib.data import Pair, PreferenceData, sides
 from rlhf_lib.learner import Averages, Learner, chunks, shuffled_batches
 from rlhf_lib.logprobs import paired_logprobs
 from rlhf_lib.losses import dpo_loss
@@ -21,10 +21,6 @@ from rlhf_lib.models import load_policy, save_model
 from rlhf_lib.rollout import Sampler
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator, progress
-
-
-def _sides(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    return [p.prompt for p in pairs], [p.chosen for p in pairs], [p.rejected for p in pairs]
 
 
 @torch.no_grad()
@@ -36,7 +32,7 @@ def reference_logprobs(
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))
     batches = list(chunks(order, batch_size))
     for rows in progress(batches, "reference log-probs"):
-        both = paired_logprobs(reference, *_sides([pairs[i] for i in rows]))
+        both = paired_logprobs(reference, *sides([pairs[i] for i in rows]))
         table[list(rows)] = torch.stack(both, dim=1).cpu()
     return table
 
@@ -54,7 +50,7 @@ def update(
         for rows in chunks(order, config.micro_batch_size):
             pairs = [batch[i] for i in rows]
             with learner.accelerator.autocast():
-                chosen, rejected = paired_logprobs(learner.model, *_sides(pairs))
+                chosen, rejected = paired_logprobs(learner.model, *sides(pairs))
             reference = ref_logprobs[list(rows)].to(chosen.device)
             loss, stats = dpo_loss(
                 chosen, rejected, reference[:, 0], reference[:, 1],

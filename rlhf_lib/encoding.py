@@ -33,6 +33,11 @@ class Pair:
     subset: str | None = None  # part of the source, such as "helpful-base"
 
 
+def sides(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Token lists of prompts, chosen and rejected replies."""
+    return [p.prompt for p in pairs], [p.chosen for p in pairs], [p.rejected for p in pairs]
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """A prompt with a reply worth imitating."""

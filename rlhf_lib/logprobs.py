@@ -111,8 +111,46 @@ def paired_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Sequence log-probabilities of two responses to each prompt, (B,) and (B,), float32.
 
-    The prompt is computed once: a row holds prompt + chosen + rejected, the rejected tokens take
-    the positions that follow the prompt, and attention lets each reply see the prompt and itself.
+    The prompt is computed once for both.
+    """
+    hidden = _paired_hidden(model, prompts, chosen, rejected)
+    rows, places, labels, owners = [], [], [], []
+    for row, (p, c, r) in enumerate(zip(prompts, chosen, rejected, strict=True)):
+        prompt_end = len(p) - 1  # predicts the first token of both replies
+        for side, reply, start in ((0, c, len(p)), (1, r, len(p) + len(c))):
+            rows += [row] * len(reply)
+            places += [prompt_end, *range(start, start + len(reply) - 1)]
+            labels += reply
+            owners += [row + side * len(prompts)] * len(reply)
+    logits = model.get_output_embeddings()(hidden[rows, places])  # type: ignore[operator]
+    device = logits.device
+    logprobs = token_logprobs(logits, torch.tensor(labels, device=device))
+    sums = torch.zeros(2 * len(prompts), device=device)
+    sums = sums.index_add(0, torch.tensor(owners, device=device), logprobs)
+    return sums[: len(prompts)], sums[len(prompts) :]
+
+
+def paired_scores(
+    model: torch.nn.Module, prompts: Tokens, chosen: Tokens, rejected: Tokens
+) -> tuple[Tensor, Tensor]:
+    """A reward model's raw scores of two responses to each prompt, (B,) and (B,), float32.
+
+    Equal to `sequence_scores` of both; the prompt is computed once.
+    """
+    hidden = _paired_hidden(model, prompts, chosen, rejected)
+    chosen_ends = [len(p) + len(c) - 1 for p, c in zip(prompts, chosen, strict=True)]
+    rejected_ends = [end + len(r) for end, r in zip(chosen_ends, rejected, strict=True)]
+    rows = list(range(len(prompts)))
+    return _head(model, hidden[rows, chosen_ends]), _head(model, hidden[rows, rejected_ends])
+
+
+def _paired_hidden(
+    model: torch.nn.Module, prompts: Tokens, chosen: Tokens, rejected: Tokens
+) -> Tensor:
+    """Hidden states of rows that hold prompt + chosen + rejected, (B, longest, width).
+
+    The rejected tokens take the positions that follow the prompt, and attention lets each reply see
+    the prompt and itself only: both are what they would be in a row of their own.
     """
     _check(prompts, chosen)
     _check(prompts, rejected)
@@ -130,25 +168,9 @@ def paired_logprobs(
     queries, keys = segment[:, :, None], segment[:, None, :]
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=device).tril()
     visible = causal & ((keys == 0) | (queries == keys))
-    hidden = model.base_model(  # type: ignore[operator]
+    return model.base_model(  # type: ignore[operator]
         input_ids=ids, attention_mask=visible[:, None], position_ids=position
     ).last_hidden_state
-
-    rows, places, labels, owners = [], [], [], []
-    for row, (p, c, r) in enumerate(triples):
-        prompt_end = len(p) - 1  # predicts the first token of both replies
-        for side, reply, start in ((0, c, len(p)), (1, r, len(p) + len(c))):
-            rows += [row] * len(reply)
-            places += [prompt_end, *range(start, start + len(reply) - 1)]
-            labels += reply
-            owners += [row + side * len(triples)] * len(reply)
-    selected = hidden[torch.tensor(rows, device=device), torch.tensor(places, device=device)]
-    logits = model.get_output_embeddings()(selected)  # type: ignore[operator]
-    logprobs = token_logprobs(logits, torch.tensor(labels, device=device))
-    sums = torch.zeros(2 * len(triples), device=device).index_add(
-        0, torch.tensor(owners, device=device), logprobs
-    )
-    return sums[: len(triples)], sums[len(triples) :]
 
 
 def _check(prompts: Tokens, responses: Tokens) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data import Pair, PreferenceData
+from rlhf_lib.data import Pair, PreferenceData, sides
 from rlhf_lib.learner import Learner, chunks, shuffled_batches
-from rlhf_lib.logprobs import sequence_scores
+from rlhf_lib.logprobs import paired_scores, sequence_scores
 from rlhf_lib.losses import reward_loss
 from rlhf_lib.models import fingerprint, load_reward_model, load_tokenizer, save_model
 from rlhf_lib.runs import Run, Stage, Work
@@ -34,12 +34,7 @@ def update(
         ordered = sorted(batch, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
         for pairs in chunks(ordered, micro_batch_size):
             with learner.accelerator.autocast():
-                rewards = sequence_scores(
-                    learner.model,
-                    [p.prompt for p in pairs] * 2,
-                    [p.chosen for p in pairs] + [p.rejected for p in pairs],
-                )
-            chosen, rejected = rewards.chunk(2)
+                chosen, rejected = paired_scores(learner.model, *sides(pairs))
             margins = [margin if p.margin is None else p.margin for p in pairs]
             loss, _ = reward_loss(
                 chosen, rejected, torch.tensor(margins, device=chosen.device), center_coef
@@ -71,9 +66,9 @@ def score_pairs(
     """Raw scores of both sides of each pair: (chosen (N,), rejected (N,)) on the CPU."""
     chosen, rejected = [], []
     for batch in chunks(pairs, batch_size):
-        prompts = [p.prompt for p in batch]
-        chosen.append(sequence_scores(model, prompts, [p.chosen for p in batch]).cpu())
-        rejected.append(sequence_scores(model, prompts, [p.rejected for p in batch]).cpu())
+        of_chosen, of_rejected = paired_scores(model, *sides(batch))
+        chosen.append(of_chosen.cpu())
+        rejected.append(of_rejected.cpu())
     return torch.cat(chosen), torch.cat(rejected)
 
 
@@ -115,7 +110,7 @@ def train(run: Run, data: PreferenceData, stage_name: str = "reward_model") -> S
             metrics = update(
                 learner, batch, config.micro_batch_size, config.margin, config.center_coef
             )
-            tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)
+            tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)
             work.log(step, tokens, metrics)
 
         with accelerator.autocast():

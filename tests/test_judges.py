@@ -24,7 +24,8 @@ def pair(chosen: str, rejected: str, prompt: str = CHESS) -> Pair:
 
 def lexical_pairs(count: int) -> list[Pair]:
     """Replies of equal length; the one with "good" in it is chosen."""
-    return [pair(f" good answer number{i % 4}", f" evil answer number{i % 4}") for i in range(count)]
+    answers = [f"answer number{i % 4}" for i in range(count)]
+    return [pair(f" good {answer}", f" evil {answer}") for answer in answers]
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -36,7 +37,7 @@ def test_length_prefers_the_longer_reply() -> None:
     assert judges.length_preferences(pairs).tolist() == [2.0, -2.0, 0.0]
 
 
-@pytest.mark.parametrize(("train", "expected"), [((" long reply", " no"), 2), ((" no", " long"), -2)])
+@pytest.mark.parametrize(("train", "expected"), [((" longer", " no"), 2), ((" no", " longer"), -2)])
 def test_the_learned_length_takes_its_direction_from_training(
     train: tuple[str, str], expected: float
 ) -> None:
@@ -58,6 +59,12 @@ def test_gold_prefers_the_right_facts() -> None:
     preferences = judges.gold_preferences([pair(GOOD, WRONG), pair(WRONG, GOOD)])
     assert preferences[0] == pytest.approx(-preferences[1])
     assert preferences[0] > 2
+
+
+def test_equal_gold_rewards_tie_however_their_sums_were_rounded() -> None:
+    replies = (" Sure! You should castle early.", " Great! You should study endgames, endgames.")
+    pairs = [pair(one, other) for one in replies for other in replies]
+    assert judges.wins(judges.gold_preferences(pairs)).tolist() == [0.5] * 4
 
 
 def test_the_ceiling_is_the_accuracy_of_the_best_guess() -> None:
@@ -131,7 +138,7 @@ LONG = " " + "a very long answer indeed" * 2
 @pytest.mark.parametrize(
     ("wrong", "preference", "bundled", "category"),
     [
-        (pair(WRONG, GOOD), -3.0, True, "label noise"),
+        (pair(WRONG, GOOD), -3.0, True, "label against gold"),
         (pair(WRONG, GOOD), -3.0, False, "confidently wrong"),
         (pair(GOOD, WRONG), -0.1, True, "near tie"),
         (pair(REFUSAL, " Sure!"), -0.1, False, "near tie"),  # the first rule that fits

@@ -13,6 +13,7 @@ from rlhf_lib.logprobs import (
     length_mask,
     pad,
     paired_logprobs,
+    paired_scores,
     response_logits,
     response_logprobs,
     sequence_scores,
@@ -152,6 +153,13 @@ def test_values_are_read_before_each_token_and_scores_at_the_last(
         assert torch.allclose(values[row, : len(response)], before, atol=1e-5)
         assert (values[row, len(response) :] == 0).all()
         assert scores[row].item() == pytest.approx(heads[-1].item(), abs=1e-5)
+
+
+def test_paired_scores_equal_those_of_separate_sequences(score_model: PreTrainedModel) -> None:
+    chosen, rejected = paired_scores(score_model, PROMPTS, CHOSEN, REJECTED)
+    assert torch.allclose(chosen, sequence_scores(score_model, PROMPTS, CHOSEN), atol=1e-5)
+    assert torch.allclose(rejected, sequence_scores(score_model, PROMPTS, REJECTED), atol=1e-5)
+    assert (chosen - rejected).abs().min() > 1e-4, "two replies that score alike prove nothing"
 
 
 def test_scores_agree_with_transformers_own_classifier(score_model: PreTrainedModel) -> None:
