@@ -54,12 +54,15 @@ class BuildSettings:
     heads: int = 4
     positions: int = MAX_LENGTH
     base_dialogues: int = 32_000
-    base: SFTConfig = field(  # 1,000 steps
-        default_factory=lambda: SFTConfig(
-            epochs=1, batch_size=32, micro_batch_size=32, learning_rate=1e-3, warmup_ratio=0.05
-        )
-    )
-    sft: SFTConfig = field(default_factory=SFTConfig)
+    # every value is written out: the shipped files must not follow the defaults of a profile
+    base: SFTConfig = field(default_factory=lambda: SFTConfig(
+        epochs=1, batch_size=32, micro_batch_size=32, learning_rate=1e-3, weight_decay=0.01,
+        warmup_ratio=0.05, max_grad_norm=1.0,
+    ))  # fmt: skip
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(
+        epochs=3, batch_size=64, micro_batch_size=64, learning_rate=3e-4, weight_decay=0.01,
+        warmup_ratio=0.1, max_grad_norm=1.0,
+    ))  # fmt: skip
     demonstrations: int = 6_000
     pairs: dict[str, int] = field(
         default_factory=lambda: {"train": 4_000, "validation": 400, "test": 2_000}

@@ -156,30 +156,20 @@ class Job:
 
 
 def plan(profile: Profile) -> list[Job]:
-    """Seed 0 runs as notebooks, further seeds as bare stages; notebook 07 comes last."""
+    """Seed 0 trains in notebooks, further seeds in bare stages; notebook 07 comes last."""
+    *chapters, last = NOTEBOOKS
+    home = {stage: notebook for notebook in chapters for stage in NOTEBOOKS[notebook]}
     jobs = []
-    for notebook, trained in NOTEBOOKS.items():
-        needs = {
-            f"{other}/0"
-            for stage in trained
-            for need in NEEDS.get(stage, ())
-            for other, stages in NOTEBOOKS.items()
-            if need in stages
-        }
-        if notebook == "07_evaluation":
-            needs = {job.key for job in jobs}
-        jobs.append(Job(notebook, 0, True, tuple(sorted(needs))))
-    *_, last = jobs
-    bare = []
+    for notebook in chapters:
+        needs = {home[need] for stage in NOTEBOOKS[notebook] for need in NEEDS[stage]}
+        jobs.append(Job(notebook, 0, True, tuple(f"{need}/0" for need in sorted(needs))))
+    jobs.append(Job("evaluate", 0, False, tuple(job.key for job in jobs)))
+    *trained, evaluate = stage_names(profile)
     for seed in range(1, profile.seeds):
-        for name in stage_names(profile):
-            needs = NEEDS.get(name, ())
-            if name == "evaluate":
-                needs = tuple(n for n in stage_names(profile) if n != "evaluate")
-            bare.append(Job(name, seed, False, tuple(f"{need}/{seed}" for need in needs)))
-    last = replace(last, needs=tuple(job.key for job in jobs[:-1] + bare))
-    # the longest chains first: other seeds wait for nothing but themselves
-    return [*jobs[:-1], *bare, last]
+        for name in trained:
+            jobs.append(Job(name, seed, False, tuple(f"{need}/{seed}" for need in NEEDS[name])))
+        jobs.append(Job(evaluate, seed, False, tuple(f"{name}/{seed}" for name in trained)))
+    return [*jobs, Job(last, 0, True, tuple(job.key for job in jobs))]
 
 
 def run_study(
@@ -258,7 +248,6 @@ def run_notebook(
 
     source = NOTEBOOK_FOLDER / f"{name}.ipynb"
     target = Path(run_dir) / profile / "notebooks" / f"{name}.ipynb"
-    target.parent.mkdir(parents=True, exist_ok=True)
     parameters = {
         "PROFILE": profile,
         "SEED": seed,
@@ -269,9 +258,13 @@ def run_notebook(
     missing = set(parameters) - set(papermill.inspect_notebook(str(source)))
     if missing:
         raise StudyError(f"{source.name} has no parameter {', '.join(sorted(missing))}")
-    papermill.execute_notebook(
-        str(source), str(target), parameters=parameters, progress_bar=False,
-        coalesce_streams=True, cwd=str(NOTEBOOK_FOLDER.parent), execution_timeout=24 * 3600,
-        config=Config({"KernelManager": {"transport_encryption": "auto"}}),
-    )  # fmt: skip
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(source), str(target), parameters=parameters, progress_bar=False,
+            coalesce_streams=True, cwd=str(NOTEBOOK_FOLDER.parent), execution_timeout=24 * 3600,
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise StudyError(f"{error.ename}: {error.evalue} (where: see {target})") from error
     return target

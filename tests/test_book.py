@@ -94,7 +94,7 @@ def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: P
     headings = [text.find(f"Chapter {name}</h1>") for name in NOTEBOOKS]
     assert headings == sorted(headings)
     assert "model tiny, data bundled, 3 seeds" in text
-    assert "PPO raised gold reward over SFT" in text
+    assert "PPO and GRPO raised gold reward over SFT" in text
     assert "Smoke run" not in text
     assert results["stages"]["2"]["ppo"][:12] in text
 

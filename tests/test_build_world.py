@@ -24,7 +24,7 @@ MINIATURE = BuildSettings(
     layers=1,
     width=32,
     heads=2,
-    base_dialogues=1024,
+    base_dialogues=512,
     base=SFTConfig(epochs=2, batch_size=32, learning_rate=1e-2),
     sft=SFTConfig(epochs=1, batch_size=32, learning_rate=1e-3),
     demonstrations=64,
@@ -71,7 +71,7 @@ def test_a_second_build_gives_the_same_files(miniature, tmp_path):
 
 
 def test_another_seed_gives_other_rows(miniature, tmp_path):
-    other = dataclasses.replace(MINIATURE, seed=1, base_dialogues=512)
+    other = dataclasses.replace(MINIATURE, seed=1)
     build(tmp_path / "data", other, say=lambda text: None)
     files, others = describe(miniature), describe(tmp_path / "data")
     same = {name for name in files if files[name] == others[name]}
@@ -238,7 +238,7 @@ def test_shipped_base_model_speaks(shipped):
     assert model.dtype == torch.float32
     assert (shipped / "base" / "model.safetensors").stat().st_size < 4_000_000
     losses = []
-    for row in read_rows(shipped / "heldout.jsonl.gz")[:64]:
+    for row in read_rows(shipped / "heldout.jsonl.gz")[:32]:
         prompt = tokenizer(row["prompt"]).input_ids
         reply = [*tokenizer(row["response"]).input_ids, tokenizer.eos_token_id]
         ids = torch.tensor([prompt + reply])

@@ -66,7 +66,7 @@ def test_equal_figures_give_equal_files() -> None:
 
 def test_a_table_keeps_long_texts_whole_and_lets_no_markup_through() -> None:
     reply = "word " * 100 + "<script>alert(1)</script>"
-    bundle = display.table_bundle(pd.DataFrame({"reply": [reply], "gap": [None]}))
+    bundle = display.table_bundle(pd.DataFrame({"reply": [reply], "gap": [math.nan]}))
     assert bundle["text/html"].count("word") == 100
     assert "<script" not in bundle["text/html"]
     assert "–" in bundle["text/html"]

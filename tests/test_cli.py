@@ -1,0 +1,281 @@
+"""The command line: help for everything, and errors in one line that name the way out."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_lib import book, study
+from rlhf_lib.__main__ import app, main
+
+MADE_UP = Path(__file__).parent / "made_up"
+STAGES = ("dataset", "reward-model", "sft", "ppo", "grpo", "dpo", "evaluate")
+COMMANDS = ("run", "report", "status", "export", "readme", *STAGES)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable:
+    """`cli("dataset", ...)`: exit code and output of the command line, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLHF_THREADS", "1")
+
+    def call(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["rlhf_lib", *map(str, arguments)])
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+def told(result: SimpleNamespace, folder: Path) -> str:
+    """The one line of an expected error, after which nothing was written into `folder`."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in line
+    assert not (folder / "runs").exists(), sorted((folder / "runs").rglob("*"))
+    return line
+
+
+# ------------------------------------------------------------------------------------------- help
+
+
+def test_every_command_is_known_here() -> None:
+    names = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert names == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    text = re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
+    summary = text.partition(name)[2]
+    assert re.search(r"[A-Z][a-z]+ .*\.", summary), "a sentence on what it does"
+    if name != "readme":
+        assert "--profile" in text
+
+
+def test_the_overview_lists_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert [name for name in COMMANDS if name not in result.output] == []
+
+
+# -------------------------------------------------------------------------------- mistyped names
+
+
+@pytest.mark.parametrize("command", ["run", "report", "status", "export figures", "ppo", "dataset"])
+def test_an_unknown_profile(cli: Callable, tmp_path: Path, command: str) -> None:
+    line = told(cli(*command.split(), "--profile", "smok"), tmp_path)
+    assert line.startswith("error: unknown profile 'smok': did you mean 'smoke'? Known: full,")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "report", "export figures", "ppo"])
+def test_an_unknown_setting(cli: Callable, tmp_path: Path, command: str) -> None:
+    line = told(cli(*command.split(), "--profile", "smoke", "--set", "ppo.klcoef=1"), tmp_path)
+    assert "unknown setting 'ppo.klcoef': did you mean 'ppo.kl_coef'?" in line
+
+
+def test_a_value_of_the_wrong_type(cli: Callable, tmp_path: Path) -> None:
+    line = told(cli("sft", "--profile", "smoke", "--set", "sft.epochs=many"), tmp_path)
+    assert line == "error: sft.epochs='many': expected a value of type int"
+
+
+def test_an_unknown_source(cli: Callable, tmp_path: Path) -> None:
+    line = told(cli("dataset", "--profile", "smoke", "--data", "bundeld"), tmp_path)
+    assert "unknown data source 'bundeld': did you mean 'bundled'?" in line
+
+
+@pytest.mark.parametrize("command", ["dataset", "sft"])
+def test_an_unknown_model(cli: Callable, tmp_path: Path, command: str) -> None:
+    line = told(cli(command, "--profile", "smoke", "--model", "smollm2-135"), tmp_path)
+    assert "unknown model 'smollm2-135': did you mean 'smollm2-135m'?" in line
+    assert "model.name=tiny" in line
+
+
+def test_an_unknown_notebook(cli: Callable, tmp_path: Path) -> None:
+    line = told(cli("run", "--profile", "smoke", "--only", "4_ppo"), tmp_path)
+    assert "unknown notebook '4_ppo': did you mean '04_ppo'?" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("pppo",), "pppo"), (("run", "--profil", "smoke"), "--profil"),
+        (("run", "--seeds", "0"), "--seeds"), (("ppo", "--seed", "x"), "--seed"),
+    ],
+)  # fmt: skip
+def test_unknown_commands_and_options(
+    cli: Callable, tmp_path: Path, arguments: tuple, named: str
+) -> None:
+    result = cli(*arguments)
+    assert result.code == 2
+    assert named in result.err
+    assert "Traceback" not in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_was_run_yet(cli: Callable, tmp_path: Path) -> None:
+    for command in ("report", "export figures"):
+        line = told(cli(*command.split(), "--profile", "smoke"), tmp_path)
+        assert "no finished evaluation in runs/smoke: python -m rlhf_lib run" in line
+    assert not (tmp_path / "figures").exists()
+    result = cli("status", "--profile", "smoke")
+    assert (result.code, result.out) == (0, "nothing has been run in runs/smoke\n")
+
+
+# ----------------------------------------------------------------------------- data that is no good
+
+ASKED = "\n\nHuman: Question {}?\n\nAssistant:"
+
+
+def pair(number: int, chosen: str = " Yes.", rejected: str = " No, you should not.") -> dict:
+    prompt = ASKED.format(number)
+    return {"chosen": prompt + chosen, "rejected": prompt + rejected}
+
+
+GOOD = [json.dumps(pair(number)) for number in range(40)]
+
+
+def write(folder: Path, *extra: str, good: int = 40) -> Path:
+    """Forty good rows, or fewer, and then the extra lines."""
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(f"{line}\n" for line in [*GOOD[:good], *extra]))
+    return path
+
+
+def dataset(cli: Callable, source: object) -> SimpleNamespace:
+    return cli("dataset", "--profile", "smoke", "--data", source)
+
+
+def test_a_missing_file_names_the_nearest(cli: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    line = told(dataset(cli, f"path:{tmp_path / 'pears.jsonl'}"), tmp_path)
+    assert f"{tmp_path / 'pears.jsonl'} does not exist" in line
+    assert f"the nearest in {tmp_path} is {path.name}" in line
+
+
+def test_an_empty_file(cli: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path, good=0)
+    line = told(dataset(cli, f"path:{path}"), tmp_path)
+    assert f"{path} is empty: it needs one preference pair a line" in line
+
+
+def test_a_line_that_is_not_json(cli: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path, '{"chosen": "', GOOD[0])
+    line = told(dataset(cli, f"path:{path}"), tmp_path)
+    assert f"{path}, line 41: not JSON" in line
+    assert "each line holds one JSON object" in line
+
+
+def test_a_missing_key(cli: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"chosen": pair(1)["chosen"], "reject": "x"}))
+    line = told(dataset(cli, f"path:{path}"), tmp_path)
+    assert "pairs.jsonl, row 41: no `rejected`; the row has `chosen`, `reject`" in line
+    assert "rename the columns" in line
+
+
+def test_a_file_without_a_usable_row(cli: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path, *[json.dumps(pair(1, " Yes.", " Yes. "))] * 3, good=0)
+    line = told(dataset(cli, f"path:{path}"), tmp_path)
+    assert "no pair for" in line
+    assert "3 rows were read; left out: identical replies 3" in line
+    assert "give more pairs" in line
+
+
+def test_the_hub_out_of_reach(cli: Callable, tmp_path: Path) -> None:
+    line = told(dataset(cli, "hub:Anthropic/hh-rlhf"), tmp_path)
+    assert "Anthropic/hh-rlhf is not in the cache" in line
+    assert "data.source=path:FILE" in line
+    assert "data.source=bundled" in line
+
+
+UNUSABLE = {
+    "identical replies": pair(99, " Yes.", " Yes.\n"),
+    "no assistant marker": {"chosen": "Human: hello", "rejected": pair(99)["rejected"]},
+    "empty reply": pair(99, " Yes.", "  \n"),
+    "row too long": pair(99, " Yes" * 25_000),
+}
+
+
+def result_of(run_dir: Path) -> dict:
+    (stage,) = run_dir.glob("smoke/seed-0/dataset-*/")
+    return json.loads((stage / "result.json").read_text())
+
+
+@pytest.mark.parametrize("reason", UNUSABLE)
+def test_an_unusable_row_is_left_out_and_counted_with_its_place(
+    cli: Callable, tmp_path: Path, reason: str
+) -> None:
+    path = write(tmp_path, json.dumps(UNUSABLE[reason]))
+    result = dataset(cli, f"path:{path}")
+    assert result.code == 0, result.err
+    audit = result_of(tmp_path / "runs")
+    assert audit["dropped"] == {reason: {"count": 1, "first": ["pairs.jsonl, row 41"]}}
+    assert (audit["rows_read"], audit["rows_usable"]) == (41, 40)
+    assert not list((tmp_path / "runs").rglob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------- what it does
+
+
+def test_a_stage_is_run_once_and_shown_by_status(cli: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    first = dataset(cli, f"path:{path}")
+    (stage,) = (tmp_path / "runs").glob("smoke/seed-0/dataset-*/")
+    assert first.out == f"dataset: {stage.relative_to(tmp_path)}\n"
+    before = {file: file.stat().st_mtime_ns for file in stage.iterdir()}
+    assert dataset(cli, f"path:{path}").out == first.out
+    assert {file: file.stat().st_mtime_ns for file in stage.iterdir()} == before
+    shown = cli("status", "--profile", "smoke").out
+    assert re.fullmatch(rf"seed-0 +{stage.name} +done +\d+\.\d min\n", shown)
+
+
+def test_run_hands_its_overrides_on_and_a_set_wins(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(study, "run_study", lambda *a: seen.append(a) or [tmp_path / "n.ipynb"])
+    monkeypatch.setattr(book, "write_report", lambda *a: (tmp_path / "a.html", tmp_path / "b.pdf"))
+    given = (
+        "--profile smoke --seeds 2 --data path:x --model gpt2 --set seeds=3 --set ppo.kl_coef=0.3"
+    )
+    result = cli("run", *given.split(), "--run-dir", "there")
+    ((profile, run_dir, overrides, only),) = seen
+    assert overrides == [
+        "data.source=path:x", "model.name=gpt2", "seeds=2", "seeds=3", "ppo.kl_coef=0.3",
+    ]  # fmt: skip
+    assert (profile.seeds, profile.ppo.kl_coef, profile.model.name) == (3, 0.3, "gpt2")
+    assert (run_dir, only) == (Path("there"), None)
+    assert result.out == f"report: {tmp_path}/a.html\nreport: {tmp_path}/b.pdf\n"
+    assert cli("run", "--only", "04_ppo").out == f"executed: {tmp_path}/n.ipynb\n"
+
+
+def test_readme_fills_its_blocks(cli: Callable, tmp_path: Path) -> None:
+    (tmp_path / "figures" / "laptop").mkdir(parents=True)
+    results = (MADE_UP / "gold.json").read_text()
+    (tmp_path / "figures" / "laptop" / "results.json").write_text(results)
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n<!-- results: laptop -->\nold\n<!-- end -->\nlast\n")
+    assert cli("readme").code == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n<!-- results: laptop -->\n")
+    assert text.endswith("<!-- end -->\nlast\n")
+    assert "PPO and GRPO raised gold reward over SFT" in text
+    assert "old" not in text.split("<!--")[1]
