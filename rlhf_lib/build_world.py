@@ -42,6 +42,15 @@ from rlhf_lib.world_tokenizer import MAX_LENGTH, build_tokenizer, encode
 
 QUALITY = {"base": (0.0, 0.5), "demonstrations": (0.45, 0.75)}  # uniform between the two
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+# every value is written out: the shipped files must not follow the defaults of a profile
+BASE_TRAINING = SFTConfig(
+    epochs=1, batch_size=32, micro_batch_size=32, learning_rate=1e-3, weight_decay=0.01,
+    warmup_ratio=0.05, max_grad_norm=1.0,
+)  # fmt: skip
+SFT_TRAINING = SFTConfig(
+    epochs=3, batch_size=64, micro_batch_size=64, learning_rate=3e-4, weight_decay=0.01,
+    warmup_ratio=0.1, max_grad_norm=1.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,8 @@ class BuildSettings:
     heads: int = 4
     positions: int = MAX_LENGTH
     base_dialogues: int = 32_000
-    # every value is written out: the shipped files must not follow the defaults of a profile
-    base: SFTConfig = field(default_factory=lambda: SFTConfig(
-        epochs=1, batch_size=32, micro_batch_size=32, learning_rate=1e-3, weight_decay=0.01,
-        warmup_ratio=0.05, max_grad_norm=1.0,
-    ))  # fmt: skip
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(
-        epochs=3, batch_size=64, micro_batch_size=64, learning_rate=3e-4, weight_decay=0.01,
-        warmup_ratio=0.1, max_grad_norm=1.0,
-    ))  # fmt: skip
+    base: SFTConfig = BASE_TRAINING
+    sft: SFTConfig = SFT_TRAINING
     demonstrations: int = 6_000
     pairs: dict[str, int] = field(
         default_factory=lambda: {"train": 4_000, "validation": 400, "test": 2_000}

@@ -272,10 +272,10 @@ def test_readme_fills_its_blocks(cli: Callable, tmp_path: Path) -> None:
     results = (MADE_UP / "gold.json").read_text()
     (tmp_path / "figures" / "laptop" / "results.json").write_text(results)
     readme = tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- results: laptop -->\nold\n<!-- end -->\nlast\n")
+    readme.write_text("# Title\n<!-- results: laptop -->\nstale numbers\n<!-- end -->\nlast\n")
     assert cli("readme").code == 0
     text = readme.read_text()
     assert text.startswith("# Title\n<!-- results: laptop -->\n")
     assert text.endswith("<!-- end -->\nlast\n")
     assert "PPO and GRPO raised gold reward over SFT" in text
-    assert "old" not in text.split("<!--")[1]
+    assert "stale" not in text

@@ -166,7 +166,8 @@ def test_the_stage_logs_and_trains(
         "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
     }  # fmt: skip
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5), "the policy starts as the reference"
-    assert rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-12)
+    rates = [row["learning_rate"] / 5e-5 for row in rows]  # of an update's second step
+    assert rates == pytest.approx([7 / 8, 5 / 8, 3 / 8, 1 / 8])
     assert all(math.isfinite(x) for row in rows for x in row.values())
     assert stage.result()["samples"] == 4 * 2 * 4
     trained = load_policy(stage.model_path).state_dict()

@@ -224,7 +224,7 @@ def test_unknown_model_names_the_nearest_and_the_ways_offline(
     start = time.monotonic()
     with pytest.raises(SettingsError, match=f"did you mean {nearest}") as error:
         load(name)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 10  # with retries 23
     for way in ("HF_HUB_OFFLINE is set", "tiny", "make offline-model", "folder"):
         assert way in str(error.value)
 

@@ -209,8 +209,9 @@ def test_more_padding_changes_no_metric() -> None:
     assert made_up(**wider).metrics() == sample.metrics()
 
 
-def test_micro_batches_cover_the_rows_in_order() -> None:
+def test_micro_batches_cover_the_rows_with_similar_lengths_together() -> None:
     first, second = made_up().micro_batches([2, 0, 1], 2)
-    assert first == ([2, 0], [[5, 6, 7], [5]], [[5, EOS], [3, 4, EOS]], 3, 5)
-    assert second == ([1], [[5, 6]], [[4]], 1, 1)
-    assert masked_mean(made_up().logprobs[first.rows, : first.width], length_mask([2, 3])) == -1.8
+    assert first == ([1, 0], [[5, 6], [5]], [[4], [3, 4, EOS]], 3, 4)
+    assert second == ([2], [[5, 6, 7]], [[5, EOS]], 2, 2)
+    mean = masked_mean(made_up().logprobs[first.rows, : first.width], length_mask([1, 3]))
+    assert mean.item() == pytest.approx(-5 / 4)

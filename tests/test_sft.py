@@ -97,7 +97,8 @@ def test_the_stage_saves_what_it_trained(
     assert rows[-1]["num_tokens"] == sum(
         len(d.prompt) + len(d.response) for d in tiny_data.demonstrations
     )
-    assert rows[-1]["learning_rate"] == 0
+    rates = [row["learning_rate"] / 3e-4 for row in rows]
+    assert rates == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4]), "each is that of its own step"
     assert stage.result()["examples"] == 24
     trained, base = load_policy(stage.model_path).state_dict(), load_policy(tiny_base).state_dict()
     assert any(not torch.equal(trained[name], base[name]) for name in base)

@@ -195,7 +195,7 @@ def test_hub_out_of_reach_names_the_ways_offline_and_does_not_wait() -> None:
     start = time.monotonic()
     with pytest.raises(DataError, match="HF_HUB_OFFLINE is set") as error:
         read_source("hub:Anthropic/hh-rlhf")
-    assert time.monotonic() - start < 5  # the import of `datasets` included
+    assert time.monotonic() - start < 15  # with retries 23; the import of `datasets` is in it
     for way in ("path:", "bundled", "HF_HUB_OFFLINE=1"):
         assert way in str(error.value)
 

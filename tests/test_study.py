@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,15 +41,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Every stage that is trained, with what it was given; nothing is computed."""
     seen: list[tuple] = []
 
-    def record(module: str) -> Callable:
-        def train(run: Run, data: Any, *rest: Any, **named: Any) -> str:
-            seen.append((module, data, *rest, named) if named else (module, data, *rest))
-            return f"<{module}>"
-
-        return train
+    def train(module: str, run: Run, data: Any, *rest: Any, **named: Any) -> str:
+        seen.append((module, data, *rest, named) if named else (module, data, *rest))
+        return f"<{module}>"
 
     for module in ("sft", "reward_model", "ppo", "grpo", "dpo"):
-        monkeypatch.setattr(getattr(study, module), "train", record(module))
+        monkeypatch.setattr(getattr(study, module), "train", partial(train, module))
     monkeypatch.setattr(study, "load_tokenizer", lambda name: name)
     monkeypatch.setattr(study, "load_data", lambda config, tokenizer: config.source)
     monkeypatch.setattr(study, "set_up_process", lambda threads: None)
@@ -58,19 +56,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 def test_a_stage_is_run_after_what_it_needs_and_reads_it(calls: list, tmp_path: Path) -> None:
     opened = study.Study.open("smoke", 0, tmp_path, ["ppo.low_kl_coef=0.03"])
     opened.stage("ppo_low_kl")
+    trained = {"sft": "<sft>", "reward_model": "<reward_model>"}
     assert calls == [
         ("sft", "bundled"),
         ("reward_model", "bundled"),
-        (
-            "ppo",
-            "bundled",
-            {
-                "sft": "<sft>",
-                "reward_model": "<reward_model>",
-                "stage_name": "ppo_low_kl",
-                "kl_coef": 0.03,
-            },
-        ),
+        ("ppo", "bundled", {"kl_coef": 0.03, "stage_name": "ppo_low_kl", **trained}),
     ]
 
 
@@ -225,12 +215,11 @@ def test_a_failing_cell_is_told_in_a_line_with_the_place_to_look(
     target = Path("runs/smoke/notebooks/04_ppo.ipynb")
     assert str(target) in str(error.value)
     assert "Traceback" not in str(error.value)
-    text = target.read_text()
-    assert "no more ink" in text, "the executed copy shows where it broke"
+    assert "no more ink" in target.read_text(), "the executed copy shows where it broke"
     # papermill puts a cell of the given parameters behind that of the defaults
     nb = nbformat.read(target, as_version=4)
     told = "".join(o.get("text", "") for cell in nb.cells for o in cell.get("outputs", []))
-    profile, seed, run_dir, given = eval(told.strip())
+    profile, seed, run_dir, given = ast.literal_eval(told.strip())
     assert (profile, seed, run_dir) == ("smoke", 3, str(tmp_path / "runs"))
     assert load_profile("smoke", given).data.source == "path:two words.jsonl"
 
