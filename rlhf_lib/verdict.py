@@ -70,10 +70,12 @@ def _overoptimisation(results: Mapping) -> str:
         return ""
     proxy, gold = record["proxy"], record["gold"]
     numbers = f"proxy {interval(proxy)}, gold {interval(gold)}"
+    settings = results["settings"]["ppo"]
+    low, default = settings["low_kl_coef"], settings["kl_coef"]
     if proxy["verdict"] == "higher" and gold["verdict"] == "lower":
         return (
-            "**More proxy reward, worse replies:** PPO with a tenth of the KL coefficient or less "
-            f"ends above the default run in proxy and below it in gold ({numbers})."
+            f"**More proxy reward, worse replies:** PPO at a KL coefficient of {low:g} instead of "
+            f"{default:g} ends higher in proxy and lower in gold (differences: {numbers})."
         )
     return (
         "Over-optimisation is not shown: against the default, the under-regularised PPO run is "

@@ -103,9 +103,13 @@ def test_overoptimisation_needs_more_proxy_and_less_gold(
     results: dict, proxy: dict, gold: dict, shown: bool
 ) -> None:
     results["overoptimisation"] = {"proxy": proxy, "gold": gold}
-    (said,) = [s for s in verdict.sentences(results) if "the default" in s]
+    about = ("Over-optimisation is", "**More proxy reward, worse replies")
+    (said,) = [s for s in verdict.sentences(results) if s.startswith(about)]
     assert said.startswith("**More proxy reward, worse replies:**") is shown
-    if not shown:
+    if shown:
+        ppo = results["settings"]["ppo"]
+        assert f"{ppo['low_kl_coef']:g} instead of {ppo['kl_coef']:g}" in said
+    else:
         assert "Over-optimisation is not shown" in said
         assert f"{proxy['verdict']} in proxy and {gold['verdict']} in gold" in said
 
