@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from rlhf_lib import plots, report, verdict
 from rlhf_lib.config import Profile
-from rlhf_lib.display import comparison_table, figure_bundle, table_bundle
+from rlhf_lib.display import COMPARISON_CAPTION, comparison_table, figure_bundle, table_bundle
 from rlhf_lib.runs import write_json
 from rlhf_lib.study import NOTEBOOKS, StudyError, notebook_path
 
@@ -77,8 +77,7 @@ def front_page(results: Mapping) -> nbformat.NotebookNode:
     return _notebook([
         _prose("## The verdict\n\n" + "\n\n".join(verdict.sentences(results))),
         _figure(plots.gains(results), _gains_caption(results)),
-        _table(comparison_table(results), "All policies on the held-out prompts; 95 % intervals in "
-               "brackets. Time and memory: training of that stage, mean over seeds."),
+        _table(comparison_table(results), COMPARISON_CAPTION),
     ])  # fmt: skip
 
 

@@ -21,9 +21,9 @@ from rlhf_lib.rollout import Rollout
 NAMES = {
     "base": "Base",
     "sft": "SFT",
-    "sft_again": "SFT, second draw",
+    "sft_again": "SFT again",
     "ppo": "PPO",
-    "ppo_low_kl": "PPO, low KL coefficient",
+    "ppo_low_kl": "PPO, low KL",
     "grpo": "GRPO",
     "dpo": "DPO",
     "best_of_n_default": "best-of-n",
@@ -98,22 +98,28 @@ def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -
     return f"{mean} [{low}, {high}]"
 
 
+COMPARISON_CAPTION = (
+    "All policies on the same held-out prompts, 95 % intervals in brackets: proxy and gold reward, "
+    "KL to SFT in nats a reply, win rates, length in tokens; minutes and peak memory of training."
+)
+
+
 def comparison_table(results: Mapping) -> pd.DataFrame:
-    """The study's main table: one row a policy, 95 % intervals in brackets."""
+    """The study's main table: one row a policy; what its columns mean: COMPARISON_CAPTION."""
     rows = []
     costs = results["cost"]
     for name in ("base", "sft", "ppo", "grpo", "dpo", "ppo_low_kl"):
         policy, cost = results["policies"][name], costs.get(name)
-        row = {"policy": NAMES[name], "proxy reward": interval(policy["proxy"])}
+        row = {"policy": NAMES[name], "proxy": interval(policy["proxy"])}
         if "gold" in policy:
-            row["gold reward"] = interval(policy["gold"])
+            row["gold"] = interval(policy["gold"])
         row |= {
-            "KL to SFT (nats)": interval(policy["kl"], 1),
-            "win rate vs SFT": interval(policy.get("win_rate_vs_sft"), 0, percent=True),
-            "win rate vs base": interval(policy.get("win_rate_vs_base"), 0, percent=True),
-            "length (tokens)": interval(policy["length"], 1),
-            "minutes": f"{cost['seconds']['mean'] / 60:.1f}" if cost else "–",
-            "memory (GB)": f"{cost['peak_memory_gb']['mean']:.1f}" if cost else "–",
+            "KL": interval(policy["kl"], 1),
+            "wins vs SFT": interval(policy.get("win_rate_vs_sft"), 0, percent=True),
+            "wins vs base": interval(policy.get("win_rate_vs_base"), 0, percent=True),
+            "length": interval(policy["length"], 0),
+            "min": f"{cost['seconds']['mean'] / 60:.1f}" if cost else "–",
+            "GB": f"{cost['peak_memory_gb']['mean']:.1f}" if cost else "–",
         }
         rows.append(row)
     return pd.DataFrame(rows)
@@ -131,7 +137,6 @@ def gain_table(results: Mapping) -> pd.DataFrame:
             "each seed": ", ".join(f"{value:.2f}" for value in gain["per_seed"]),
             "verdict": gain["verdict"],
             "proxy gain": interval(proxy),
-            "proxy verdict": proxy["verdict"],
         })  # fmt: skip
     return pd.DataFrame(rows)
 

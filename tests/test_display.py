@@ -112,21 +112,21 @@ def test_an_unknown_interval_is_a_dash() -> None:
 
 def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
     table = display.comparison_table(results).set_index("policy")
-    assert list(table.index) == ["Base", "SFT", "PPO", "GRPO", "DPO", "PPO, low KL coefficient"]
-    assert ("gold reward" in table.columns) == (results["judge"] == "gold")
+    assert list(table.index) == ["Base", "SFT", "PPO", "GRPO", "DPO", "PPO, low KL"]
+    assert ("gold" in table.columns) == (results["judge"] == "gold")
     ppo = results["policies"]["ppo"]
-    assert table.loc["PPO", "proxy reward"] == display.interval(ppo["proxy"])
-    assert table.loc["PPO", "KL to SFT (nats)"] == display.interval(ppo["kl"], 1)
-    assert table.loc["SFT", "win rate vs SFT"] == "–"
-    assert table.loc["Base", "minutes"] == "–", "nobody trained the base"
+    assert table.loc["PPO", "proxy"] == display.interval(ppo["proxy"])
+    assert table.loc["PPO", "KL"] == display.interval(ppo["kl"], 1)
+    assert table.loc["SFT", "wins vs SFT"] == "–"
+    assert table.loc["Base", "min"] == "–", "nobody trained the base"
     seconds = results["cost"]["ppo"]["seconds"]["mean"]
-    assert table.loc["PPO", "minutes"] == f"{seconds / 60:.1f}"
+    assert table.loc["PPO", "min"] == f"{seconds / 60:.1f}"
 
 
 def test_the_gain_table_has_every_seed_and_the_verdict(results: dict) -> None:
     judge = results["judge"]
     table = display.gain_table(results).set_index("policy")
-    for label, name in (("SFT, second draw", "sft_again"), ("DPO", "dpo")):
+    for label, name in (("SFT again", "sft_again"), ("DPO", "dpo")):
         gain = results["policies"][name][f"{judge}_gain"]
         assert table.loc[label, f"{judge} gain over SFT"] == display.interval(gain)
         assert table.loc[label, "verdict"] == gain["verdict"]

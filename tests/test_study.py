@@ -239,7 +239,6 @@ def strict(text: str) -> Any:
 
 
 def times(folder: Path) -> dict[Path, int]:
-    """When each file of each stage was last written."""
     return {path: path.stat().st_mtime_ns for path in folder.glob("*-*/**/*")}
 
 
@@ -260,7 +259,7 @@ def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
 
     text = page.read_text(encoding="utf-8")
     assert "numbers mean nothing" in text
-    assert [name for name in NOTEBOOKS if f'id="nb-{name}"' not in text] == []
+    assert all(f'id="nb-{name}"' in text for name in NOTEBOOKS)
     assert pdf.read_bytes().startswith(b"%PDF")
 
     (evaluation,) = folder.glob("evaluation-*")
