@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tempfile
 from collections.abc import Mapping
@@ -160,8 +161,9 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     }
     paths = [target / "results.json", target / "frontier.csv"]
     for name, figure in figures.items():
-        for suffix in ("svg", "png"):
-            path = target / f"{name}.{suffix}"
-            figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
-            paths.append(path)
+        bundle = figure_bundle(figure)
+        svg, png = target / f"{name}.svg", target / f"{name}.png"
+        svg.write_text(bundle["image/svg+xml"], encoding="utf-8")
+        png.write_bytes(base64.b64decode(bundle["image/png"]))
+        paths += [svg, png]
     return paths

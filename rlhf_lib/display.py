@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from IPython.display import display
@@ -71,10 +72,11 @@ def sentence(template: str, **values: object) -> str:
         raise KeyError(f"no measurement for {error} in the sentence: {template[:80]!r}") from error
 
 
-def figure_bundle(figure: Figure) -> dict[str, str | bytes]:
+def figure_bundle(figure: Figure) -> dict[str, str]:
     """SVG and PNG of a figure; the SVG holds no date, so that equal figures give equal files."""
     svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": "rlhf_lib"}):  # names within the file are drawn from it
+        figure.savefig(svg, format="svg", metadata={"Date": None})
     figure.savefig(png, format="png", dpi=120)
     encoded = base64.b64encode(png.getvalue()).decode()
     return {"image/svg+xml": svg.getvalue(), "image/png": encoded, "text/plain": "figure"}

@@ -18,7 +18,6 @@ COLORS = {
     "gold": "#1f4e79", "best_of_n_default": "#333333", "best_of_n_control": "#88aacc",
 }  # fmt: skip
 STYLE = {
-    "svg.hashsalt": "rlhf_lib",  # equal figures give equal files
     "svg.fonttype": "path",
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.dpi": 100,
