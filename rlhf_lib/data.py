@@ -15,9 +15,10 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.audit import Dropped, describe
+from rlhf_lib.batches import chunks
 from rlhf_lib.config import DataConfig, SettingsError
 from rlhf_lib.dialogues import Texts, Unusable, read_demonstration, read_pair, read_prompt
-from rlhf_lib.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt, chunks, sides
+from rlhf_lib.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt, paired_lengths, sides
 from rlhf_lib.sources import DataError, Row, Source, read_source
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PreferenceData",
     "Prompt",
     "load_data",
+    "paired_lengths",
     "sides",
 ]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lib.batches import by_length, shuffled_batches
 from rlhf_lib.config import DPOConfig
-from rlhf_lib.data import Pair, PreferenceData, sides
-from rlhf_lib.learner import Averages, Learner, chunks, shuffled_batches
+from rlhf_lib.data import Pair, PreferenceData, paired_lengths, sides
+from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import paired_logprobs
 from rlhf_lib.losses import dpo_loss
 from rlhf_lib.models import load_policy, save_model
@@ -29,11 +30,10 @@ def reference_logprobs(
 ) -> Tensor:
     """Sequence log-probs of both sides under the frozen reference: (N, 2), chosen then rejected."""
     table = torch.zeros(len(pairs), 2)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].prompt))
-    batches = list(chunks(order, batch_size))
+    batches = list(by_length(paired_lengths(pairs), batch_size))
     for rows in progress(batches, "reference log-probs"):
         both = paired_logprobs(reference, *sides([pairs[i] for i in rows]))
-        table[list(rows)] = torch.stack(both, dim=1).cpu()
+        table[rows] = torch.stack(both, dim=1).cpu()
     return table
 
 
@@ -44,14 +44,11 @@ def update(
     averages = Averages()
 
     def losses() -> Iterator[Tensor]:
-        # similar lengths together: less padding, and the mean is the same in any order
-        lengths = [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch]
-        order = sorted(range(len(batch)), key=lengths.__getitem__)
-        for rows in chunks(order, config.micro_batch_size):
+        for rows in by_length(paired_lengths(batch), config.micro_batch_size):
             pairs = [batch[i] for i in rows]
             with learner.accelerator.autocast():
                 chosen, rejected = paired_logprobs(learner.model, *sides(pairs))
-            reference = ref_logprobs[list(rows)].to(chosen.device)
+            reference = ref_logprobs[rows].to(chosen.device)
             loss, stats = dpo_loss(
                 chosen, rejected, reference[:, 0], reference[:, 1],
                 config.beta, config.label_smoothing,
@@ -103,8 +100,7 @@ def train(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> St
             probe = sampler.sample(learner.model, probed).metrics() if step % every == 0 else {}
             batch = [pairs[i] for i in batches[step]]
             metrics = update(learner, batch, table[batches[step]], config)
-            tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)
-            work.log(step, tokens, metrics | probe)
+            work.log(step, sum(paired_lengths(batch)), metrics | probe)
         save_model(learner.model, sampler.tokenizer, work.model_path)
         return {"train_pairs": len(pairs)}
 

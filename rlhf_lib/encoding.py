@@ -6,7 +6,7 @@ Tokenised together, the boundary can merge into a token that no sampled reply be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,11 @@ class Pair:
 def sides(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """Token lists of prompts, chosen and rejected replies."""
     return [p.prompt for p in pairs], [p.chosen for p in pairs], [p.rejected for p in pairs]
+
+
+def paired_lengths(pairs: Sequence[Pair]) -> list[int]:
+    """Tokens of each pair's prompt, chosen and rejected reply together."""
+    return [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,3 @@ class Encoder:
             list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False,
             return_attention_mask=False,
         )["input_ids"]  # fmt: skip
-
-
-def chunks(rows: Sequence, size: int) -> Iterator[Sequence]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

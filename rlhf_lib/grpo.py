@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from rlhf_lib.advantages import group_advantages
+from rlhf_lib.batches import prompt_batches
 from rlhf_lib.config import GRPOConfig
 from rlhf_lib.data import PreferenceData
-from rlhf_lib.learner import Averages, Learner, prompt_batches
+from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import response_logprobs
 from rlhf_lib.losses import grpo_loss
 from rlhf_lib.models import load_policy, save_model

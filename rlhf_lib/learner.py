@@ -1,16 +1,13 @@
-"""A model with its optimizer and schedule, and how batches are cut: what all five methods share."""
+"""A model with its optimizer and schedule: what all five methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
-
-T = TypeVar("T")
 
 
 class Learner:
@@ -94,37 +91,3 @@ class Averages:
 
     def means(self) -> dict[str, float]:
         return {key: self[key] for key in self._sums}
-
-
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive slices of at most `size` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def shuffled_batches(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Indices 0..count-1 in a fresh order each epoch, cut into batches (the last may be smaller).
-
-    It depends on the arguments alone, so a resumed run needs no saved place in the data.
-    """
-    batches = []
-    for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        order = torch.randperm(count, generator=generator).tolist()
-        batches += list(chunks(order, batch_size))
-    return batches
-
-
-def prompt_batches(count: int, batch_size: int, updates: int, seed: int) -> list[list[int]]:
-    """Indices of `updates` whole batches, each epoch in a fresh order.
-
-    Raises ValueError when there are fewer prompts than one batch needs.
-    """
-    if count < batch_size:
-        raise ValueError(
-            f"{count} training prompts do not fill a batch of {batch_size}: "
-            "lower the batch size or raise data.rl_prompts"
-        )
-    epochs = -(-updates // (count // batch_size))
-    batches = shuffled_batches(count, batch_size, epochs, seed)
-    return [batch for batch in batches if len(batch) == batch_size][:updates]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rlhf_lib.advantages import explained_variance, gae, kl_shaped_rewards
+from rlhf_lib.batches import prompt_batches, shuffled_batches
 from rlhf_lib.config import PPOConfig
 from rlhf_lib.data import PreferenceData
-from rlhf_lib.learner import Averages, Learner, prompt_batches, shuffled_batches
+from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import response_logprobs, token_values
 from rlhf_lib.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lib.models import load_policy, load_value_model, save_model

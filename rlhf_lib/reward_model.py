@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data import Pair, PreferenceData, sides
-from rlhf_lib.learner import Learner, chunks, shuffled_batches
-from rlhf_lib.logprobs import paired_scores, sequence_scores
+from rlhf_lib.batches import by_length, shuffled_batches
+from rlhf_lib.data import Pair, PreferenceData, paired_lengths, sides
+from rlhf_lib.learner import Learner
+from rlhf_lib.logprobs import paired_scores
 from rlhf_lib.losses import reward_loss
 from rlhf_lib.models import fingerprint, load_reward_model, load_tokenizer, save_model
+from rlhf_lib.rollout import raw_scores
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
 
@@ -30,9 +32,8 @@ def update(
     chosen_parts, rejected_parts = [], []
 
     def losses() -> Iterator[Tensor]:
-        # similar lengths together: less padding, and the mean is the same in any order
-        ordered = sorted(batch, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
-        for pairs in chunks(ordered, micro_batch_size):
+        for rows in by_length(paired_lengths(batch), micro_batch_size):
+            pairs = [batch[i] for i in rows]
             with learner.accelerator.autocast():
                 chosen, rejected = paired_scores(learner.model, *sides(pairs))
             margins = [margin if p.margin is None else p.margin for p in pairs]
@@ -64,12 +65,11 @@ def score_pairs(
     model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
     """Raw scores of both sides of each pair: (chosen (N,), rejected (N,)) on the CPU."""
-    chosen, rejected = [], []
-    for batch in chunks(pairs, batch_size):
-        of_chosen, of_rejected = paired_scores(model, *sides(batch))
-        chosen.append(of_chosen.cpu())
-        rejected.append(of_rejected.cpu())
-    return torch.cat(chosen), torch.cat(rejected)
+    chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    for rows in by_length(paired_lengths(pairs), batch_size):
+        both = paired_scores(model, *sides([pairs[i] for i in rows]))
+        chosen[rows], rejected[rows] = (scores.cpu() for scores in both)
+    return chosen, rejected
 
 
 @torch.no_grad()
@@ -78,10 +78,8 @@ def measure_scale(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the raw score over demonstrations: reward 0 and reward 1."""
     sample = data.demonstrations[:NORMALISATION_SAMPLE]
-    scores = torch.cat([
-        sequence_scores(model, [d.prompt for d in batch], [d.response for d in batch]).cpu()
-        for batch in chunks(sample, batch_size)
-    ])  # fmt: skip
+    prompts, responses = [d.prompt for d in sample], [d.response for d in sample]
+    scores = raw_scores(model, prompts, responses, batch_size)
     return float(scores.mean()), float(scores.std())
 
 
@@ -110,8 +108,7 @@ def train(run: Run, data: PreferenceData, stage_name: str = "reward_model") -> S
             metrics = update(
                 learner, batch, config.micro_batch_size, config.margin, config.center_coef
             )
-            tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in batch)
-            work.log(step, tokens, metrics)
+            work.log(step, sum(paired_lengths(batch)), metrics)
 
         with accelerator.autocast():
             mean, std = measure_scale(model, data)

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lib.batches import by_length, chunks
 from rlhf_lib.data import Prompt
 from rlhf_lib.kl import full_kl
-from rlhf_lib.learner import chunks, freeze
+from rlhf_lib.learner import freeze
 from rlhf_lib.logprobs import (
     Tokens,
     length_mask,
@@ -43,11 +44,9 @@ def generate(
     A response ends with the end-of-sequence token unless `max_new_tokens` cut it off. No top-k,
     top-p or minimum length: a filtered sample is not one of the policy (KL goes negative).
     """
-    # similar lengths together: less padding
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     responses: list[list[int]] = [[] for _ in prompts]
     eos = eos_id(tokenizer)
-    for rows in chunks(order, batch_size):
+    for rows in by_length([len(p) for p in prompts], batch_size):
         longest = max(len(prompts[i]) for i in rows)
         padding = [longest - len(prompts[i]) for i in rows]
         ids = torch.tensor(
@@ -72,6 +71,18 @@ def generate(
 
 
 @torch.no_grad()
+def raw_scores(
+    reward_model: PreTrainedModel, prompts: Tokens, responses: Tokens, batch_size: int = 64
+) -> Tensor:
+    """The reward model's own output for each response, (B,) on the CPU."""
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    scores = torch.zeros(len(prompts))
+    for rows in by_length(lengths, batch_size):
+        batch = [prompts[i] for i in rows], [responses[i] for i in rows]
+        scores[rows] = sequence_scores(reward_model, *batch).cpu()
+    return scores
+
+
 def score(
     reward_model: PreTrainedModel, prompts: Tokens, responses: Tokens, batch_size: int = 64
 ) -> Tensor:
@@ -79,14 +90,8 @@ def score(
 
     The two numbers were measured after reward-model training and stand in the model's config.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    scores = torch.zeros(len(prompts))
-    for rows in chunks(order, batch_size):
-        batch = sequence_scores(
-            reward_model, [prompts[i] for i in rows], [responses[i] for i in rows]
-        )
-        scores[list(rows)] = batch.cpu()
     config = reward_model.config
+    scores = raw_scores(reward_model, prompts, responses, batch_size)
     return (scores - config.reward_mean) / config.reward_std
 
 
@@ -164,12 +169,13 @@ class Rollout:
 
     def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[MicroBatch]:
         """The given rows, at most `size` at a time, similar lengths together: less padding."""
-        ordered = sorted(rows, key=lambda i: len(self.prompts[i]) + len(self.responses[i]))
-        for part in chunks(ordered, size):
+        totals = [len(self.prompts[i]) + len(self.responses[i]) for i in rows]
+        for places in by_length(totals, size):
+            part = [rows[i] for i in places]
             responses = [self.responses[i] for i in part]
             lengths = [len(r) for r in responses]
             prompts = [self.prompts[i] for i in part]
-            yield MicroBatch(list(part), prompts, responses, max(lengths), sum(lengths))
+            yield MicroBatch(part, prompts, responses, max(lengths), sum(lengths))
 
 
 class Sampler:

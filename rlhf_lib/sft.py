@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lib.batches import by_length, shuffled_batches
 from rlhf_lib.config import SFTConfig
 from rlhf_lib.data import Demonstration, PreferenceData
-from rlhf_lib.learner import Learner, chunks, shuffled_batches
+from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import response_logits, token_logprobs, unflatten
 from rlhf_lib.losses import sft_loss
 from rlhf_lib.models import fingerprint, load_policy, load_tokenizer, save_model
@@ -27,9 +28,9 @@ def update(
     entropies = []
 
     def losses() -> Iterator[Tensor]:
-        # similar lengths together: less padding, and the sum is the same in any order
-        ordered = sorted(batch, key=lambda e: len(e.prompt) + len(e.response))
-        for examples in chunks(ordered, micro_batch_size):
+        lengths = [len(e.prompt) + len(e.response) for e in batch]
+        for rows in by_length(lengths, micro_batch_size):
+            examples = [batch[i] for i in rows]
             with learner.accelerator.autocast():
                 logits, labels, mask = response_logits(
                     learner.model, [e.prompt for e in examples], [e.response for e in examples]

@@ -62,9 +62,10 @@ def test_gold_prefers_the_right_facts() -> None:
 
 
 def test_equal_gold_rewards_tie_however_their_sums_were_rounded() -> None:
-    replies = (" Sure! You should castle early.", " Great! You should study endgames, endgames.")
-    pairs = [pair(one, other) for one in replies for other in replies]
-    assert judges.wins(judges.gold_preferences(pairs)).tolist() == [0.5] * 4
+    # 0.4 for being polite less 0.6 for a wrong fact, and 0.2 for a filler word: in floating point
+    # the first sum is -0.19999999999999996
+    tie = pair(" Sure! Knead the dough.", " Really.")
+    assert judges.wins(judges.gold_preferences([tie])).tolist() == [0.5]
 
 
 def test_the_ceiling_is_the_accuracy_of_the_best_guess() -> None:

@@ -17,7 +17,7 @@ MAX_LINES = 300
 
 # A module may import from its own layer and from those below. Every file must have its place here.
 LAYERS: dict[int, tuple[str, ...]] = {
-    1: ("config", "profiles", "runtime", "ops", "kl"),
+    1: ("config", "profiles", "runtime", "batches", "ops", "kl"),
     2: ("logprobs", "losses", "advantages"),
     3: (
         *("world", "world_grammar", "world_words", "world_tokenizer"),

@@ -1,4 +1,4 @@
-"""One optimizer step, schedules, averages, and how batches are cut."""
+"""One optimizer step, schedules and averages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.learner import (
-    Averages,
-    Learner,
-    chunks,
-    freeze,
-    prompt_batches,
-    shuffled_batches,
-)
+from rlhf_lib.learner import Averages, Learner, freeze
 from rlhf_lib.logprobs import response_logprobs
 from rlhf_lib.models import load_policy
 from rlhf_lib.runtime import make_accelerator
@@ -176,38 +169,3 @@ def test_averages_weigh_what_they_are_given() -> None:
     averages.add({"a": 2.0}, 1)
     assert averages["a"] == 1.25
     assert averages.means() == {"a": 1.25, "b": 5.0}
-
-
-def test_chunks_cover_everything_once() -> None:
-    assert [list(c) for c in chunks(range(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
-
-
-def test_every_epoch_is_a_fresh_order_of_everything() -> None:
-    batches = shuffled_batches(10, 4, epochs=3, seed=1)
-    assert [len(b) for b in batches] == [4, 4, 2] * 3
-    epochs = [[*a, *b, *c] for a, b, c in (batches[0:3], batches[3:6], batches[6:9])]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert shuffled_batches(10, 4, 3, seed=1) == batches
-    assert shuffled_batches(10, 4, 3, seed=2) != batches
-
-
-def test_batches_do_not_hang_on_the_global_generator() -> None:
-    torch.manual_seed(1)
-    first, state = shuffled_batches(10, 4, 1, seed=1), torch.get_rng_state()
-    torch.manual_seed(2)
-    assert shuffled_batches(10, 4, 1, seed=1) == first
-    torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_prompt_batches_are_whole_and_as_many_as_asked() -> None:
-    batches = prompt_batches(10, 4, updates=5, seed=0)
-    assert [len(b) for b in batches] == [4] * 5
-    for start in (0, 2):  # two whole batches an epoch: no prompt twice within one
-        assert len(set(batches[start] + batches[start + 1])) == 8
-
-
-def test_too_few_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 training prompts do not fill a batch of 4: .*rl_pro"):
-        prompt_batches(3, 4, updates=1, seed=0)
