@@ -3,6 +3,7 @@
 #   make report     set up, run the study, write its report (the default)
 #   make test       set up, run the tests
 #   make lint       ruff, notebooks included, and pyright
+#   make proofs     set up, prove the methods by enumeration and print the table
 #   make data       rebuild the bundled world in data/ from its own source
 #   make help       every target
 #
@@ -26,7 +27,7 @@ STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml requirements.lock;
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := report
-.PHONY: help setup report test lint format data offline-model hooks lock clean clean-runs
+.PHONY: help setup report test lint format proofs data offline-model hooks lock clean clean-runs
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,7 +42,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "make: '$(PYTHON)' has no venv module; install your system's python3-venv package" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[dev]"
+	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[dev,parity]"
 	@touch $@
 
 report: $(STAMP) ## run the study and write its HTML and PDF report
@@ -61,6 +62,9 @@ format: $(STAMP) ## put style and formatting right where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+proofs: $(STAMP) ## prove the methods by enumeration, and compare with TRL where it is installed
+	$(BIN)/python -m rlhf_lib proofs
+
 data: $(STAMP) ## rebuild the bundled world in data/
 	$(BIN)/python -m rlhf_lib.build_world
 
@@ -75,7 +79,7 @@ hooks: $(STAMP) ## let git run the checks before each commit
 lock: $(STAMP) ## resolve requirements.lock anew
 	$(PIP_INSTALL) --quiet uv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip compile --quiet --universal \
-	  --python-version 3.10 --extra dev --no-emit-index-url --annotation-style line --upgrade \
+	  --python-version 3.10 --extra dev --extra parity --no-emit-index-url --annotation-style line --upgrade \
 	  --upgrade-package torch==2.13.0 pyproject.toml --output-file requirements.lock
 
 clean: ## remove the environment and every cache; runs/ stays

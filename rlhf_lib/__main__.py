@@ -1,4 +1,4 @@
-"""The command line: `python -m rlhf_lib run | report | status | <stage> | export`."""
+"""The command line: `python -m rlhf_lib run | report | status | <stage> | export | proofs`."""
 
 from __future__ import annotations
 
@@ -128,6 +128,26 @@ def readme(
     text.write_text(blocks.fill(text.read_text(), figures))
 
 
+@app.command()
+def proofs(
+    target: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="a file to write the table to as well"),
+    ] = None,
+) -> None:
+    """Prove the methods by enumeration, and compare with TRL; fails where a claim does not hold."""
+    import proofs as library
+    from rlhf_lib.runs import write_json
+
+    rows, missing = library.with_parity()
+    print("\n".join(filter(None, (library.as_text(rows), missing))))
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, library.as_records(rows))
+    if not all(row.holds for row in rows):
+        raise typer.Exit(1)
+
+
 def _add_stage(name: str, summary: str) -> None:
     def command(
         profile: ProfileOption = "laptop",
@@ -151,6 +171,7 @@ for _name, _summary in {
     "dataset": "Load, clean, split and audit the preference pairs.",
     "reward_model": "Train the reward model.",
     "sft": "Supervised fine-tuning.",
+    "rejection_sft": "SFT on the best of n samples, picked by the reward model.",
     "ppo": "Train with PPO (SFT and reward model first, if missing).",
     "grpo": "Train with GRPO (SFT and reward model first, if missing).",
     "dpo": "Train with DPO (SFT first, if missing).",

@@ -8,18 +8,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lib.kl import k1
+from rlhf_lib.kl import ESTIMATORS
 from rlhf_lib.ops import masked_mean
 
 
 def kl_shaped_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+    estimator: str = "k1",
 ) -> Tensor:
     """Per-token rewards (B, T): -kl_coef * k1 at each real token, plus the score at the last one.
 
     `scores` (B,): one per whole response. Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 2.
+    The policy gradient of k1 in the reward is that of the KL. k3 has the same mean but its value
+    depends on the policy too, so its policy gradient is another one; so is k2's.
     """
-    rewards = -kl_coef * k1(logprobs, ref_logprobs)
+    rewards = -kl_coef * ESTIMATORS[estimator](logprobs, ref_logprobs)
     rewards = torch.where(response_mask.bool(), rewards, torch.zeros_like(rewards))
     last = response_mask.sum(1).long() - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))

@@ -12,6 +12,7 @@ import nbformat
 import pandas as pd
 from matplotlib.figure import Figure
 
+import proofs
 from rlhf_lib import plots, report, verdict
 from rlhf_lib.config import Profile
 from rlhf_lib.display import COMPARISON_CAPTION, comparison_table, figure_bundle, table_bundle
@@ -90,8 +91,18 @@ def _gains_caption(results: Mapping) -> str:
     )
 
 
+PROOFS = (
+    "Computed with the library that ran this study. *Enumeration*: a policy so small that all its "
+    "responses can be listed, so that expectations and gradients are exact; the error is the "
+    "largest difference of any entry, and measured and expected show one of them. *Parity*: TRL's "
+    "own code on the same tensors or the same training step. A row without a tolerance is a figure "
+    "and not a claim: a known bias, or a difference on purpose. "
+)
+
+
 def appendix_page(results: Mapping) -> nbformat.NotebookNode:
-    """Settings, environment, seeds and hashes: what it takes to run this again."""
+    """The proofs, and what it takes to run this again: settings, environment, seeds, hashes."""
+    proven, missing = proofs.with_parity()
     settings = [
         {"setting": f"{section}.{key}", "value": str(value)}
         for section, values in results["settings"].items()
@@ -109,7 +120,10 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         for stage, digest in stages.items()
     ]
     return _notebook([
-        nbformat.v4.new_markdown_cell("# Appendix: settings, environment, hashes", id="title"),
+        nbformat.v4.new_markdown_cell("# Appendix: proofs, settings, environment", id="title"),
+        _prose("## Proofs\n\n" + PROOFS + missing),
+        _table(proofs.table(proven).drop(columns="source"), "Claims, measured by `make proofs`."),
+        _prose("## Settings, environment, hashes"),
         _table(pd.DataFrame(settings), "Every setting of this run."),
         _table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
         _table(pd.DataFrame(hashes), "Stage folders by content hash: settings, inputs and source."),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import typing
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 class UserError(ValueError):
@@ -41,6 +42,8 @@ class ModelConfig:
     name: str = "tiny"  # tiny | smollm2-135m | gpt2 | a hub id | a folder
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
     gradient_checkpointing: bool = False
+    lora_rank: int = 0  # above 0: adapters are trained instead (learning rates about ten times up)
+    lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,17 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
+class RejectionConfig:
+    """Rejection-sampling SFT: imitate the best of `samples` replies; batches are cut as in SFT."""
+
+    prompts: int = 1024
+    samples: int = 8  # to each prompt, from SFT; the reward model's favourite is imitated
+    temperature: float = 1.0
+    epochs: int = 2
+    learning_rate: float = 1e-4
+
+
+@dataclass(frozen=True)
 class PPOConfig:
     updates: int = 24
     batch_size: int = 128  # prompts, one response each
@@ -78,14 +92,19 @@ class PPOConfig:
     value_learning_rate: float = 3e-4
     temperature: float = 1.0
     kl_coef: float = 0.2  # per nat, on the normalised reward
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # in the reward; only k1 gives the KL's gradient
+    kl_target: float = 0.0  # nats a response; above 0, kl_coef adapts until the KL is there
+    kl_horizon: int = 2000  # responses in which it adapts
     low_kl_coef: float = 0.02  # of the under-regularised run that shows over-optimisation
     clip_range: float = 0.2
     value_clip_range: float = 0.2
+    value_model: Literal["separate", "shared"] = "separate"  # shared: one trunk, two heads
+    value_coef: float = 0.1  # weight of the value loss in a shared trunk
     gamma: float = 1.0
     gae_lambda: float = 0.95
     missing_eos_penalty: float = 1.0
     reward_clip: float = 5.0  # normalised reward is kept within plus and minus this
-    whiten_rewards: bool = False
+    reward_normalization: Literal["none", "batch", "running"] = "none"  # on top of the model's own
     max_grad_norm: float = 1.0
 
 
@@ -98,12 +117,17 @@ class GRPOConfig:
     iterations: int = 2  # optimisation passes over each batch of samples
     learning_rate: float = 5e-5
     temperature: float = 1.0
-    kl_coef: float = 0.0  # k3 penalty in the loss (eq. 3 of arXiv:2402.03300)
-    kl_reward_coef: float = 0.2  # sequence KL taken off the reward, per nat
+    kl_coef: float = 0.0  # KL penalty in the loss (eq. 3 of arXiv:2402.03300)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of that penalty; k1 has no gradient on average
+    kl_reward_coef: float = 0.2  # KL of the response taken off its reward, per nat
+    kl_reward_estimator: Literal["k1", "k2", "k3"] = "k1"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    scale: str = "group"  # group | batch | none
-    aggregation: str = "sequence"  # sequence | token | constant
+    advantage: Literal["group", "leave_one_out"] = "group"  # leave_one_out: RLOO, has no scale
+    scale: Literal["group", "batch", "none"] = "group"
+    aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    dynamic_sampling: int = 1  # groups sampled for each one kept; those with signal come first
+    mask_overlong: bool = False  # a response without its end gives no gradient
     missing_eos_penalty: float = 1.0
     reward_clip: float = 5.0
     max_grad_norm: float = 1.0
@@ -117,8 +141,15 @@ class DPOConfig:
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     warmup_ratio: float = 0.1
+    loss: Literal["dpo", "dpo_normalised", "ipo", "simpo", "orpo", "kto"] = "dpo"
+    # what beta weighs, and where to start: dpo, kto: a reply's log-ratio (0.1); dpo_normalised: its
+    # mean over the tokens (5); ipo: log-ratios are to differ by 1 / (2 beta) (0.1); simpo: a
+    # reply's mean log-prob (2); orpo: the odds ratio, beside the SFT term (0.1)
     beta: float = 0.1
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of labels taken to be wrong; of dpo and dpo_normalised
+    simpo_margin: float = 1.0  # gamma of the paper; simpo asks for margin / beta nats a token
+    desirable_weight: float = 1.0  # of chosen replies, in kto
+    undesirable_weight: float = 1.0  # of rejected replies, in kto
     max_grad_norm: float = 1.0
     probes: int = 10  # how often the policy answers validation prompts during training
     probe_prompts: int = 128
@@ -146,6 +177,7 @@ class Profile:
     model: ModelConfig = field(default_factory=ModelConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)

@@ -23,6 +23,7 @@ NAMES = {
     "base": "Base",
     "sft": "SFT",
     "sft_again": "SFT again",
+    "rejection_sft": "Best-of-n SFT",
     "ppo": "PPO",
     "ppo_low_kl": "PPO, low KL",
     "grpo": "GRPO",
@@ -38,6 +39,9 @@ NAMES = {
     "dataset": "data",
     "evaluate": "evaluation",
 }
+
+POLICIES = ("base", "sft", "rejection_sft", "ppo", "grpo", "dpo", "ppo_low_kl")  # as in tables
+GAINERS = ("sft_again", *POLICIES[2:])  # what is compared with SFT; its second draw is the null
 
 
 def show(figure: Figure, caption: str) -> None:
@@ -110,7 +114,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
     """The study's main table: one row a policy; what its columns mean: COMPARISON_CAPTION."""
     rows = []
     costs = results["cost"]
-    for name in ("base", "sft", "ppo", "grpo", "dpo", "ppo_low_kl"):
+    for name in (p for p in POLICIES if p in results["policies"]):
         policy, cost = results["policies"][name], costs.get(name)
         row = {"policy": NAMES[name], "proxy": interval(policy["proxy"])}
         if "gold" in policy:
@@ -130,7 +134,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
 def gain_table(results: Mapping) -> pd.DataFrame:
     """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
     judge, rows = results["judge"], []
-    for name in ("sft_again", "ppo", "grpo", "dpo", "ppo_low_kl"):
+    for name in (p for p in GAINERS if p in results["policies"]):
         policy = results["policies"][name]
         gain, proxy = policy[f"{judge}_gain"], policy["proxy_gain"]
         rows.append({
@@ -145,7 +149,7 @@ def gain_table(results: Mapping) -> pd.DataFrame:
 
 def failure_table(modes: Mapping, descriptions: Mapping[str, str]) -> pd.DataFrame:
     """Share of replies in each failure mode: one row a mode, one column a policy."""
-    policies = [p for p in ("base", "sft", "ppo", "grpo", "dpo", "ppo_low_kl") if p in modes]
+    policies = [p for p in POLICIES if p in modes]
     return pd.DataFrame([
         {"failure": mode, "what counts": descriptions[mode]}
         | {NAMES[p]: interval(modes[p][mode], 0, percent=True) for p in policies}

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from rlhf_lib.data import PreferenceData, Prompt
 from rlhf_lib.learner import freeze
 from rlhf_lib.models import load_reference, load_reward_model
-from rlhf_lib.rollout import Rollout, Sampler, generate, gold_rewards, score
+from rlhf_lib.rollout import Rollout, Sampler, gold_rewards, score
 from rlhf_lib.runs import Run, Stage, Work, write_jsonl
 from rlhf_lib.runtime import make_accelerator, progress, seed_everything
 
@@ -112,19 +111,16 @@ def _best_of_n(
     config = run.profile.evaluation
     prompts = data.prompts["evaluation"][: config.best_of_n_prompts]
     n, shape = config.best_of_n, (len(prompts), config.best_of_n)
-    ids = [p.ids for p in prompts for _ in range(n)]
+    repeated = [p for p in prompts for _ in range(n)]
     seed_everything(1000 * run.seed + 999)
-    with sampler.accelerator.autocast(), torch.no_grad():
-        responses = generate(
-            sampler.reference, sampler.tokenizer, ids, sampler.max_new_tokens, config.temperature
-        )
-        proxy = score(sampler.reward_model, ids, responses, config.batch_size).numpy()
-        pure = score(control, ids, responses, config.batch_size).numpy() if control else None
+    responses, proxy = sampler.draw(sampler.reference, repeated)
     gold = None
     if sampler.gold_known:
-        texts = [p.text for p in prompts for _ in range(n)]
+        texts = [p.text for p in repeated]
         gold = np.array(gold_rewards(sampler.tokenizer, texts, responses)).reshape(shape)
-    curves = {"default": best_of_n(proxy.reshape(shape), gold)}
-    if pure is not None:
-        curves["control"] = best_of_n(pure.reshape(shape), gold)
+    curves = {"default": best_of_n(proxy.numpy().reshape(shape), gold)}
+    if control is not None:
+        with sampler.accelerator.autocast():
+            pure = score(control, [p.ids for p in repeated], responses, config.batch_size)
+        curves["control"] = best_of_n(pure.numpy().reshape(shape), gold)
     return curves

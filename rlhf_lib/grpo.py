@@ -7,25 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from rlhf_lib.advantages import group_advantages
+from rlhf_lib.advantages import group_advantages, leave_one_out_advantages
 from rlhf_lib.batches import prompt_batches
 from rlhf_lib.config import GRPOConfig
 from rlhf_lib.data import PreferenceData
+from rlhf_lib.kl import ESTIMATORS
 from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import response_logprobs
 from rlhf_lib.losses import grpo_loss
-from rlhf_lib.models import load_policy, save_model
+from rlhf_lib.models import load_policy, save_model, trainable
 from rlhf_lib.rollout import MicroBatch, Rollout, Sampler
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
 
 
+def keep_groups_with_signal(rollout: Rollout, config: GRPOConfig) -> Rollout:
+    """As many groups as an update takes; first to go are those whose rewards all agree.
+
+    Source: dynamic sampling, DAPO, arXiv:2503.14476, sec. 3.2, where sampling goes on until enough
+    are found; here the candidates are a fixed multiple, and the cost of an update is known.
+    """
+    groups = rollout.rewards.view(-1, config.group_size)
+    silent = (groups == groups[:, :1]).all(1)
+    kept = silent.sort(stable=True).indices[: config.prompts_per_update].sort().values
+    places = torch.arange(len(rollout.prompts)).view(groups.shape)[kept]
+    return rollout.select(places.flatten().tolist())
+
+
 def make_advantages(rollout: Rollout, config: GRPOConfig) -> tuple[Tensor, Tensor]:
-    """(rewards less kl_reward_coef * sequence KL, their group-relative advantages), both (B,)."""
-    rewards = rollout.rewards - config.kl_reward_coef * rollout.kl
-    return rewards, group_advantages(rewards, config.group_size, config.scale)
+    """(rewards less kl_reward_coef * the response's KL, advantages over its group), both (B,)."""
+    kl = ESTIMATORS[config.kl_reward_estimator](rollout.logprobs, rollout.ref_logprobs)
+    rewards = rollout.rewards - config.kl_reward_coef * (kl * rollout.response_mask).sum(1)
+    if config.advantage == "leave_one_out":
+        advantages = leave_one_out_advantages(rewards, config.group_size)
+    else:
+        advantages = group_advantages(rewards, config.group_size, config.scale)
+    if config.mask_overlong:  # overlong filtering, DAPO, sec. 3.4
+        advantages = torch.where(rollout.finished, advantages, 0.0)
+    return rewards, advantages
 
 
 def update(
@@ -70,6 +92,7 @@ def _losses(
             config.clip_low,
             config.clip_high,
             config.aggregation,
+            config.kl_estimator,
         )
         averages.add(stats.policy._asdict(), micro.tokens)
         yield loss * _weight(micro, rollout, config.aggregation, constant)
@@ -94,33 +117,34 @@ def train(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> St
     def build(work: Work) -> dict:
         accelerator = make_accelerator(run.profile.model.precision)
         sft_path, reward_path = str(sft.model_path), str(reward_model.model_path)
+        model = trainable(load_policy(sft_path), run.profile.model)
         sampler = Sampler(
             run, accelerator, sft_path, reward_path, temperature=config.temperature,
             batch_size=config.micro_batch_size, reward_clip=config.reward_clip,
-            missing_eos_penalty=config.missing_eos_penalty,
+            missing_eos_penalty=config.missing_eos_penalty, policy=model,
         )  # fmt: skip
-        checkpointing = run.profile.model.gradient_checkpointing
         policy = Learner(
-            accelerator, load_policy(sft_path, gradient_checkpointing=checkpointing),
-            learning_rate=config.learning_rate, steps=config.updates * config.iterations,
-            max_grad_norm=config.max_grad_norm, eps=1e-5,
+            accelerator, model, learning_rate=config.learning_rate,
+            steps=config.updates * config.iterations, max_grad_norm=config.max_grad_norm, eps=1e-5,
         )  # fmt: skip
         prompts = data.prompts["train"]
-        batches = prompt_batches(len(prompts), config.prompts_per_update, config.updates, run.seed)
+        candidates = config.prompts_per_update * config.dynamic_sampling
+        batches = prompt_batches(len(prompts), candidates, config.updates, run.seed)
 
         for step in work.steps(config.updates, accelerator):
             # 1. sample a group of responses to each prompt and score them
             batch = [prompts[i] for i in batches[step] for _ in range(config.group_size)]
-            rollout = sampler.sample(policy.model, batch)
+            sampled = sampler.sample(policy.model, batch)
+            rollout = keep_groups_with_signal(sampled, config)
             # 2. compare each response with its group
             rewards, advantages = make_advantages(rollout, config)
             # 3. clipped steps on the policy
             metrics = update(policy, rollout, advantages, config, sampler.max_new_tokens)
             metrics |= rollout_metrics(rollout, rewards, advantages, config)
-            work.log(step, rollout.num_tokens, metrics)
+            work.log(step, sampled.num_tokens, metrics)
 
         save_model(policy.model, sampler.tokenizer, work.model_path)
-        samples = config.updates * config.prompts_per_update * config.group_size
+        samples = config.updates * candidates * config.group_size
         return {"updates": config.updates, "samples": samples}
 
     return stage.ensure(build)

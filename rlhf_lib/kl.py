@@ -1,8 +1,9 @@
 """KL(policy || reference): three estimators from sampled tokens, and the exact sum over V.
 
 The estimators take the log-probabilities (any equal shapes) of tokens that the *policy* sampled
-(J. Schulman, "Approximating KL divergence", 2020). All are in nats. As a differentiable loss
-on on-policy samples, k1's expected gradient is 0; k2's is the gradient of KL.
+(J. Schulman, "Approximating KL divergence", 2020). All are in nats. As a differentiable loss on
+on-policy samples, k1's expected gradient is 0; k2's is the gradient of the KL at the state where
+the token was sampled (of the whole KL, if the log-probabilities are those of whole responses).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """reference / policy - 1 - log(reference / policy): unbiased and never negative."""
     log_ratio = ref_logprobs - logprobs
     return log_ratio.expm1() - log_ratio
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class Learner:
         eps: float = 1e-8,
     ) -> None:
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(0.9, 0.95), eps=eps,
-            weight_decay=weight_decay, fused=True,
+            [p for p in model.parameters() if p.requires_grad], lr=learning_rate,
+            betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True,
         )  # fmt: skip
         schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm

@@ -12,8 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lib.kl import k3
+from rlhf_lib.kl import ESTIMATORS, k3
 from rlhf_lib.ops import masked_mean
+from rlhf_lib.preference_losses import (
+    PreferenceStats,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    length_normalised_dpo_loss,
+    orpo_loss,
+    simpo_loss,
+)
+
+__all__ = [
+    "GRPOStats",
+    "PolicyStats",
+    "PreferenceStats",
+    "RewardStats",
+    "ValueStats",
+    "dpo_loss",
+    "grpo_loss",
+    "ipo_loss",
+    "kto_loss",
+    "length_normalised_dpo_loss",
+    "orpo_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "reward_loss",
+    "sft_loss",
+    "simpo_loss",
+]
 
 
 def sft_loss(logprobs: Tensor, response_mask: Tensor) -> Tensor:
@@ -123,7 +151,7 @@ def ppo_value_loss(
 
 class GRPOStats(NamedTuple):
     policy: PolicyStats
-    kl: Tensor  # mean k3 to the reference per token, nats; 0 without a reference
+    kl: Tensor  # mean estimate of KL to the reference per token, nats; 0 without a reference
 
 
 def grpo_loss(
@@ -136,8 +164,13 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     aggregation: str = "sequence",
+    kl_estimator: str = "k3",
 ) -> tuple[Tensor, GRPOStats]:
     """Clipped loss plus kl_coef * k3 to the reference; log-probs (B, T), advantages (B,) or (B, T).
+
+    On the policy's own samples, at each state visited, the expected gradient of k3 is that of
+    KL(reference || policy) there, k2's that of KL(policy || reference), and k1's is 0. None of them
+    sees that a token also decides which states come next.
 
     `aggregation`: "sequence" averages tokens within a response, then responses (GRPO,
     arXiv:2402.03300, eq. 3); "token" averages all tokens (DAPO, arXiv:2503.14476, eq. 8);
@@ -150,7 +183,7 @@ def grpo_loss(
     )
     kl = torch.zeros_like(per_token)
     if ref_logprobs is not None:
-        kl = k3(*_clean(response_mask, logprobs, ref_logprobs))
+        kl = ESTIMATORS[kl_estimator](*_clean(response_mask, logprobs, ref_logprobs))
         per_token = per_token + kl_coef * kl
     elif kl_coef:
         raise ValueError("kl_coef is set but ref_logprobs is missing")
@@ -163,27 +196,3 @@ def grpo_loss(
     else:
         raise ValueError(f"aggregation={aggregation!r}: choose 'sequence', 'token' or 'constant'")
     return loss, GRPOStats(stats, masked_mean(kl, response_mask).detach())
-
-
-class PreferenceStats(NamedTuple):
-    chosen_rewards: Tensor  # (B,) implicit reward beta * log(policy / reference)
-    rejected_rewards: Tensor
-
-
-def dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen_logprobs: Tensor,
-    ref_rejected_logprobs: Tensor,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, PreferenceStats]:
-    """Direct preference optimisation; all inputs (B,), sums over the response, never means.
-
-    Source: arXiv:2305.18290, eq. 7; label smoothing: conservative DPO (E. Mitchell, 2023).
-    """
-    chosen = beta * (chosen_logprobs - ref_chosen_logprobs)
-    rejected = beta * (rejected_logprobs - ref_rejected_logprobs)
-    margin = chosen - rejected
-    loss = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return loss.mean(), PreferenceStats(chosen.detach(), rejected.detach())

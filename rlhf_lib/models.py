@@ -28,7 +28,8 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf_lib import hub, smollm2
-from rlhf_lib.config import SettingsError, unknown
+from rlhf_lib.config import ModelConfig, SettingsError, unknown
+from rlhf_lib.lora import add_lora, merge_lora
 from rlhf_lib.world import bundled_folder
 
 NAMES = ("tiny", "smollm2-135m", "gpt2")
@@ -57,19 +58,13 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
-def load_policy(name: str | Path, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """A causal language model to be trained, by name (`tiny`, `gpt2` ...), hub id or folder.
+def load_policy(name: str | Path) -> PreTrainedModel:
+    """A causal language model, by name (`tiny`, `gpt2` ...), hub id or folder.
 
-    Gradient checkpointing works in train mode only, so generation in eval mode keeps its cache.
     Raises SettingsError for a model that cannot be found.
     """
     model = _load(AutoModelForCausalLM, name)
     model.generation_config = _unfiltered(model.generation_config)
-    if gradient_checkpointing:
-        # the name in newer releases of transformers, which warn of the old one
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
     return model
 
 
@@ -119,13 +114,31 @@ def load_value_model(reward_model: str | Path) -> PreTrainedModel:
     return model
 
 
+def trainable(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """The same model, with adapters and gradient checkpointing where the settings ask for them.
+
+    Gradient checkpointing works in train mode only, so generation in eval mode keeps its cache.
+    """
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
+    if config.gradient_checkpointing:
+        # the name in newer releases of transformers, which warn of the old one
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
     """Write safetensors, tokenizer and generation config: what `from_pretrained` loads.
 
+    Adapters are merged into the weights first.
+
     The generation config samples from the whole softmax: transformers' own default is top_k=50.
     """
+    merge_lora(model)
     if model.can_generate():
         model.generation_config = _unfiltered(model.generation_config, tokenizer)
     model.save_pretrained(folder)

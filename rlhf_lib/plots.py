@@ -10,12 +10,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf_lib.display import NAMES
+from rlhf_lib.display import GAINERS, NAMES
 
 COLORS = {
     "base": "#8c8c8c", "sft": "#4d4d4d", "ppo": "#0072b2", "ppo_low_kl": "#d55e00",
-    "grpo": "#009e73", "dpo": "#aa4499", "reward_model": "#b8860b", "proxy": "#b8860b",
-    "gold": "#1f4e79", "best_of_n_default": "#333333", "best_of_n_control": "#88aacc",
+    "grpo": "#009e73", "dpo": "#aa4499", "rejection_sft": "#56b4e9", "reward_model": "#b8860b",
+    "proxy": "#b8860b", "gold": "#1f4e79", "best_of_n_default": "#333333",
+    "best_of_n_control": "#88aacc",
 }  # fmt: skip
 STYLE = {
     "svg.fonttype": "path",
@@ -209,7 +210,7 @@ def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], gold: bool) -> Fi
 def gains(results: Mapping) -> Figure:
     """The study in one picture: gain over SFT in proxy and in gold, with every seed's point."""
     keys = ["proxy", "gold"] if results["judge"] == "gold" else ["proxy"]
-    names = ["sft_again", "ppo", "grpo", "dpo", "ppo_low_kl"]
+    names = [name for name in GAINERS if name in results["policies"]]
     figure = _figure(7.2, 2.7)
     axes: list[Axes] = list(np.atleast_1d(figure.subplots(1, len(keys), sharey=True)))
     for axis, key in zip(axes, keys, strict=True):

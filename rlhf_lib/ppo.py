@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_lib.advantages import explained_variance, gae, kl_shaped_rewards
 from rlhf_lib.batches import prompt_batches, shuffled_batches
 from rlhf_lib.config import PPOConfig
+from rlhf_lib.controllers import AdaptiveKL, RunningScale
 from rlhf_lib.data import PreferenceData
 from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import response_logprobs, token_values
 from rlhf_lib.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lib.models import load_policy, load_value_model, save_model
+from rlhf_lib.models import load_policy, load_value_model, save_model, trainable
 from rlhf_lib.ops import masked_whiten
 from rlhf_lib.rollout import Rollout, Sampler
 from rlhf_lib.runs import Run, Stage, Work
@@ -37,8 +40,13 @@ class Experience:
 
 
 @torch.no_grad()
-def make_experience(rollout: Rollout, value: Learner, config: PPOConfig) -> Experience:
-    """Values, KL-shaped rewards, returns, and only then whitened advantages."""
+def make_experience(
+    rollout: Rollout, value: Learner, config: PPOConfig, reward_scale: float = 1.0
+) -> Experience:
+    """Values, KL-shaped rewards, returns, and only then whitened advantages.
+
+    Rewards are divided by `reward_scale` before the KL is taken off.
+    """
     values = torch.zeros_like(rollout.logprobs)
     for micro in rollout.micro_batches(range(len(rollout.prompts)), config.micro_batch_size):
         with value.accelerator.autocast():
@@ -46,9 +54,10 @@ def make_experience(rollout: Rollout, value: Learner, config: PPOConfig) -> Expe
         values[micro.rows, : micro.width] = part.cpu()
     mask = rollout.response_mask
     rewards = kl_shaped_rewards(
-        rollout.rewards, rollout.logprobs, rollout.ref_logprobs, mask, config.kl_coef
-    )
-    if config.whiten_rewards:
+        rollout.rewards / reward_scale, rollout.logprobs, rollout.ref_logprobs, mask,
+        config.kl_coef, config.kl_estimator,
+    )  # fmt: skip
+    if config.reward_normalization == "batch":
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
     return Experience(rollout, values, masked_whiten(advantages, mask), returns)
@@ -57,17 +66,22 @@ def make_experience(rollout: Rollout, value: Learner, config: PPOConfig) -> Expe
 def update(
     policy: Learner, value: Learner, experience: Experience, config: PPOConfig, seed: int
 ) -> dict[str, float]:
-    """Several epochs of minibatch steps on one batch of experience; metrics are means over steps.
+    """Several epochs of minibatch steps on one batch of experience; metrics are means over them.
 
-    `seed` fixes the order of the minibatches: a fresh permutation in each epoch.
+    `seed` fixes the order of the minibatches: a fresh permutation in each epoch. Where `value` is
+    `policy` itself, one step descends the policy loss plus value_coef times the value loss.
     """
     averages = Averages()
     count = len(experience.rollout.prompts)
     for rows in shuffled_batches(count, config.minibatch_size, config.epochs, seed):
-        loss, norm = policy.step(_policy_losses(policy, experience, rows, config, averages))
-        averages.add({"policy_loss": loss, "policy_norm": norm})
-        loss, norm = value.step(_value_losses(value, experience, rows, config, averages))
-        averages.add({"value_loss": loss, "value_norm": norm})
+        policy_losses = _policy_losses(policy, experience, rows, config, averages)
+        value_losses = _value_losses(value, experience, rows, config, averages)
+        if value is policy:
+            both = chain(policy_losses, (config.value_coef * loss for loss in value_losses))
+            norm = value_norm = policy.step(both)[1]
+        else:
+            norm, value_norm = policy.step(policy_losses)[1], value.step(value_losses)[1]
+        averages.add({"policy_norm": norm, "value_norm": value_norm})
     return {
         "loss": averages["policy_loss"] + averages["value_loss"],
         "grad_norm": averages["policy_norm"],
@@ -103,7 +117,9 @@ def _policy_losses(
         )
         # variances of parts do not add up, squares do
         square = float(stats.ratio_var) + float(stats.ratio_mean) ** 2
-        averages.add(stats._asdict() | {"ratio_square": square}, micro.tokens)
+        averages.add(
+            stats._asdict() | {"ratio_square": square, "policy_loss": loss.detach()}, micro.tokens
+        )
         yield loss * micro.tokens / tokens
 
 
@@ -123,7 +139,8 @@ def _value_losses(
             rollout.response_mask[micro.rows, : micro.width].to(device),
             config.value_clip_range,
         )
-        averages.add({"value_clip_fraction": stats.clip_fraction}, micro.tokens)
+        measured = {"value_clip_fraction": stats.clip_fraction, "value_loss": loss.detach()}
+        averages.add(measured, micro.tokens)
         yield loss * micro.tokens / tokens
 
 
@@ -144,22 +161,28 @@ def train(
     def build(work: Work) -> dict:
         accelerator = make_accelerator(run.profile.model.precision)
         sft_path, reward_path = str(sft.model_path), str(reward_model.model_path)
+        model = trainable(load_policy(sft_path), run.profile.model)
+        shared = config.value_model == "shared"
+        if shared:
+            add_value_head(model)
         sampler = Sampler(
             run, accelerator, sft_path, reward_path, temperature=config.temperature,
             batch_size=config.micro_batch_size, reward_clip=config.reward_clip,
-            missing_eos_penalty=config.missing_eos_penalty,
+            missing_eos_penalty=config.missing_eos_penalty, policy=model,
         )  # fmt: skip
-        checkpointing = run.profile.model.gradient_checkpointing
-        model = load_policy(sft_path, gradient_checkpointing=checkpointing)
         steps = config.updates * config.epochs * -(-config.batch_size // config.minibatch_size)
         policy = Learner(
             accelerator, model, learning_rate=config.learning_rate, steps=steps,
             max_grad_norm=config.max_grad_norm, eps=1e-5,
         )  # fmt: skip
-        value = Learner(
-            accelerator, load_value_model(reward_path), learning_rate=config.value_learning_rate,
-            steps=steps, max_grad_norm=config.max_grad_norm, eps=1e-5,
+        value = policy if shared else Learner(
+            accelerator, trainable(load_value_model(reward_path), run.profile.model),
+            learning_rate=config.value_learning_rate, steps=steps,
+            max_grad_norm=config.max_grad_norm, eps=1e-5,
         )  # fmt: skip
+        kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        scale = RunningScale()
+        accelerator.register_for_checkpointing(kl, scale)
         prompts = data.prompts["train"]
         batches = prompt_batches(len(prompts), config.batch_size, config.updates, run.seed)
 
@@ -167,15 +190,29 @@ def train(
             # 1. sample responses, score them, take log-probs under policy and reference
             rollout = sampler.sample(policy.model, [prompts[i] for i in batches[step]])
             # 2. values, KL-shaped rewards, returns and advantages
-            experience = make_experience(rollout, value, config)
+            if config.reward_normalization == "running":
+                scale.update(rollout.rewards)
+            now = replace(config, kl_coef=kl.coef)
+            experience = make_experience(rollout, value, now, scale.std)
             # 3. clipped steps on policy and value model
-            metrics = update(policy, value, experience, config, seed=1000 * run.seed + step)
-            work.log(step, rollout.num_tokens, metrics | rollout_metrics(experience, config))
+            metrics = update(policy, value, experience, now, seed=1000 * run.seed + step)
+            work.log(step, rollout.num_tokens, metrics | rollout_metrics(experience, now))
+            kl.update(float(rollout.kl.mean()), config.batch_size)
 
+        if shared:
+            del policy.model.score  # `model/` is an ordinary language model
         save_model(policy.model, sampler.tokenizer, work.model_path)
         return {"updates": config.updates, "samples": config.updates * config.batch_size}
 
     return stage.ensure(build)
+
+
+def add_value_head(model: PreTrainedModel) -> None:
+    """A head `score` that reads values off the policy's own trunk; it starts at 0 everywhere."""
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    model.score = head
 
 
 def rollout_metrics(experience: Experience, config: PPOConfig) -> dict[str, float]:
@@ -183,6 +220,7 @@ def rollout_metrics(experience: Experience, config: PPOConfig) -> dict[str, floa
     rollout, shared = experience.rollout, experience.rollout.metrics()
     penalty = -config.kl_coef * shared["kl"]
     return shared | {
+        "kl_coef": config.kl_coef,
         "objective/kl": shared["kl"],
         "objective/entropy": shared["entropy"] * shared["completions/mean_length"],
         "objective/non_score_reward": penalty,

@@ -19,6 +19,7 @@ from rlhf_lib.config import (
     ModelConfig,
     PPOConfig,
     Profile,
+    RejectionConfig,
     RewardModelConfig,
     SettingsError,
     SFTConfig,
@@ -33,6 +34,7 @@ def _real_pairs(name: str, source: str, model: str, **changes: dict) -> Profile:
         "model": dict(name=model),
         "reward_model": dict(epochs=1, learning_rate=2e-5, weight_decay=0.01),
         "sft": dict(epochs=1, batch_size=32, learning_rate=2e-5),
+        "rejection": dict(epochs=1, learning_rate=1e-5),
         "ppo": dict(learning_rate=1e-5, value_learning_rate=1e-5, kl_coef=0.05, low_kl_coef=0.0),
         "grpo": dict(learning_rate=1e-5, kl_reward_coef=0.05),
         "dpo": dict(epochs=1, batch_size=32, learning_rate=5e-6),
@@ -60,6 +62,7 @@ PROFILES: dict[str, Profile] = {
             model=ModelConfig(precision="fp32"),
             reward_model=RewardModelConfig(epochs=1),
             sft=SFTConfig(epochs=1),
+            rejection=RejectionConfig(prompts=64, samples=4, epochs=1),
             ppo=PPOConfig(updates=3, batch_size=32, micro_batch_size=16, minibatch_size=16),
             grpo=GRPOConfig(updates=3, prompts_per_update=4, group_size=4, micro_batch_size=16),
             dpo=DPOConfig(epochs=1, probes=2, probe_prompts=16),
@@ -77,6 +80,7 @@ PROFILES: dict[str, Profile] = {
             ),
             reward_model=dict(batch_size=16, micro_batch_size=8),
             sft=dict(micro_batch_size=8),
+            rejection=dict(prompts=96, samples=8),
             ppo=dict(updates=8, batch_size=32, minibatch_size=16, micro_batch_size=8),
             grpo=dict(updates=8, prompts_per_update=4, group_size=8, micro_batch_size=8),
             dpo=dict(micro_batch_size=8, probes=4, probe_prompts=16),
@@ -160,6 +164,10 @@ def _parse(owner: type, key: str, path: str, text: str) -> object:
     kind = typing.get_type_hints(owner)[key]
     if isinstance(kind, types.UnionType):
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        if text.strip() not in typing.get_args(kind):
+            raise unknown(f"{path} =", text.strip(), typing.get_args(kind))
+        return text.strip()
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]

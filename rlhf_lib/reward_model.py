@@ -13,7 +13,7 @@ from rlhf_lib.data import Pair, PreferenceData, paired_lengths, sides
 from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import paired_scores
 from rlhf_lib.losses import reward_loss
-from rlhf_lib.models import fingerprint, load_reward_model, load_tokenizer, save_model
+from rlhf_lib.models import fingerprint, load_reward_model, load_tokenizer, save_model, trainable
 from rlhf_lib.rollout import raw_scores
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
@@ -99,9 +99,9 @@ def train(run: Run, data: PreferenceData, stage_name: str = "reward_model") -> S
         pairs = data.pairs["train"]
         batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, run.seed)
         learner = Learner(
-            accelerator, model, learning_rate=config.learning_rate, steps=len(batches),
-            warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
+            accelerator, trainable(model, run.profile.model), learning_rate=config.learning_rate,
+            steps=len(batches), warmup_ratio=config.warmup_ratio,
+            weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         )  # fmt: skip
         for step in work.steps(len(batches), accelerator):
             batch = [pairs[i] for i in batches[step]]

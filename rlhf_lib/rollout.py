@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from rlhf_lib.logprobs import (
     token_logprobs,
     unflatten,
 )
+from rlhf_lib.lora import adapters_off
 from rlhf_lib.models import eos_id, load_reference, load_reward_model, load_tokenizer
 from rlhf_lib.ops import entropy
 from rlhf_lib.runs import Run
@@ -167,6 +168,17 @@ class Rollout:
             metrics["gold"] = sum(self.gold) / len(self.gold)
         return metrics
 
+    def select(self, rows: Sequence[int]) -> Rollout:
+        """The given rows alone; `entropy` stays that of the whole batch."""
+        taken = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                taken[field.name] = value[list(rows)]
+            elif isinstance(value, list):
+                taken[field.name] = [value[i] for i in rows]
+        return replace(self, **taken)
+
     def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[MicroBatch]:
         """The given rows, at most `size` at a time, similar lengths together: less padding."""
         totals = [len(self.prompts[i]) + len(self.responses[i]) for i in rows]
@@ -179,7 +191,11 @@ class Rollout:
 
 
 class Sampler:
-    """Turns prompts into scored rollouts: reference, reward model, tokenizer and settings."""
+    """Turns prompts into scored rollouts: reference, reward model, tokenizer and settings.
+
+    The reference is a frozen copy of the SFT model. Where `policy` is given and has adapters, it is
+    that policy with its adapters off: no second copy.
+    """
 
     def __init__(
         self,
@@ -192,15 +208,29 @@ class Sampler:
         batch_size: int = 64,
         reward_clip: float = math.inf,
         missing_eos_penalty: float = 0.0,
+        policy: PreTrainedModel | None = None,
     ) -> None:
         self.accelerator, self.temperature, self.batch_size = accelerator, temperature, batch_size
         self.reward_clip, self.missing_eos_penalty = reward_clip, missing_eos_penalty
         self.tokenizer = load_tokenizer(sft_path)
-        self.reference = freeze(accelerator, load_reference(sft_path))
+        if policy is not None and run.profile.model.lora_rank:
+            self.reference = policy
+        else:
+            self.reference = freeze(accelerator, load_reference(sft_path))
         reward_model, _ = load_reward_model(reward_path, self.tokenizer, run.seed)
         self.reward_model = freeze(accelerator, reward_model)
         self.max_new_tokens = run.profile.data.max_response_tokens
         self.gold_known = run.profile.data.source.startswith("bundled")
+
+    @torch.no_grad()
+    def draw(
+        self, policy: PreTrainedModel, prompts: Sequence[Prompt]
+    ) -> tuple[list[list[int]], Tensor]:
+        """One response to each prompt and its normalised reward (B,)."""
+        ids = [p.ids for p in prompts]
+        with self.accelerator.autocast():
+            responses = generate(policy, self.tokenizer, ids, self.max_new_tokens, self.temperature)
+            return responses, score(self.reward_model, ids, responses, self.batch_size)
 
     @torch.no_grad()
     def sample(
@@ -208,16 +238,16 @@ class Sampler:
     ) -> Rollout:
         """Sample one response per prompt, score it, take log-probs under policy and reference."""
         ids = [p.ids for p in prompts]
+        responses, scores = self.draw(policy, prompts)
         with self.accelerator.autocast():
-            responses = generate(policy, self.tokenizer, ids, self.max_new_tokens, self.temperature)
-            scores = score(self.reward_model, ids, responses, self.batch_size)
             logprobs, ref_logprobs, entropies, kls = [], [], [], []
             for rows in chunks(range(len(ids)), self.batch_size):
                 batch = [ids[i] for i in rows], [responses[i] for i in rows]
                 logits, labels, _ = response_logits(policy, *batch, self.temperature)
                 logprobs.append(token_logprobs(logits, labels).cpu())
                 entropies.append(entropy(logits).cpu())
-                ref_logits, _, _ = response_logits(self.reference, *batch, self.temperature)
+                with adapters_off(self.reference):
+                    ref_logits, _, _ = response_logits(self.reference, *batch, self.temperature)
                 ref_logprobs.append(token_logprobs(ref_logits, labels).cpu())
                 if exact_kl:
                     kls.append(full_kl(logits, ref_logits).cpu())

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.batches import by_length, shuffled_batches
-from rlhf_lib.config import SFTConfig
-from rlhf_lib.data import Demonstration, PreferenceData
+from rlhf_lib.batches import by_length, chunks, shuffled_batches
+from rlhf_lib.config import SFTConfig, as_dict
+from rlhf_lib.data import Demonstration, PreferenceData, Prompt
 from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import response_logits, token_logprobs, unflatten
 from rlhf_lib.losses import sft_loss
-from rlhf_lib.models import fingerprint, load_policy, load_tokenizer, save_model
+from rlhf_lib.models import eos_id, fingerprint, load_policy, load_tokenizer, save_model, trainable
 from rlhf_lib.ops import entropy
+from rlhf_lib.rollout import Sampler, is_finished
 from rlhf_lib.runs import Run, Stage, Work
-from rlhf_lib.runtime import make_accelerator, seed_everything
+from rlhf_lib.runtime import make_accelerator, progress, seed_everything
 
 
 def update(
@@ -83,12 +85,60 @@ def train(run: Run, data: PreferenceData) -> Stage:
 
     def build(work: Work) -> dict:
         tokenizer = load_tokenizer(name)
-        model = load_policy(name, gradient_checkpointing=run.profile.model.gradient_checkpointing)
+        model = trainable(load_policy(name), run.profile.model)
         fit(
             model, data.demonstrations, config, seed=run.seed,
             precision=run.profile.model.precision, work=work,
         )  # fmt: skip
         save_model(model, tokenizer, work.model_path)
         return {"examples": len(data.demonstrations)}
+
+    return stage.ensure(build)
+
+
+def best_of_n(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Demonstration]:
+    """The reply to each prompt that the reward model likes best among `n` samples from SFT.
+
+    A reply that was cut off is taken only where none ended by itself.
+    """
+    best = []
+    for part in progress(list(chunks(prompts, 64)), f"best of {n}"):
+        responses, scores = sampler.draw(sampler.reference, [p for p in part for _ in range(n)])
+        finished = is_finished(responses, eos_id(sampler.tokenizer)).float()
+        last = scores.min() - scores.max() - 1  # below every reply that ended
+        ranked = (scores + last * (1 - finished)).view(-1, n)
+        winners = ranked.argmax(1) + n * torch.arange(len(part))
+        picked = [responses[i] for i in winners.tolist()]
+        texts = sampler.tokenizer.batch_decode(picked, skip_special_tokens=True)
+        for prompt, text, response in zip(part, texts, picked, strict=True):
+            best.append(Demonstration(prompt.text, text, prompt.ids, response))
+    return best
+
+
+def train_on_best(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> Stage:
+    """Rejection-sampling SFT: the SFT policy, trained on the best of its own replies.
+
+    The baseline that RL has to beat: it uses the same reward model and the same samples, and no
+    policy gradient (Llama 2, arXiv:2307.09288, sec. 3.2.3; RAFT, arXiv:2304.06767).
+    """
+    config = run.profile.rejection
+    training = replace(run.profile.sft, epochs=config.epochs, learning_rate=config.learning_rate)
+    settings = {"rejection": as_dict(config), "sft": as_dict(training)}
+    upstream = {"data": data.hash, "sft": sft.hash, "reward_model": reward_model.hash}
+    stage = run.stage("rejection_sft", settings, upstream, "sft")
+
+    def build(work: Work) -> dict:
+        accelerator = make_accelerator(run.profile.model.precision)
+        path = str(sft.model_path)
+        sampler = Sampler(
+            run, accelerator, path, str(reward_model.model_path), temperature=config.temperature
+        )  # fmt: skip
+        best = best_of_n(sampler, data.prompts["train"][: config.prompts], config.samples)
+        model = trainable(load_policy(path), run.profile.model)
+        fit(
+            model, best, training, seed=run.seed, precision=run.profile.model.precision, work=work
+        )  # fmt: skip
+        save_model(model, sampler.tokenizer, work.model_path)
+        return {"examples": len(best), "samples": len(best) * config.samples}
 
     return stage.ensure(build)

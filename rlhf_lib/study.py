@@ -28,18 +28,19 @@ NOTEBOOK_FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = {
     "01_dataset": ("dataset",),
     "02_reward_model": ("reward_model", "reward_model_control"),
-    "03_sft": ("sft",),
+    "03_sft": ("sft", "rejection_sft"),
     "04_ppo": ("ppo", "ppo_low_kl"),
     "05_grpo": ("grpo",),
     "06_dpo": ("dpo",),
     "07_evaluation": ("evaluate",),
 }
-POLICIES = ("sft", "ppo", "ppo_low_kl", "grpo", "dpo")
+POLICIES = ("sft", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 NEEDS = {
     "dataset": (),
     "reward_model": (),
     "reward_model_control": (),
     "sft": (),
+    "rejection_sft": ("sft", "reward_model"),
     "ppo": ("sft", "reward_model"),
     "ppo_low_kl": ("sft", "reward_model"),
     "grpo": ("sft", "reward_model"),
@@ -99,6 +100,8 @@ class Study:
             return reward_model.train(run, self.control_data, name)
         if name == "sft":
             return sft.train(run, data)
+        if name == "rejection_sft":
+            return sft.train_on_best(run, data, **needed)
         if name == "ppo_low_kl":
             low = run.profile.ppo.low_kl_coef
             return ppo.train(run, data, **needed, stage_name=name, kl_coef=low)
@@ -162,6 +165,7 @@ def plan(profile: Profile) -> list[Job]:
     jobs = []
     for notebook in chapters:
         needs = {home[need] for stage in NOTEBOOKS[notebook] for need in NEEDS[stage]}
+        needs -= {notebook}
         jobs.append(Job(notebook, 0, True, tuple(f"{need}/0" for need in sorted(needs))))
     jobs.append(Job("evaluate", 0, False, tuple(job.key for job in jobs)))
     *trained, evaluate = stage_names(profile)

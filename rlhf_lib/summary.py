@@ -21,6 +21,8 @@ from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write
 from rlhf_lib.runtime import environment
 
 METHODS = ("ppo", "grpo", "dpo")
+BASELINE = "rejection_sft"  # same samples and reward model, no policy gradient
+COMPARED = (("ppo", "grpo"), ("ppo", "dpo"), ("grpo", "dpo"), *((m, BASELINE) for m in METHODS))
 Stages = Mapping[str, Stage]
 
 
@@ -73,7 +75,7 @@ def _results(
     judge = "gold" if source.startswith("bundled") else "proxy"
     policies = {name: _policy(rows, name, judge, samples) for name in rows}
     comparisons = {}
-    for one, other in (("ppo", "grpo"), ("ppo", "dpo"), ("grpo", "dpo")):
+    for one, other in COMPARED:
         difference = [
             a - b
             for a, b in zip(_column(rows[one], judge), _column(rows[other], judge), strict=True)

@@ -8,11 +8,13 @@ from rlhf_lib.display import NAMES, interval
 from rlhf_lib.intervals import verdict as direction
 
 METHODS = ("ppo", "grpo", "dpo")
+BASELINE = "rejection_sft"
 
 
 def sentences(results: Mapping) -> list[str]:
     """The verdict, one finding a sentence, the most important first."""
-    parts = [_gains(results), _ranking(results), _overoptimisation(results), _best_of_n(results)]
+    parts = [_gains(results), _ranking(results), _against_baseline(results)]
+    parts += [_overoptimisation(results), _best_of_n(results)]
     parts += [_reward_model(results), _scope(results)]
     return [part for part in parts if part]
 
@@ -48,8 +50,9 @@ def _gains(results: Mapping) -> str:
 
 def _ranking(results: Mapping) -> str:
     """What the paired comparisons between the methods allow to say."""
+    pairs = {k: r for k, r in results["comparisons"].items() if not k.endswith(BASELINE)}
     clear = []
-    for key, record in results["comparisons"].items():
+    for key, record in pairs.items():
         one, other = key.split("_minus_")
         if record["verdict"] == "lower":
             one, other = other, one
@@ -59,9 +62,18 @@ def _ranking(results: Mapping) -> str:
             clear.append(f"{NAMES[one]} above {NAMES[other]} (difference {interval(record)})")
     if not clear:
         return "Among themselves the three methods are not distinguishable at this number of seeds."
-    rest = len(clear) < len(results["comparisons"])
+    rest = len(clear) < len(pairs)
     text = "Among the methods: " + "; ".join(clear) + "."
     return text + (" Other pairs are not distinguishable." if rest else "")
+
+
+def _against_baseline(results: Mapping) -> str:
+    """Does any method beat imitating the best of n samples, which takes no policy gradient?"""
+    records = {m: results["comparisons"].get(f"{m}_minus_{BASELINE}") for m in METHODS}
+    said = [f"{NAMES[m]} {r['verdict']} ({interval(r)})" for m, r in records.items() if r]
+    if not said:  # a study from before there was this baseline
+        return ""
+    return f"Against {NAMES[BASELINE]}, which imitates the best of its samples: {'; '.join(said)}."
 
 
 def _overoptimisation(results: Mapping) -> str:

@@ -89,7 +89,7 @@ def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: P
     )
     assert pdf.read_bytes().startswith(b"%PDF")
     text = page.read_text(encoding="utf-8")
-    places = [text.find(part) for part in ("The verdict", *NOTEBOOKS, "Appendix: settings")]
+    places = [text.find(part) for part in ("The verdict", *NOTEBOOKS, "Appendix: proofs")]
     assert -1 not in places
     headings = [text.find(f"Chapter {name}</h1>") for name in NOTEBOOKS]
     assert headings == sorted(headings)

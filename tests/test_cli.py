@@ -17,8 +17,8 @@ from rlhf_lib import book, study
 from rlhf_lib.__main__ import app, main
 
 MADE_UP = Path(__file__).parent / "made_up"
-STAGES = ("dataset", "reward-model", "sft", "ppo", "grpo", "dpo", "evaluate")
-COMMANDS = ("run", "report", "status", "export", "readme", *STAGES)
+STAGES = ("dataset", "reward-model", "sft", "rejection-sft", "ppo", "grpo", "dpo", "evaluate")
+COMMANDS = ("run", "report", "status", "export", "readme", "proofs", *STAGES)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_every_command_has_help(name: str) -> None:
     text = re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
     summary = text.partition(name)[2]
     assert re.search(r"[A-Z][a-z]+ .*\.", summary), "a sentence on what it does"
-    if name != "readme":
+    if name not in ("readme", "proofs"):
         assert "--profile" in text
 
 

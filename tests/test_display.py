@@ -112,7 +112,7 @@ def test_an_unknown_interval_is_a_dash() -> None:
 
 def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
     table = display.comparison_table(results).set_index("policy")
-    assert list(table.index) == ["Base", "SFT", "PPO", "GRPO", "DPO", "PPO, low KL"]
+    assert list(table.index) == [display.NAMES[name] for name in display.POLICIES]
     assert ("gold" in table.columns) == (results["judge"] == "gold")
     ppo = results["policies"]["ppo"]
     assert table.loc["PPO", "proxy"] == display.interval(ppo["proxy"])

@@ -18,8 +18,10 @@ MAX_LINES = 300
 # A module may import from its own layer and from those below. Every file must have its place here.
 LAYERS: dict[int, tuple[str, ...]] = {
     1: ("config", "profiles", "runtime", "batches", "ops", "kl"),
-    2: ("logprobs", "losses", "advantages"),
+    2: ("logprobs", "losses", "preference_losses", "advantages"),
     3: (
+        "controllers",
+        "lora",
         *("world", "world_grammar", "world_words", "world_tokenizer"),
         *(
             "data",
@@ -45,7 +47,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
 }
 METHODS = frozenset(LAYERS[5])
 # Pure functions of tensors. The standard library lends them words for types and records, no more.
-PURE = frozenset({"ops", "kl", "losses", "advantages"})
+PURE = frozenset({"ops", "kl", "losses", "preference_losses", "advantages"})
 PURE_MAY_IMPORT = frozenset({"__future__", "collections", "dataclasses", "math", "typing", "torch"})
 
 MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
@@ -142,6 +144,11 @@ def test_pure_modules_import_torch_and_each_other_only(module: str) -> None:
     assert other <= PURE_MAY_IMPORT, f"{module} imports {sorted(other - PURE_MAY_IMPORT)}"
 
 
+def test_the_proofs_stand_on_the_library_and_not_the_other_way_round() -> None:
+    users = {module for module in MODULES if "proofs" in read_imports(module)[1]}
+    assert users == {"__main__", "book"}, "only the command line and the report call the proofs"
+
+
 @pytest.mark.parametrize("module", sorted(METHODS & set(MODULES)))
 def test_methods_never_import_each_other(module: str) -> None:
     own, _ = read_imports(module)
@@ -155,7 +162,7 @@ def test_no_import_goes_in_a_circle() -> None:
     assert not remaining, f"among these, each imports another: {sorted(remaining)}"
 
 
-@pytest.mark.parametrize("folder", ["rlhf_lib", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["rlhf_lib", "proofs", "tests", "benchmarks"])
 def test_no_file_is_long(folder: str) -> None:
     lengths = {
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())

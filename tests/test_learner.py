@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lib.config import ModelConfig
 from rlhf_lib.learner import Averages, Learner, freeze
 from rlhf_lib.logprobs import response_logprobs
-from rlhf_lib.models import load_policy
+from rlhf_lib.models import load_policy, trainable
 from rlhf_lib.runtime import make_accelerator
 
 PROMPTS, RESPONSES = [[5, 6], [7], [8, 9, 10], [11]], [[3, 1], [4, 5, 6], [7], [8, 1]]
@@ -131,7 +132,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
 ) -> None:
     results = []
     for checkpointing in (False, True):
-        model = load_policy(tiny_base, gradient_checkpointing=checkpointing)
+        model = trainable(load_policy(tiny_base), ModelConfig(gradient_checkpointing=checkpointing))
         forwards = []
         model.transformer.h[0].attn.register_forward_pre_hook(
             lambda *_, forwards=forwards: forwards.append(1)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rlhf_lib.kl import k3
 from rlhf_lib.losses import (
-    dpo_loss,
     grpo_loss,
     ppo_policy_loss,
     ppo_value_loss,
@@ -237,41 +236,3 @@ def test_grpo_refuses_what_it_cannot_do() -> None:
         grpo_loss(logprobs, old, torch.zeros(3), MASK, kl_coef=0.1)
     with pytest.raises(ValueError, match="aggregation='mean': choose 'sequence', 'token'"):
         grpo_loss(logprobs, old, torch.zeros(3), MASK, aggregation="mean")
-
-
-# ----------------------------------------------------------------------------------------- DPO
-
-
-def test_the_first_dpo_loss_is_ln_2() -> None:
-    chosen, rejected = -10 * torch.rand(2, 5)
-    for smoothing in (0.0, 0.1):
-        loss, stats = dpo_loss(chosen, rejected, chosen, rejected, label_smoothing=smoothing)
-        assert loss.item() == pytest.approx(math.log(2))
-        assert stats.chosen_rewards.tolist() == stats.rejected_rewards.tolist() == [0] * 5
-
-
-def test_dpo_loss_by_hand() -> None:
-    numbers = (torch.tensor([x]) for x in (-5.0, -8.0, -6.0, -6.5))
-    loss, stats = dpo_loss(*numbers, beta=0.5)
-    # implicit rewards 0.5 and -0.75
-    assert stats.chosen_rewards.item() == pytest.approx(0.5)
-    assert stats.rejected_rewards.item() == pytest.approx(-0.75)
-    assert loss.item() == pytest.approx(-math.log(sigmoid(1.25)))
-
-
-def test_label_smoothing_mixes_in_the_reversed_label() -> None:
-    numbers = [torch.tensor([x]) for x in (-5.0, -8.0, -6.0, -6.5)]
-    loss, _ = dpo_loss(*numbers, beta=0.5, label_smoothing=0.2)  # type: ignore[arg-type]
-    expected = -0.8 * math.log(sigmoid(1.25)) - 0.2 * math.log(sigmoid(-1.25))
-    assert loss.item() == pytest.approx(expected)
-
-
-def test_dpo_gradient_is_beta_times_the_chance_of_the_wrong_order() -> None:
-    # arXiv:2305.18290, sec. 4: -beta * sigmoid(rejected reward - chosen reward)
-    chosen, rejected = torch.tensor([-5.0], requires_grad=True), torch.tensor([-8.0])
-    rejected.requires_grad_()
-    dpo_loss(chosen, rejected, torch.tensor([-6.0]), torch.tensor([-6.5]), beta=0.5)[0].backward()
-    assert chosen.grad is not None
-    assert rejected.grad is not None
-    assert chosen.grad.item() == pytest.approx(-0.5 * sigmoid(-1.25))
-    assert rejected.grad.item() == pytest.approx(0.5 * sigmoid(-1.25))

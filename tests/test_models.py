@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_lib.config import SettingsError
+from rlhf_lib.config import ModelConfig, SettingsError
 from rlhf_lib.models import (
     fingerprint,
     load_policy,
@@ -29,6 +29,7 @@ from rlhf_lib.models import (
     load_tokenizer,
     load_value_model,
     save_model,
+    trainable,
 )
 
 VOCABULARY = 97
@@ -202,7 +203,8 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(base: Path) -> N
     ids = torch.tensor(rows()[1:2])
     gradients = []
     for checkpointing in (False, True):
-        model = load_policy(base, gradient_checkpointing=checkpointing).train()
+        model = load_policy(base)
+        model = trainable(model, ModelConfig(gradient_checkpointing=checkpointing)).train()
         assert model.is_gradient_checkpointing == checkpointing
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(model.get_input_embeddings().weight.grad)

@@ -170,7 +170,7 @@ def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dic
 
 def test_gains_have_a_row_a_policy_and_a_tick_a_seed(results: dict, real_results: dict) -> None:
     proxy, gold = plots.gains(results).axes
-    names = ("sft_again", "ppo", "grpo", "dpo", "ppo_low_kl")
+    names = ("sft_again", "rejection_sft", "ppo", "grpo", "dpo", "ppo_low_kl")
     assert ticks(proxy) == [NAMES[name] for name in names]
     assert points(gold) == [results["policies"][name]["gold_gain"]["mean"] for name in names]
     seeds = [list(line.get_xdata()) for line in proxy.lines if line.get_marker() == "|"]

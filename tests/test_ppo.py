@@ -73,7 +73,7 @@ def test_returns_come_before_whitening(rollout_at: Callable, value_model: Any) -
 
 
 def test_whitening_rewards_keeps_their_mean(rollout_at: Callable, value_model: Any) -> None:
-    rollout, config = rollout_at(), replace(CONFIG, whiten_rewards=True, gae_lambda=1.0)
+    rollout, config = rollout_at(), replace(CONFIG, reward_normalization="batch", gae_lambda=1.0)
     mask = rollout.response_mask
     experience = ppo.make_experience(rollout, learner_of(value_model), config)
     rewards = kl_shaped_rewards(rollout.rewards, rollout.logprobs, rollout.ref_logprobs, mask, 0.1)
@@ -165,10 +165,10 @@ def test_the_value_model_starts_as_the_reward_model_and_apart_from_the_policy(
     seen = []
     make = ppo.make_experience
 
-    def look(rollout: Rollout, value: Learner, config: PPOConfig) -> ppo.Experience:
+    def look(rollout: Rollout, value: Learner, *rest: Any) -> ppo.Experience:
         if not seen:
             seen.append({k: w.clone() for k, w in value.model.state_dict().items()})
-        return make(rollout, value, config)
+        return make(rollout, value, *rest)
 
     monkeypatch.setattr(ppo, "make_experience", look)
     stage = ppo.train(make_run(tmp_path), tiny_data, finished.sft, finished.reward_model)

@@ -40,12 +40,13 @@ def test_the_last_override_wins() -> None:
 
 
 def test_values_take_the_type_of_their_setting() -> None:
-    profile = load_profile("laptop", "ppo.whiten_rewards=true ppo.kl_coef=1 'data.source=path:a b'")
-    assert profile.ppo.whiten_rewards is True
+    text = "grpo.mask_overlong=true ppo.kl_coef=1 'data.source=path:a b'"
+    profile = load_profile("laptop", text)
+    assert profile.grpo.mask_overlong is True
     assert isinstance(profile.ppo.kl_coef, float)
     assert profile.data.source == "path:a b"
     for text, value in (("1", True), ("0", False), ("False", False), ("TRUE", True)):
-        assert load_profile("t4", f"ppo.whiten_rewards={text}").ppo.whiten_rewards is value
+        assert load_profile("t4", f"grpo.mask_overlong={text}").grpo.mask_overlong is value
 
 
 @pytest.mark.parametrize("path", ["ppo.kl_coef", "model.name", "dpo.beta", "checkpoint_minutes"])
@@ -65,7 +66,7 @@ def test_any_setting_can_be_overridden(path: str) -> None:
         ("rewardmodel.epochs=1", "reward_model.epochs"),
         ("seed=1", "seeds"),
         ("seeds.count=1", "seeds"),
-        ("dpo=1", "dpo.beta"),
+        ("dpo=1", "dpo.loss"),
         ("checkpoint_minute=1", "checkpoint_minutes"),
     ],
 )
@@ -74,6 +75,13 @@ def test_an_unknown_setting_names_the_nearest(override: str, nearest: str) -> No
     with pytest.raises(SettingsError) as error:
         load_profile("laptop", override)
     assert f"unknown setting {path!r}: did you mean {nearest!r}?" in str(error.value)
+
+
+def test_a_setting_with_a_few_values_names_the_nearest() -> None:
+    assert load_profile("smoke", "grpo.scale=none").grpo.scale == "none"
+    message = r"unknown grpo.scale = 'groups': did you mean 'group'\? Known: batch, group, none"
+    with pytest.raises(SettingsError, match=message):
+        load_profile("smoke", "grpo.scale=groups")
 
 
 def test_the_name_of_a_profile_is_no_setting() -> None:
@@ -97,7 +105,7 @@ def test_an_override_without_equals_sign() -> None:
         ("sft.epochs=1.5", "int"),
         ("sft.epochs=", "int"),
         ("ppo.kl_coef=much", "float"),
-        ("ppo.whiten_rewards=maybe", "bool"),
+        ("grpo.mask_overlong=maybe", "bool"),
         ("checkpoint_minutes=soon", "float"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,24 +97,46 @@ def test_a_study_becomes_two_files_the_same_each_time(tmp_path: Path) -> None:
     assert "09_x" not in text
 
 
-def test_the_banner_heads_every_page_of_the_pdf(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pages(folder: Path) -> Any:
-        fonts = [str(font_path().parent)]
-        return typst.compile(
-            str(folder / "report.typ"), root=str(folder), font_paths=fonts, format="png", ppi=30,
-            ignore_system_fonts=True,
-        )  # fmt: skip
+def as_images(folder: Path) -> list[bytes]:
+    return typst.compile(
+        str(folder / "report.typ"), root=str(folder), font_paths=[str(font_path().parent)],
+        format="png", ppi=30, ignore_system_fonts=True,
+    )  # type: ignore[return-value]  # fmt: skip
 
-    monkeypatch.setattr(report, "_compile_typst", pages)
-    nb = new_notebook(cells=[new_markdown_cell("# A\n\n" + "word " * 2000)])
-    for banner in ("SMOKE RUN", ""):
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """`pages(cells, banner)`: the pages of the PDF as images, (height, width, colours)."""
+    monkeypatch.setattr(report, "_compile_typst", as_images)
+
+    def draw(cells: list, banner: str = "") -> list:
+        nb = new_notebook(cells=cells)
         nb.metadata["report"] = {"title": "T", "subtitle": "", "banner": banner, "front": False}
-        images = [imread(io.BytesIO(png)) for png in RlhfPDFExporter().from_notebook_node(nb)[0]]
-        assert len(images) > 1
-        for image in images:
-            head = image[: image.shape[0] // 10]
-            red = (head[..., 0] > 0.5) & (head[..., 1] < 0.3)
-            assert (red.mean() > 0.05) == bool(banner)
+        return [imread(io.BytesIO(png)) for png in RlhfPDFExporter().from_notebook_node(nb)[0]]
+
+    return draw
+
+
+@pytest.mark.parametrize("banner", ["SMOKE RUN", ""])
+def test_the_banner_heads_every_page_of_the_pdf(pages: Callable, banner: str) -> None:
+    images = pages([new_markdown_cell("# A\n\n" + "word " * 2000)], banner)
+    assert len(images) > 1
+    for image in images:
+        head = image[: image.shape[0] // 10]
+        red = (head[..., 0] > 0.5) & (head[..., 1] < 0.3)
+        assert (red.mean() > 0.05) == bool(banner)
+
+
+def test_a_long_table_begins_under_its_caption_and_goes_on_over_pages(pages: Callable) -> None:
+    rows = "".join(f"<tr><td>{i}</td><td>some words of row {i}</td></tr>" for i in range(120))
+    html = f"<table><thead><tr><th>n</th><th>text</th></tr></thead><tbody>{rows}</tbody></table>"
+    images = pages(
+        [new_markdown_cell("# A"), code(shown("text/html", html, caption="Long.", kind="table"))]
+    )
+    assert 3 <= len(images) <= 5
+    for image in images[1:-1]:  # the title has a page of its own or shares the first
+        lower = image[image.shape[0] // 2 : image.shape[0] * 9 // 10]
+        assert (lower[..., :3].mean(-1) < 0.7).mean() > 0.005, "half of a page was left empty"
 
 
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,12 @@ import torch
 
 from rlhf_lib import sft
 from rlhf_lib.config import SFTConfig
+from rlhf_lib.data import Prompt
 from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import response_logits, response_logprobs
 from rlhf_lib.models import load_policy, load_tokenizer
 from rlhf_lib.ops import entropy
+from rlhf_lib.rollout import Sampler
 from rlhf_lib.runtime import make_accelerator
 
 
@@ -121,3 +123,76 @@ def test_what_the_stage_reads_is_in_its_hash(
 
 def test_killed_and_resumed_ends_like_never_killed(check_resume: Callable, tiny_data: Any) -> None:
     check_resume(lambda run: sft.train(run, tiny_data))
+
+
+# -------------------------------------------------------------------------- the best of n samples
+
+
+class Oracle:
+    """A sampler whose replies and scores are known: reply i of a prompt is worth SCORES[i]."""
+
+    SCORES = (0.1, 0.9, 2.0, 0.5)
+    reference = None
+
+    def __init__(self, tokenizer: Any, ends: tuple[bool, ...]) -> None:
+        self.tokenizer, self.ends, self.drawn = tokenizer, ends, 0
+
+    def draw(self, policy: None, prompts: list[Prompt]) -> tuple[list[list[int]], torch.Tensor]:
+        self.drawn += len(prompts)
+        groups = len(prompts) // 4
+        replies = [[p.ids[0], 4 + i] for i, p in zip([0, 1, 2, 3] * groups, prompts, strict=True)]
+        ended = [r + [1] * end for r, end in zip(replies, self.ends * groups, strict=True)]
+        return ended, torch.tensor(self.SCORES * groups)
+
+
+@pytest.mark.parametrize(
+    ("ends", "best"),
+    [
+        ((True, True, True, True), 2),
+        ((True, True, False, True), 1),  # the favourite never ended
+        ((False, False, False, False), 2),
+    ],
+)
+def test_the_favourite_among_those_that_ended_is_imitated(
+    ends: tuple[bool, ...], best: int, tiny_tokenizer: Any
+) -> None:
+    prompts = [Prompt(f"p{i}", [10 + i, 3]) for i in range(20)] * 5  # more than one round
+    oracle = Oracle(tiny_tokenizer, ends)
+    picked = sft.best_of_n(oracle, prompts, 4)  # type: ignore[arg-type]
+    assert oracle.drawn == 400
+    assert [d.prompt for d in picked] == [p.ids for p in prompts]
+    assert [d.response for d in picked] == [
+        [p.ids[0], 4 + best] + [1] * ends[best] for p in prompts
+    ]
+    assert picked[0].response_text == tiny_tokenizer.decode([10, 4 + best])
+
+
+def test_training_on_the_best_raises_what_the_reward_model_says(
+    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+) -> None:
+    run = make_run(
+        tmp_path, "rejection.prompts=16", "rejection.samples=16", "rejection.epochs=20",
+        "rejection.learning_rate=1e-2",
+    )  # fmt: skip
+    stage = sft.train_on_best(run, tiny_data, finished.sft, finished.reward_model)
+    assert stage.result()["examples"] == 16
+    assert stage.result()["samples"] == 256
+    sampler = Sampler(
+        run, make_accelerator("fp32"), str(finished.sft.model_path),
+        str(finished.reward_model.model_path),
+    )  # fmt: skip
+    prompts = tiny_data.prompts["train"] * 32
+    before = sampler.draw(sampler.reference, prompts)[1].mean()
+    after = sampler.draw(load_policy(stage.model_path).eval(), prompts)[1].mean()
+    assert after > before + 0.15
+
+
+def test_training_on_the_best_resumes(
+    check_resume: Callable, finished: Any, tiny_data: Any
+) -> None:
+    def train(run: Any) -> Any:
+        few = replace(run.profile.rejection, prompts=12, samples=2, epochs=2)
+        run = replace(run, profile=replace(run.profile, rejection=few))
+        return sft.train_on_best(run, tiny_data, finished.sft, finished.reward_model)
+
+    check_resume(train)

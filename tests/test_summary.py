@@ -18,7 +18,7 @@ from rlhf_lib.runs import Run, Stage, write_jsonl
 from rlhf_lib.world import sample_reply, sample_request, write_prompt
 
 MADE_UP = Path(__file__).parent / "made_up"
-POLICIES = ("base", "sft", "sft_again", "ppo", "ppo_low_kl", "grpo", "dpo")
+POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 # what each policy has more than SFT, in proxy and in gold, with a little of its own in each seed
 PROXY = {"base": -1.0, "ppo": 1.0, "ppo_low_kl": 3.0, "grpo": 0.5}
 GOLD = {"base": -0.5, "ppo": 0.5, "ppo_low_kl": -1.0, "grpo": -0.25}
@@ -77,6 +77,7 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     if gold:
         stages["reward_model_control"] = finish("reward_model_control", trained, {})
     stages["sft"] = finish("sft", {}, {"metrics.jsonl": [{"step": 0, "loss": 2.0}]})
+    stages["rejection_sft"] = finish("rejection_sft", {}, {})
     for name in ("ppo", "ppo_low_kl", "grpo", "dpo"):
         # DPO logs its probes now and then: only those steps lie on the way to the frontier
         steps = [{"step": s, "kl": 0.1 * s, "reward": 0.2 * s} for s in range(2)]
@@ -185,10 +186,10 @@ def test_the_frontier_has_final_points_the_way_there_and_best_of_n(folder: Path)
     points = pd.read_csv(folder / "frontier.csv")
     assert list(points.columns) == ["seed", "policy", "kind", "step", "kl", "proxy", "gold"]
     counts = points.groupby("kind").size().to_dict()
-    # seven policies, four trained ones of two steps with a KL, two curves of two points
-    assert counts == {"final": 3 * 7, "training": 3 * 4 * 2, "best_of_n": 3 * 2 * 2}
+    # eight policies, four trained ones of two steps with a KL, two curves of two points
+    assert counts == {"final": 3 * 8, "training": 3 * 4 * 2, "best_of_n": 3 * 2 * 2}
     final = points[(points["kind"] == "final") & (points["policy"] == "grpo")]
-    assert final["kl"].tolist() == [2.5, 2.5, 2.5]
+    assert final["kl"].tolist() == [3.0, 3.0, 3.0]
 
 
 def test_one_seed_speaks_of_prompts_and_leaves_lone_numbers_alone(tmp_path: Path) -> None:

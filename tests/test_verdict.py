@@ -88,6 +88,18 @@ def test_a_lower_comparison_is_turned_round_with_its_numbers(results: dict) -> N
     assert "GRPO above PPO (difference 0.40 [0.20, 0.60])" in text(results)
 
 
+def test_every_method_is_held_against_imitating_the_best_samples(results: dict) -> None:
+    assert "Against" not in text(results), "nothing is said of a baseline that was not run"
+    for name, record in zip(METHODS, (UP, DOWN, UNCLEAR), strict=True):
+        results["comparisons"][f"{name}_minus_rejection_sft"] = record
+    said = text(results)
+    assert (
+        "Against Best-of-n SFT, which imitates the best of its samples: PPO higher (0.50 [0.40, "
+        "0.60]); GRPO lower (-0.50 [-0.60, -0.40]); DPO not distinguishable (0.00 [-0.10, 0.10])."
+    ) in said
+    assert "Among themselves the three methods are not distinguishable" in said
+
+
 def test_no_other_pairs_are_spoken_of_where_there_are_none(results: dict) -> None:
     results["comparisons"] = dict.fromkeys(PAIRS, UP)
     said = text(results)
