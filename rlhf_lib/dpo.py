@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lib.batches import by_length, shuffled_batches
-from rlhf_lib.config import DPOConfig, unknown
+from rlhf_lib.config import DPOConfig, SettingsError, unknown
 from rlhf_lib.data import Pair, PreferenceData, paired_lengths, sides
 from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import Tokens, paired_logprobs, response_logprobs
@@ -72,6 +72,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     ),
 }  # fmt: skip
 NO_REFERENCE = frozenset({"simpo", "orpo"})
+SMOOTHED = frozenset({"dpo", "dpo_normalised"})  # read label_smoothing
 
 
 @torch.no_grad()
@@ -189,6 +190,11 @@ def train(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> St
     config = run.profile.dpo
     if config.loss not in PREFERENCE_LOSSES:
         raise unknown("dpo.loss =", config.loss, PREFERENCE_LOSSES)
+    if config.label_smoothing and config.loss not in SMOOTHED:
+        raise SettingsError(
+            f"dpo.label_smoothing={config.label_smoothing} means nothing to "
+            f"dpo.loss={config.loss}: set it to 0, or choose {' or '.join(sorted(SMOOTHED))}"
+        )
     upstream = {"data": data.hash, "sft": sft.hash, "reward_model": reward_model.hash}
     stage = run.stage("dpo", config, upstream, "dpo")
 

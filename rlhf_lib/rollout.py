@@ -214,7 +214,7 @@ class Sampler:
         self.reward_clip, self.missing_eos_penalty = reward_clip, missing_eos_penalty
         self.tokenizer = load_tokenizer(sft_path)
         if policy is not None and run.profile.model.lora_rank:
-            self.reference = policy
+            self.reference = policy.to(accelerator.device)  # type: ignore[arg-type]
         else:
             self.reference = freeze(accelerator, load_reference(sft_path))
         reward_model, _ = load_reward_model(reward_path, self.tokenizer, run.seed)

@@ -96,14 +96,18 @@ def train(run: Run, data: PreferenceData) -> Stage:
     return stage.ensure(build)
 
 
-def best_of_n(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Demonstration]:
+def best_of_n(
+    sampler: Sampler, prompts: Sequence[Prompt], n: int
+) -> tuple[list[Demonstration], int]:
     """The reply to each prompt that the reward model likes best among `n` samples from SFT.
 
-    A reply that was cut off is taken only where none ended by itself.
+    A reply that was cut off is taken only where none ended by itself. The second value is the
+    number of tokens in all samples.
     """
-    best = []
+    best, tokens = [], 0
     for part in progress(list(chunks(prompts, 64)), f"best of {n}"):
         responses, scores = sampler.draw(sampler.reference, [p for p in part for _ in range(n)])
+        tokens += n * sum(len(p.ids) for p in part) + sum(map(len, responses))
         finished = is_finished(responses, eos_id(sampler.tokenizer)).float()
         last = scores.min() - scores.max() - 1  # below every reply that ended
         ranked = (scores + last * (1 - finished)).view(-1, n)
@@ -112,7 +116,7 @@ def best_of_n(sampler: Sampler, prompts: Sequence[Prompt], n: int) -> list[Demon
         texts = sampler.tokenizer.batch_decode(picked, skip_special_tokens=True)
         for prompt, text, response in zip(part, texts, picked, strict=True):
             best.append(Demonstration(prompt.text, text, prompt.ids, response))
-    return best
+    return best, tokens
 
 
 def train_on_best(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> Stage:
@@ -133,7 +137,8 @@ def train_on_best(run: Run, data: PreferenceData, sft: Stage, reward_model: Stag
         sampler = Sampler(
             run, accelerator, path, str(reward_model.model_path), temperature=config.temperature
         )  # fmt: skip
-        best = best_of_n(sampler, data.prompts["train"][: config.prompts], config.samples)
+        prompts = data.prompts["train"][: config.prompts]
+        best, work.num_tokens = best_of_n(sampler, prompts, config.samples)
         model = trainable(load_policy(path), run.profile.model)
         fit(
             model, best, training, seed=run.seed, precision=run.profile.model.precision, work=work

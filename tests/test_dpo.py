@@ -178,6 +178,14 @@ def test_an_unknown_loss_is_refused_before_a_model_is_loaded(
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
+def test_label_smoothing_is_refused_where_nothing_would_read_it(
+    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, "dpo.loss=ipo", "dpo.label_smoothing=0.1")
+    with pytest.raises(SettingsError, match=r"label_smoothing=0\.1 means nothing to dpo\.loss=ipo"):
+        dpo.train(run, tiny_data, finished.sft, finished.reward_model)
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dpo"])
 def test_the_stage_runs_with_every_loss(
     name: str, make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,

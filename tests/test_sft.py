@@ -158,8 +158,9 @@ def test_the_favourite_among_those_that_ended_is_imitated(
 ) -> None:
     prompts = [Prompt(f"p{i}", [10 + i, 3]) for i in range(20)] * 5  # more than one round
     oracle = Oracle(tiny_tokenizer, ends)
-    picked = sft.best_of_n(oracle, prompts, 4)  # type: ignore[arg-type]
+    picked, tokens = sft.best_of_n(oracle, prompts, 4)  # type: ignore[arg-type]
     assert oracle.drawn == 400
+    assert tokens == 400 * (2 + 2) + 100 * sum(ends)
     assert [d.prompt for d in picked] == [p.ids for p in prompts]
     assert [d.response for d in picked] == [
         [p.ids[0], 4 + best] + [1] * ends[best] for p in prompts
@@ -177,6 +178,8 @@ def test_training_on_the_best_raises_what_the_reward_model_says(
     stage = sft.train_on_best(run, tiny_data, finished.sft, finished.reward_model)
     assert stage.result()["examples"] == 16
     assert stage.result()["samples"] == 256
+    trained = sum(len(p.ids) + 1 for p in tiny_data.prompts["train"][:16])
+    assert stage.metrics()[0]["num_tokens"] > 16 * trained, "sampling costs tokens as well"
     sampler = Sampler(
         run, make_accelerator("fp32"), str(finished.sft.model_path),
         str(finished.reward_model.model_path),
