@@ -122,7 +122,7 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
     return _notebook([
         nbformat.v4.new_markdown_cell("# Appendix: proofs, settings, environment", id="title"),
         _prose("## Proofs\n\n" + PROOFS + missing),
-        _table(proofs.table(proven).drop(columns="source"), "Claims, measured by `make proofs`."),
+        _table(proofs.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
         _prose("## Settings, environment, hashes"),
         _table(pd.DataFrame(settings), "Every setting of this run."),
         _table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
