@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rlhf_lib.display import NAMES, interval
 from rlhf_lib.intervals import verdict as direction
-
-METHODS = ("ppo", "grpo", "dpo")
-BASELINE = "rejection_sft"
+from rlhf_lib.summary import BASELINE, METHODS
 
 
 def sentences(results: Mapping) -> list[str]:
