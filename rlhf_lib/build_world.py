@@ -172,11 +172,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 
 
 def describe(folder: Path) -> dict[str, dict]:
-    """SHA-256 and bytes of each file but the manifest; works on damaged files too."""
+    """SHA-256 and bytes of each file but the manifest and probes; damaged files are fine."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != "manifest.json":
+        if path.is_file() and name != "manifest.json" and not name.startswith("probes/"):
             content = path.read_bytes()
             files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     return files
@@ -287,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = differences(fresh, options.out)
             print("\n".join(lines) or f"{options.out} is what this build gives")
             return 1 if lines else 0
+        if (probes := options.out / "probes").exists():  # build_probes makes them
+            shutil.copytree(probes, fresh / "probes")
         if options.out.exists():
             shutil.rmtree(options.out)
         shutil.copytree(fresh, options.out)

@@ -31,7 +31,7 @@ class DataConfig:
     test_pairs: int = 2000
     demonstrations: int = 6000  # for SFT; real sources use the chosen replies of the train pairs
     rl_prompts: int = 6000
-    evaluation_prompts: int = 1024
+    evaluation_prompts: int = 512  # each answered evaluation.samples_per_prompt times
     split_seed: int = 0  # which conversations go to which split; not the seed of a run
 
 
@@ -57,6 +57,7 @@ class RewardModelConfig:
     max_grad_norm: float = 1.0
     center_coef: float = 0.001
     margin: float = 0.0  # used for every pair whose row carries no margin of its own
+    curve_points: int = 3  # smaller models of the learning curve, each on a third of the next
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,22 @@ class EvaluationConfig:
     temperature: float = 1.0
     best_of_n: int = 64  # largest n; smaller powers of two come from the same samples
     best_of_n_prompts: int = 192
+    samples_per_prompt: int = 2  # replies of each policy to each of data.evaluation_prompts
+    heldout_texts: int = 256  # on which perplexity is measured
     bootstrap_samples: int = 2000
+    probe_prompts: int = 24  # of each probe in data/probes
+    probe_samples: int = 2  # replies to each of them
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """An outside judge behind an OpenAI-compatible endpoint. Off while `url` is empty."""
+
+    url: str = ""  # such as https://host/v1; the key comes from the environment, OPENAI_API_KEY
+    model: str = ""
+    prompts: int = 64  # of each policy's replies beside SFT's; each is asked in both orders
+    dollars_per_million_input: float = 0.0  # of the provider's price list, for the cost shown
+    dollars_per_million_output: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,6 +198,7 @@ class Profile:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:

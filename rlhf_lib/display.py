@@ -104,6 +104,11 @@ def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -
     return f"{mean} [{low}, {high}]"
 
 
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
 COMPARISON_CAPTION = (
     "All policies on the same held-out prompts, 95 % intervals in brackets: proxy and gold reward, "
     "KL to SFT in nats a reply, win rates, length in tokens; minutes and peak memory of training."
@@ -117,8 +122,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
     for name in (p for p in POLICIES if p in results["policies"]):
         policy, cost = results["policies"][name], costs.get(name)
         row = {"policy": NAMES[name], "proxy": interval(policy["proxy"])}
-        if "gold" in policy:
-            row["gold"] = interval(policy["gold"])
+        row |= {key: interval(policy[key]) for key in ("gold", "judge") if key in policy}
         row |= {
             "KL": interval(policy["kl"], 1),
             "wins vs SFT": interval(policy.get("win_rate_vs_sft"), 0, percent=True),
@@ -128,22 +132,6 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
             "GB": f"{cost['peak_memory_gb']['mean']:.1f}" if cost else "–",
         }
         rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def gain_table(results: Mapping) -> pd.DataFrame:
-    """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
-    judge, rows = results["judge"], []
-    for name in (p for p in GAINERS if p in results["policies"]):
-        policy = results["policies"][name]
-        gain, proxy = policy[f"{judge}_gain"], policy["proxy_gain"]
-        rows.append({
-            "policy": NAMES[name],
-            f"{judge} gain over SFT": interval(gain),
-            "each seed": ", ".join(f"{value:.2f}" for value in gain["per_seed"]),
-            "verdict": gain["verdict"],
-            "proxy gain": interval(proxy),
-        })  # fmt: skip
     return pd.DataFrame(rows)
 
 

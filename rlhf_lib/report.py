@@ -10,6 +10,8 @@ What a notebook may say:
 
 - cell tags `parameters`, `hide-input`, `remove-input` hide the code; `hide-output`,
   `remove-output` the outputs; `remove-cell` both; `raises-exception` allows an error output;
+- a markdown cell tagged `solution`, all of it in one `<details>`, is folded; the PDF has no
+  solutions;
 - output metadata `{"kind": "figure" | "table", "caption": "..."}` asks for a numbered caption;
 - `text/markdown` and `text/latex` outputs are typeset as prose; HTML is read anew, and only its
   text, tables, lists and links to the web are kept;

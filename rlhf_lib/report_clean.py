@@ -31,6 +31,7 @@ MIME_TYPES = (
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_SVG_BYTES = 2_000_000  # beyond this a browser and a PDF reader crawl; the png is shown instead
 CAPTION_WORDS = {"figure": "Figure", "table": "Table"}
+SOLUTION_TAG = "solution"
 HIDE_INPUT_TAGS = frozenset(
     # the last one is what papermill puts before its own parameters cell
     {"parameters", "hide-input", "remove-input", "injected-parameters"}
@@ -110,7 +111,7 @@ class CheckExecuted(Preprocessor):
 class CleanOutputs(Preprocessor):
     """Keep one representation of each output, as clean text or as an image.
 
-    Widget views are dropped (their static twin stands beside them), and so are progress bars.
+    Of a widget its static twin stays, where it has one, and progress bars go.
     """
 
     enabled = True
@@ -128,15 +129,16 @@ class CleanOutputs(Preprocessor):
             return _plain("\n".join(output.traceback), kind="error")
         if output.output_type == "stream":
             return _plain(_without_progress_bars(output), kind=output.name)
-        if WIDGET in output.data:
-            return None
-        mime = _best_mime(output.data)
+        data = {mime: value for mime, value in output.data.items() if mime != WIDGET}
+        mime = _best_mime(data)
+        if WIDGET in output.data and mime in (None, "text/plain"):
+            return None  # `text/plain` is only the name of a widget that has no twin
         if mime is None:
             raise ReportError(
                 f"{place(cell, index, resources)} shows only {', '.join(output.data) or 'nothing'}"
                 f"; a report can hold {', '.join(MIME_TYPES)}"
             )
-        value = output.data[mime]
+        value = data[mime]
         if mime.startswith("text/"):
             value = clean_text(value)
         if mime in ("text/html", "text/markdown"):
@@ -169,7 +171,8 @@ def _best_mime(data: dict[str, str]) -> str | None:
 class SplitCells(Preprocessor):
     """One cell for each thing shown: prose, folded code, or one output with its numbered caption.
 
-    An output asks for a number with the metadata `{"kind": "figure" | "table", "caption": "..."}`.
+    Prose tagged `solution` is folded in HTML, and left out of the PDF, which cannot fold. An output
+    asks for a number with the metadata `{"kind": "figure" | "table", "caption": "..."}`.
     """
 
     enabled = True
@@ -201,7 +204,9 @@ class SplitCells(Preprocessor):
 
     def _parts(self, cell, where):
         if cell.cell_type == "markdown":
-            part = new_markdown_cell(cell.source, metadata={"role": "prose"})
+            solution = SOLUTION_TAG in cell.metadata.get("tags", ())
+            role = "solution" if solution else "prose"
+            part = new_markdown_cell(cell.source, metadata={"role": role})
             if cell.get("attachments"):
                 part.attachments = cell.attachments
             yield part

@@ -26,7 +26,7 @@ from rlhf_lib.logprobs import (
 )
 from rlhf_lib.lora import adapters_off
 from rlhf_lib.models import eos_id, load_reference, load_reward_model, load_tokenizer
-from rlhf_lib.ops import entropy
+from rlhf_lib.ops import entropy, masked_mean
 from rlhf_lib.runs import Run
 from rlhf_lib.world import gold_reward
 
@@ -135,7 +135,7 @@ class Rollout:
     finished: Tensor  # (B,) bool
     scores: Tensor  # (B,) normalised reward-model scores
     rewards: Tensor  # (B,) clipped scores, less the penalty where the end is missing
-    entropy: float  # mean over response tokens, nats
+    entropies: Tensor  # (B, T) of the policy at each response token, nats; 0 outside the mask
     gold: list[float] | None  # gold rewards, where the world has them
     exact_kl: Tensor | None  # (B, T) full-vocabulary KL at each position, where it was asked for
 
@@ -143,6 +143,11 @@ class Rollout:
     def kl(self) -> Tensor:
         """k1 estimate of each sequence's KL to the reference, nats, (B,)."""
         return ((self.logprobs - self.ref_logprobs) * self.response_mask).sum(1)
+
+    @property
+    def entropy(self) -> float:
+        """Mean over all response tokens, nats."""
+        return float(masked_mean(self.entropies, self.response_mask))
 
     @property
     def lengths(self) -> Tensor:
@@ -169,7 +174,7 @@ class Rollout:
         return metrics
 
     def select(self, rows: Sequence[int]) -> Rollout:
-        """The given rows alone; `entropy` stays that of the whole batch."""
+        """The given rows alone."""
         taken = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -266,7 +271,7 @@ class Sampler:
             finished=finished,
             scores=scores,
             rewards=clipped - self.missing_eos_penalty * (~finished).float(),
-            entropy=float(torch.cat(entropies).mean()),
+            entropies=unflatten(torch.cat(entropies), mask),
             gold=gold,
             exact_kl=unflatten(torch.cat(kls), mask) if exact_kl else None,
         )

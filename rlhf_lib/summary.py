@@ -12,17 +12,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rlhf_lib import judges
+from rlhf_lib import judges, openai_judge
 from rlhf_lib.config import as_dict, content_hash
 from rlhf_lib.data import PreferenceData
-from rlhf_lib.intervals import estimate, over_seeds, verdict
+from rlhf_lib.intervals import estimate, over_seeds
+from rlhf_lib.policy_summary import (
+    CANDIDATES,
+    METHODS,
+    SHARE,
+    Rows,
+    Samples,
+    comparisons,
+    needs,
+    overoptimisation,
+    policies,
+)
 from rlhf_lib.probes import failure_modes
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf_lib.runtime import environment
 
-METHODS = ("ppo", "grpo", "dpo")
-BASELINE = "rejection_sft"  # same samples and reward model, no policy gradient
-COMPARED = (("ppo", "grpo"), ("ppo", "dpo"), ("grpo", "dpo"), *((m, BASELINE) for m in METHODS))
 Stages = Mapping[str, Stage]
 
 
@@ -30,7 +38,7 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     """Collect the finished stages of all seeds; returns the published evaluation folder."""
     profile = runs[0].profile
     key = content_hash([[s.hash for s in seed.values()] for seed in stages] + [
-        source_hash("summary"), as_dict(profile.evaluation)
+        source_hash("summary"), as_dict(profile.evaluation), as_dict(profile.judge)
     ])  # fmt: skip
     folder = runs[0].root / profile.name / f"evaluation-{key[:12]}"
     if (folder / "DONE").exists():
@@ -38,16 +46,16 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     (work / "samples").mkdir(parents=True)
-    rows = _load_samples(stages)
-    for name, per_seed in rows.items():
+    samples = _load_samples(stages, profile.evaluation.bootstrap_samples)
+    for name, per_seed in samples.rows.items():
         parts = zip(runs, per_seed, strict=True)
         tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
         write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
-    modes = _failure_modes(rows, profile.data.source, profile.evaluation.bootstrap_samples)
+    modes = _failure_modes(samples.rows, profile.data.source, samples.bootstrap)
     write_json(work / "failure_modes.json", modes)
     frontier = _frontier(runs, stages)
     frontier.to_csv(work / "frontier.csv", index=False)
-    write_json(work / "results.json", _results(runs, stages, data, rows, modes))
+    write_json(work / "results.json", _results(runs, stages, data, samples, modes))
     (work / "DONE").write_text(key + "\n")
     if folder.exists():  # a folder that lost its DONE: whatever it holds is not whole
         shutil.rmtree(folder)
@@ -55,46 +63,41 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     return folder
 
 
-def _load_samples(stages: Sequence[Stages]) -> dict[str, list[list[dict]]]:
-    """policy -> one list of rows for each seed."""
-    folders = [seed["evaluate"].path / "samples" for seed in stages]
-    names = sorted(path.stem for path in folders[0].glob("*.jsonl"))
-    return {name: [read_jsonl(folder / f"{name}.jsonl") for folder in folders] for name in names}
-
-
-def _column(per_seed: list[list[dict]], key: str) -> list[np.ndarray]:
-    return [np.array([row[key] for row in rows], dtype=float) for rows in per_seed]
+def _load_samples(stages: Sequence[Stages], resamples: int) -> Samples:
+    folders = [seed["evaluate"].path for seed in stages]
+    names = sorted(path.stem for path in (folders[0] / "samples").glob("*.jsonl"))
+    return Samples(
+        rows={n: [read_jsonl(path / "samples" / f"{n}.jsonl") for path in folders] for n in names},
+        chosen=[read_jsonl(path / "chosen.jsonl") for path in folders],
+        heldout=[read_jsonl(path / "heldout.jsonl") for path in folders],
+        bootstrap=resamples,
+    )
 
 
 def _results(
-    runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData,
-    rows: dict[str, list[list[dict]]], modes: dict,
+    runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples,
+    modes: dict,
 ) -> dict:  # fmt: skip
     profile = runs[0].profile
-    source, samples = profile.data.source, profile.evaluation.bootstrap_samples
-    judge = "gold" if source.startswith("bundled") else "proxy"
-    policies = {name: _policy(rows, name, judge, samples) for name in rows}
-    comparisons = {}
-    for one, other in COMPARED:
-        difference = [
-            a - b
-            for a, b in zip(_column(rows[one], judge), _column(rows[other], judge), strict=True)
-        ]
-        comparisons[f"{one}_minus_{other}"] = estimate(difference, samples)
-    for record in comparisons.values():
-        record["verdict"] = verdict(record)
-    return {
+    source, resamples = profile.data.source, profile.evaluation.bootstrap_samples
+    results = {
         "profile": profile.name,
         "seeds": [run.seed for run in runs],
         "settings": as_dict(profile),
         "source": source.split(":")[0] + ":" + Path(source).name if ":" in source else source,
         "model": profile.model.name,
-        "judge": judge,
+        "judge": samples.judge,
         "data": data.audit,
-        "reward_model": _reward_model(stages, data, source, samples),
-        "policies": policies,
-        "comparisons": comparisons,
-        "overoptimisation": _overoptimisation(rows, judge, samples),
+        "reward_model": _reward_model(stages, data, source, resamples),
+        "policies": policies(samples),
+        "comparisons": comparisons(samples, samples.judge),
+        "needs": needs(samples, _minutes(stages)),
+        "heldout": {
+            "what": stages[0]["evaluate"].result()["heldout"],
+            "texts": len(samples.heldout[0]),
+            "chosen_prompts": len(samples.chosen[0]),
+        },
+        "overoptimisation": overoptimisation(samples),
         "best_of_n": _best_of_n(stages),
         "failure_modes": modes,
         "cost": _cost(stages),
@@ -104,38 +107,25 @@ def _results(
             for run, seed in zip(runs, stages, strict=True)
         },
     }
+    if profile.judge.url:  # asked once a reply: the cache beside the runs keeps what it said
+        results["endpoint_judge"] = openai_judge.judge_policies(
+            profile.judge, {name: rows[0] for name, rows in samples.rows.items()},
+            runs[0].root / "judge-cache", resamples,
+        )  # fmt: skip
+    return results
 
 
-def _policy(rows: dict, name: str, judge: str, samples: int) -> dict:
-    """All measures of one policy; differences and wins are paired by prompt, a tie half a win."""
-    own = rows[name]
-    record = {
-        key: estimate(_column(own, key), samples)
-        for key in ("proxy", "gold", "kl", "length", "finished")
-        if key in own[0][0]
+def _minutes(stages: Sequence[Stages]) -> dict[str, list[float]]:
+    """Minutes that each candidate trains in each seed; what learns from rewards pays for them."""
+    paid = {"dpo": ("dpo",)}
+    return {
+        name: [
+            sum(seed[part].result()["seconds"] for part in paid.get(name, (name, "reward_model")))
+            / 60
+            for seed in stages
+        ]
+        for name in CANDIDATES
     }
-    for other in ("sft", "base"):
-        pairs = list(zip(_column(own, judge), _column(rows[other], judge), strict=True))
-        if name != other:
-            wins = [judges.wins(a - b) for a, b in pairs]
-            record[f"win_rate_vs_{other}"] = estimate(wins, samples)
-    for key in ("proxy", judge):
-        gains = [a - b for a, b in zip(_column(own, key), _column(rows["sft"], key), strict=True)]
-        record[f"{key}_gain"] = estimate(gains, samples)
-        record[f"{key}_gain"]["verdict"] = verdict(record[f"{key}_gain"])
-    return record
-
-
-def _overoptimisation(rows: dict, judge: str, samples: int) -> dict | None:
-    """The under-regularised PPO run minus the default one, in proxy and (if known) gold reward."""
-    if "ppo_low_kl" not in rows:
-        return None
-    record = {}
-    for key in dict.fromkeys(("proxy", judge)):
-        pairs = zip(_column(rows["ppo_low_kl"], key), _column(rows["ppo"], key), strict=True)
-        record[key] = estimate([a - b for a, b in pairs], samples)
-        record[key]["verdict"] = verdict(record[key])
-    return record
 
 
 def _reward_model(
@@ -174,12 +164,14 @@ def _over(values: Sequence[float]) -> dict:
     return {"mean": values[0], "low": None, "high": None, "n": 1, "per_seed": list(values)}
 
 
-def _failure_modes(rows: dict, source: str, samples: int) -> dict:
+def _failure_modes(rows: Mapping[str, Rows], source: str, samples: int) -> dict:
     table = {}
     for name, per_seed in rows.items():
         parts = [failure_modes(part, source) for part in per_seed]
         modes = [mode for mode in parts[0] if parts[0][mode]]  # some prompt is of its kind
-        table[name] = {mode: estimate([p[mode] for p in parts], samples) for mode in modes}
+        table[name] = {
+            mode: estimate([p[mode] for p in parts], samples, bounds=SHARE) for mode in modes
+        }
     return table
 
 
@@ -190,7 +182,7 @@ def _best_of_n(stages: Sequence[Stages]) -> dict:
         table[kind] = []
         for points in zip(*(curve[kind] for curve in curves), strict=True):
             row = {"n": points[0]["n"], "kl": points[0]["kl"]}
-            for key in ("proxy", "gold"):
+            for key in ("proxy", "gold", "judge"):
                 if key in points[0]:
                     row[key] = _over([point[key] for point in points])
             table[kind].append(row)
@@ -214,22 +206,18 @@ def _frontier(runs: Sequence[Run], stages: Sequence[Stages]) -> pd.DataFrame:
     rows = []
     for run, seed in zip(runs, stages, strict=True):
         evaluated = seed["evaluate"].result()
-        for name, means in evaluated["policies"].items():
-            rows.append({
-                "seed": run.seed, "policy": name, "kind": "final", "step": None, "kl": means["kl"],
-                "proxy": means["reward"], "gold": means.get("gold"),
-            })  # fmt: skip
+        points = [(name, "final", None, means) for name, means in evaluated["policies"].items()]
         for kind, curve in evaluated["best_of_n"].items():
-            rows += [
-                {"seed": run.seed, "policy": f"best_of_n_{kind}", "kind": "best_of_n",
-                 "step": p["n"], "kl": p["kl"], "proxy": p["proxy"], "gold": p.get("gold")}
-                for p in curve
-            ]  # fmt: skip
+            points += [(f"best_of_n_{kind}", "best_of_n", point["n"], point) for point in curve]
         for name in seed:
             if name.startswith(METHODS):
-                rows += [
-                    {"seed": run.seed, "policy": name, "kind": "training", "step": m["step"],
-                     "kl": m["kl"], "proxy": m["reward"], "gold": m.get("gold")}
-                    for m in seed[name].metrics() if "kl" in m
-                ]  # fmt: skip
-    return pd.DataFrame(rows)
+                logged = [m for m in seed[name].metrics() if "kl" in m]
+                points += [(name, "training", m["step"], m) for m in logged]
+        rows += [
+            {"seed": run.seed, "policy": name, "kind": kind, "step": step, "kl": point["kl"],
+             "proxy": point.get("reward", point.get("proxy")), "gold": point.get("gold"),
+             "judge": point.get("judge")}
+            for name, kind, step, point in points
+        ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    return frame if frame["judge"].notna().any() else frame.drop(columns="judge")

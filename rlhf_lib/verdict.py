@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf_lib.display import NAMES, interval
+from rlhf_lib import choices
+from rlhf_lib.display import NAMES, interval, listed
+from rlhf_lib.intervals import POWER
 from rlhf_lib.intervals import verdict as direction
-from rlhf_lib.summary import BASELINE, METHODS
+from rlhf_lib.policy_summary import BASELINE, METHODS
 
 
 def sentences(results: Mapping) -> list[str]:
     """The verdict, one finding a sentence, the most important first."""
     parts = [_gains(results), _ranking(results), _against_baseline(results)]
+    parts += [*choices.sentences(results), _detectable(results)]
     parts += [_overoptimisation(results), _best_of_n(results)]
     parts += [_reward_model(results), _scope(results)]
     return [part for part in parts if part]
 
 
 def _names(names: Sequence[str]) -> str:
-    words = [NAMES[name] for name in names]
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    return listed([NAMES[name] for name in names])
 
 
 def _gains(results: Mapping) -> str:
@@ -38,6 +40,11 @@ def _gains(results: Mapping) -> str:
         verb = "are" if len(unclear) > 1 else "is"
         said.append(f"**{_names(unclear)} {verb} not distinguishable from SFT** ({numbers})")
     text = "; ".join(said) + "."
+    if judge == "judge":
+        text += (
+            " The judge is a reward model trained on pairs that the proxy never saw: it shares the "
+            "proxy's kind of error, not its very errors."
+        )
     if judge == "proxy":
         text += (
             " The proxy is the very reward model that PPO and GRPO were trained against: a higher "
@@ -74,22 +81,37 @@ def _against_baseline(results: Mapping) -> str:
     return f"Against {NAMES[BASELINE]}, which imitates the best of its samples: {'; '.join(said)}."
 
 
+def _detectable(results: Mapping) -> str:
+    """What the study was able to see: without this line "not distinguishable" says little."""
+    sizes = [record.get("detectable") for record in results["comparisons"].values()]
+    known = [size for size in sizes if size is not None]
+    if not known:  # a study from before it was measured
+        return ""
+    smallest, largest = f"{min(known):.2f}", f"{max(known):.2f}"
+    size = smallest if smallest == largest else f"{smallest} to {largest}, by comparison,"
+    return (
+        f"What could be seen: a true difference of {size} in {results['judge']} reward between two "
+        f"methods is one that {POWER:.0%} of studies like this one would find (before the "
+        "correction for the number of comparisons)."
+    )
+
+
 def _overoptimisation(results: Mapping) -> str:
     record, judge = results["overoptimisation"], results["judge"]
     if record is None or judge == "proxy":
         return ""
-    proxy, gold = record["proxy"], record["gold"]
-    numbers = f"proxy {interval(proxy)}, gold {interval(gold)}"
+    proxy, gold = record["proxy"], record[judge]
+    numbers = f"proxy {interval(proxy)}, {judge} {interval(gold)}"
     settings = results["settings"]["ppo"]
     low, default = settings["low_kl_coef"], settings["kl_coef"]
     if proxy["verdict"] == "higher" and gold["verdict"] == "lower":
         return (
             f"**More proxy reward, worse replies:** PPO at a KL coefficient of {low:g} instead of "
-            f"{default:g} ends higher in proxy and lower in gold (differences: {numbers})."
+            f"{default:g} ends higher in proxy and lower in {judge} (differences: {numbers})."
         )
     return (
         "Over-optimisation is not shown: against the default, the under-regularised PPO run is "
-        f"{proxy['verdict']} in proxy and {gold['verdict']} in gold ({numbers})."
+        f"{proxy['verdict']} in proxy and {gold['verdict']} in {judge} ({numbers})."
     )
 
 
@@ -99,7 +121,7 @@ def _best_of_n(results: Mapping) -> str:
     best = max(curve, key=lambda row: row[judge]["mean"])
     text = f"Best-of-n, which trains nothing, peaks at n = {best['n']} with {judge} reward "
     text += f"{interval(best[judge])}"
-    if judge == "gold" and best["n"] < curve[-1]["n"]:
+    if judge != "proxy" and best["n"] < curve[-1]["n"]:
         text += f" and falls to {interval(curve[-1][judge])} at n = {curve[-1]['n']}"
     peak = best[judge]["mean"] if best[judge]["high"] is None else best[judge]["high"]
     ahead = [n for n in METHODS if results["policies"][n][judge]["low"] > peak]
@@ -124,7 +146,13 @@ def _reward_model(results: Mapping) -> str:
 def _scope(results: Mapping) -> str:
     seeds = len(results["seeds"])
     over = "seeds" if seeds > 1 else "evaluation prompts, from a single seed"
+    corrected = ""
+    if any("p_adjusted" in record for record in results["comparisons"].values()):
+        over = "seeds and evaluation prompts" if seeds > 1 else over
+        corrected = (
+            " What is called a difference stays one after Holm's correction within its table."
+        )
     return (
-        f"Intervals are 95 % over {over}; of accuracies, over pairs. Rankings belong to this data, "
-        "this model size and this tuning."
+        f"Intervals are 95 % over {over}; of accuracies, over pairs.{corrected} Rankings belong to "
+        "this data, this model size and this tuning."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_calibration_of_a_model_that_is_right_as_often_as_it_says() -> None:
     confidence = math.log(3)  # sigmoid: 0.75
     preferences = np.array([confidence, confidence, confidence, -confidence] * 20)
     honest = judges.calibration(preferences, bins=1)
-    assert honest["ece"] == pytest.approx(0, abs=1e-9)
+    assert honest["ece"]["mean"] == pytest.approx(0, abs=1e-9)
     assert honest["bins"][0]["confidence"] == pytest.approx(0.75)
     assert honest["bins"][0]["mean"] == pytest.approx(0.75)
     assert honest["bins"][0]["n"] == 80
@@ -110,9 +111,78 @@ def test_calibration_of_a_model_that_is_right_as_often_as_it_says() -> None:
 
 def test_calibration_of_a_braggart_and_of_a_coward() -> None:
     braggart = judges.calibration(np.array([30.0, -30.0] * 20))
-    assert braggart["ece"] == pytest.approx(0.5)
+    assert braggart["ece"]["mean"] == pytest.approx(0.5)
+    assert braggart["ece"]["low"] > 0.2, "no interval of a braggart's error reaches down to 0"
+    assert braggart["ece_if_honest"]["high"] < 1e-6, "who is sure and honest is always right"
     coward = judges.calibration(np.full(40, 1e-6))
-    assert coward["ece"] == pytest.approx(0.5, abs=1e-5)
+    assert coward["ece"]["mean"] == pytest.approx(0.5, abs=1e-5)
+
+
+def made_up_preferences(truth: float, count: int = 1200, seed: int = 0) -> np.ndarray:
+    """Score differences `truth` times as large as the log-odds of the labels."""
+    rng = np.random.default_rng(seed)
+    size = rng.gamma(2.0, 0.6, count)
+    right = rng.random(count) < 1 / (1 + np.exp(-size))
+    return truth * np.where(right, size, -size)
+
+
+def test_chance_alone_explains_the_error_of_an_honest_model_and_not_of_a_braggart() -> None:
+    honest, braggart = (judges.calibration(made_up_preferences(t)) for t in (1.0, 3.0))
+    assert honest["ece"]["mean"] < honest["ece_if_honest"]["high"]
+    assert honest["ece"]["low"] == 0
+    assert braggart["ece"]["mean"] > braggart["ece_if_honest"]["high"]
+    for record in (honest["ece"], braggart["ece"]):
+        assert 0 <= record["low"] <= record["mean"] <= record["high"]
+
+
+@pytest.mark.parametrize("truth", [1.0, 2.0])
+def test_the_interval_of_the_calibration_error_holds_the_true_error(truth: float) -> None:
+    # a sample three hundred times as large tells the true error
+    true = judges.calibration(made_up_preferences(truth, 120_000, 999), samples=2)["ece"]["mean"]
+    samples = (made_up_preferences(truth, 400, seed) for seed in range(40))
+    records = [judges.calibration(sample, samples=200)["ece"] for sample in samples]
+    assert sum(r["low"] <= true <= r["high"] for r in records) >= 36
+
+
+@pytest.mark.parametrize("truth", [0.5, 1.0, 3.0])
+def test_the_temperature_is_what_the_scores_are_too_large_by(truth: float) -> None:
+    record = judges.recalibrate(made_up_preferences(truth), made_up_preferences(truth, seed=1))
+    fitted = record["temperature"]
+    assert fitted["low"] < truth < fitted["high"]
+    assert fitted["mean"] == pytest.approx(truth, rel=0.15)
+    assert record["after"]["ece"]["mean"] < 0.04
+    if truth == 3.0:
+        assert record["ece_change"]["high"] < 0
+
+
+def test_the_temperature_minimises_the_loss_and_stays_in_bounds() -> None:
+    preferences = made_up_preferences(2.0, 200)
+
+    def loss(temperature: float) -> float:
+        return float(np.mean([math.log1p(math.exp(-d / temperature)) for d in preferences]))
+
+    best = judges.fit_temperature(preferences)
+    assert loss(best) < min(loss(0.97 * best), loss(1.03 * best))
+    assert judges.fit_temperature(-preferences) == pytest.approx(50, rel=0.01), "always wrong"
+    assert judges.fit_temperature(np.abs(preferences)) == pytest.approx(1 / 50, rel=0.01)
+
+
+def test_seeds_disagree_by_the_pairs_that_they_rank_in_opposite_ways() -> None:
+    one, other = np.array([1.0, 2.0, -3.0, 4.0]), np.array([1.0, -2.0, -3.0, 4.0])
+    record = judges.seed_disagreement([one, other], 100)
+    assert record["seeds"] == 2
+    assert record["opposite"]["mean"] == 0.25
+    assert record["opposite"]["low"] <= 0.25 <= record["opposite"]["high"]
+    assert record["spread"]["mean"] == pytest.approx(4 / 2**0.5 / 4), "2 and -2, ddof 1"
+    assert record["size"]["mean"] == pytest.approx((1 + 0 + 3 + 4) / 4)
+    assert record["rank_correlation"] == pytest.approx(0.8)  # ranks 2 3 1 4 and 3 2 1 4
+    three = judges.seed_disagreement([one, one, other], 100)
+    assert three["opposite"]["mean"] == pytest.approx(0.25 * 2 / 3), "two couples of three"
+    assert three["rank_correlation"] == pytest.approx((1 + 0.8 + 0.8) / 3)
+    same = judges.seed_disagreement([one, one], 100)
+    assert (same["opposite"]["mean"], same["spread"]["mean"]) == (0, 0)
+    with pytest.raises(ValueError, match="at least two seeds"):
+        judges.seed_disagreement([one])
 
 
 def test_calibration_bins_hold_equal_numbers_in_order_of_confidence() -> None:
@@ -173,3 +243,15 @@ def test_the_kind_of_a_request() -> None:
     assert judges.request_kind(CHESS, "bundled") == "help"
     assert judges.request_kind(HARM, "bundled:control") == "harm"
     assert judges.request_kind("anything", "path:pairs.jsonl") == "all"
+
+
+def test_real_pairs_are_grouped_by_subset_or_else_by_turns() -> None:
+    real = "path:pairs.jsonl"
+    assert judges.category(pair(" a", " b"), "bundled") == "help"
+    assert judges.category(replace(pair(" a", " b"), subset="base"), real) == "base"
+    turns = [judges.category(pair(" a", " b", CHESS * n), real) for n in (1, 2, 3, 4)]
+    assert turns == ["one turn", "two turns", *["three turns or more"] * 2]
+
+
+def test_word_differences_are_chosen_less_rejected() -> None:
+    assert judges.word_differences([pair(" a b c", " a"), pair(" a", " a b")]).tolist() == [2, -1]

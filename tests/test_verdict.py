@@ -33,6 +33,7 @@ def results() -> dict:
         made_up["policies"][name]["gold_gain"] = UNCLEAR
         made_up["policies"][name]["gold"] = interval(0.8, 1.0)
     made_up["comparisons"] = dict.fromkeys(PAIRS, UNCLEAR)
+    made_up["needs"] = {}  # what is chosen for which need: tests/test_choices.py
     made_up["overoptimisation"] = {"proxy": UNCLEAR, "gold": UNCLEAR}
     made_up["reward_model"]["accuracy"]["reward_model_minus_bag_of_words"] = UNCLEAR
     return made_up
@@ -185,6 +186,39 @@ def test_the_scope_names_what_the_intervals_are_over(results: dict) -> None:
     assert "from a single seed" in verdict.sentences(results)[-1]
 
 
+def test_intervals_of_a_corrected_study_are_over_prompts_too(results: dict) -> None:
+    corrected = UNCLEAR | {"p_adjusted": 0.5, "detectable": 0.25}
+    results["comparisons"] = dict.fromkeys(PAIRS, corrected)
+    last = verdict.sentences(results)[-1]
+    assert "95 % over seeds and evaluation prompts" in last
+    assert "Holm's correction" in last
+
+
+def test_it_says_what_the_study_could_have_seen(results: dict) -> None:
+    assert "What could be seen" not in text(results), "an old study does not know"
+    sizes = dict(zip(PAIRS, (0.25, None, 0.4), strict=True))
+    results["comparisons"] = {key: UNCLEAR | {"detectable": sizes[key]} for key in PAIRS}
+    assert "a true difference of 0.25 to 0.40, by comparison, in gold reward" in text(results)
+    results["comparisons"] = {key: UNCLEAR | {"detectable": 0.3} for key in PAIRS}
+    assert "a true difference of 0.30 in gold reward" in text(results)
+    assert "80% of studies" in text(results)
+
+
+def test_a_held_out_judge_is_named_as_what_it_is(results: dict) -> None:
+    """Real data with a judge: what the gold reward says elsewhere, the judge says here."""
+    renamed = json.loads(
+        json.dumps(results).replace('"gold"', '"judge"').replace("gold_", "judge_")
+    )
+    renamed["policies"]["ppo"]["judge_gain"] = UP
+    renamed["overoptimisation"] = {"proxy": UP, "judge": DOWN}
+    said = text(renamed)
+    assert said.startswith("**PPO raised judge reward over SFT** (PPO 0.50 [0.40, 0.60])")
+    assert "trained on pairs that the proxy never saw" in said
+    assert "ends higher in proxy and lower in judge (differences: proxy 0.50" in said
+    assert "with judge reward" in said
+    assert "gold" not in said
+
+
 def test_every_number_of_the_made_up_study_is_one_of_its_results() -> None:
     """No number appears that was not looked up."""
     results = json.loads((MADE_UP / "gold.json").read_text())
@@ -198,10 +232,11 @@ def test_every_number_of_the_made_up_study_is_one_of_its_results() -> None:
             for inner in value:
                 collect(inner)
         elif isinstance(value, (int, float)):
-            known.update((f"{abs(value):.2f}", f"{100 * abs(value):.1f}", str(value)))
+            known.update(f"{abs(value):.{digits}f}" for digits in (1, 2, 3))
+            known.update((f"{100 * abs(value):.1f}", str(value)))
 
     collect(results)
-    said = re.sub("95 %|TF-IDF", "", text(results))
+    said = re.sub("95 %|80%|TF-IDF", "", text(results))
     numbers = re.findall(r"\d+(?:\.\d+)?", said)
     assert len(numbers) > 20
     assert not [number for number in numbers if number not in known]

@@ -104,6 +104,21 @@ local function show_prose(cell)
   return content
 end
 
+-- Written as <details><summary>Solution</summary> ... </details>, of which safe.lua left the text.
+local function show_solution(cell)
+  if not HTML then
+    return {} -- paper does not fold, and a solution under its task is no exercise
+  end
+  local content = show_prose(cell)
+  if content[1] and plain_text(content[1]) == "Solution" then
+    content:remove(1)
+  end
+  local blocks = pandoc.Blocks({ raw('<details class="solution"><summary>Solution</summary>') })
+  append(blocks, content)
+  blocks:insert(raw("</details>"))
+  return blocks
+end
+
 -- Headings, and the links that lead to them ------------------------------------------------------
 
 local function heading_plan(report)
@@ -187,7 +202,7 @@ local function as_string(str)
   end
 end
 
-local SHOW = { prose = show_prose, code = show_code, output = show_output }
+local SHOW = { prose = show_prose, solution = show_solution, code = show_code, output = show_output }
 
 local function split_chapters(doc)
   local chapters = pandoc.List({})
@@ -203,7 +218,8 @@ local function split_chapters(doc)
       blocks:insert(raw("// cell: " .. where))
     end
     -- an output in markdown is a markdown cell: it is typeset as prose is
-    local role = cell.classes:includes("markdown") and "prose" or cell.attributes.role
+    local prose = cell.classes:includes("markdown") and cell.attributes.role ~= "solution"
+    local role = prose and "prose" or cell.attributes.role
     append(blocks, SHOW[role](cell))
   end
   return chapters

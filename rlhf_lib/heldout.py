@@ -1,0 +1,65 @@
+"""What a policy is measured against beside its own replies: held-out texts and chosen replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lib.batches import by_length
+from rlhf_lib.config import DataConfig
+from rlhf_lib.data import Pair, PreferenceData, Prompt
+from rlhf_lib.dialogues import read_demonstration
+from rlhf_lib.encoding import Demonstration, Encoder
+from rlhf_lib.logprobs import response_logprobs
+from rlhf_lib.sources import read_source
+from rlhf_lib.world import bundled_folder
+
+BUNDLED = "dialogues like those of the base model's pretraining, from the test split"
+REAL = "the chosen replies of the test pairs, given their prompts"
+
+
+def heldout_texts(
+    config: DataConfig, data: PreferenceData, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Demonstration], str]:
+    """Texts that nothing was trained on, without repeats, and what they are in words.
+
+    The bundled world has some of its own; of real data they are the test pairs' chosen replies.
+    """
+    if not config.source.startswith("bundled"):
+        texts = [
+            Demonstration(p.prompt_text, p.chosen_text, p.prompt, p.chosen)
+            for p in data.pairs["test"]
+        ]
+        what = REAL
+    else:
+        rows = read_source(f"path:{bundled_folder() / 'heldout.jsonl.gz'}").splits["train"]
+        encoder = Encoder(tokenizer, config.max_prompt_tokens, config.max_response_tokens)
+        texts = encoder.demonstrations([read_demonstration(row) for row in rows])
+        what = BUNDLED
+    distinct = {(tuple(t.prompt), tuple(t.response)): t for t in texts}
+    return list(distinct.values())[:limit], what
+
+
+@torch.no_grad()
+def negative_logprobs(
+    model: PreTrainedModel, texts: Sequence[Demonstration], batch_size: int
+) -> list[float]:
+    """-log p(reply | prompt) of each text in nats, summed over its tokens, at temperature 1."""
+    totals = [0.0] * len(texts)
+    for rows in by_length([len(t.prompt) + len(t.response) for t in texts], batch_size):
+        batch = [texts[i].prompt for i in rows], [texts[i].response for i in rows]
+        logprobs, _ = response_logprobs(model, *batch)
+        for i, total in zip(rows, (-logprobs.sum(1)).tolist(), strict=True):
+            totals[i] = total
+    return totals
+
+
+def chosen_replies(prompts: Sequence[Prompt], pairs: Sequence[Pair]) -> dict[str, Pair]:
+    """The text of each prompt that some pair shares -> the first such pair.
+
+    Prompts are compared by their tokens: equal once cut is equal to the model.
+    """
+    first = {tuple(p.prompt): p for p in reversed(pairs)}
+    return {p.text: first[tuple(p.ids)] for p in prompts if tuple(p.ids) in first}

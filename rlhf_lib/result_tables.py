@@ -1,0 +1,153 @@
+"""Tables of a study's results: gains, wins, measures, comparisons, and the needs of the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from rlhf_lib.choices import ASKED
+from rlhf_lib.display import GAINERS, NAMES, POLICIES, interval
+from rlhf_lib.policy_summary import CANDIDATES
+
+GAIN_CAPTION = (
+    "Gains over SFT, paired by prompt, with 95 % intervals. p is corrected for the number of "
+    "trained policies (Holm); smallest seen: the true gain that a study like this one would call "
+    "one in 80 of 100 repetitions; verdict: what the corrected p allows to say."
+)
+PAIR_CAPTION = (
+    "Methods against each other in {judge} reward, paired by prompt: 95 % intervals, p corrected "
+    "for all of these comparisons (Holm), and the smallest true difference that would be seen in "
+    "80 of 100 repetitions."
+)
+WIN_CAPTION = (
+    "Win rates in {judge} reward, a tie is half a win: as counted, and as a regression gives them "
+    "where both replies have the same length (LC)."
+)
+DISTANCE_CAPTION = (
+    "Distance from SFT and what it cost: KL in nats a reply, exact over the vocabulary (± its "
+    "standard error) and by two sampled estimators; entropy in nats a token; perplexity of "
+    "held-out texts, and the nats a token that they cost more than under SFT."
+)
+REPLY_CAPTION = (
+    "The replies themselves: length in tokens, share that ended, distinct words and word pairs "
+    "among sixteen replies, and the share of its four-word runs that a reply repeats."
+)
+NEED_CAPTION = "What the verdict chooses by, for each candidate: 95 % intervals."
+
+
+def gain_table(results: Mapping) -> pd.DataFrame:
+    """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said.
+
+    A study from before there was a correction has neither the corrected p nor the smallest gain
+    that it could have seen.
+    """
+    judge, rows = results["judge"], []
+    for name in (p for p in GAINERS if p in results["policies"]):
+        policy = results["policies"][name]
+        gain = policy[f"{judge}_gain"]
+        row = {
+            "policy": NAMES[name],
+            f"{judge} gain over SFT": interval(gain),
+            "each seed": ", ".join(f"{value:.2f}" for value in gain["per_seed"]),
+            **_corrected(gain),
+            "verdict": gain["verdict"],
+        }
+        if judge != "proxy":
+            row["proxy gain"] = interval(policy["proxy_gain"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def pair_table(results: Mapping) -> pd.DataFrame:
+    """Each two of the compared methods: difference of the judged reward, and what may be said."""
+    rows = []
+    for key, record in results["comparisons"].items():
+        row = {"comparison": pair_name(key), "difference": interval(record)}
+        rows.append(row | _corrected(record) | {"verdict": record["verdict"]})
+    return pd.DataFrame(rows)
+
+
+def pair_name(key: str) -> str:
+    """`ppo_minus_dpo` as readers know it."""
+    return " − ".join(NAMES[name] for name in key.split("_minus_"))
+
+
+def _corrected(difference: Mapping) -> dict[str, str]:
+    """Corrected p and smallest detectable difference; nothing for a study that has none."""
+    if "p_adjusted" not in difference:
+        return {}
+    p, smallest = difference["p_adjusted"], difference["detectable"]
+    return {
+        "p (Holm)": "<0.001" if p < 0.001 else f"{p:.3f}",
+        "smallest seen": "–" if smallest is None else f"{smallest:.2f}",
+    }
+
+
+def win_table(results: Mapping) -> pd.DataFrame:
+    """Wins against SFT, base and the dataset's chosen reply, raw and at equal length."""
+    others = {"sft": "SFT", "base": "base", "chosen": "chosen reply"}
+    return pd.DataFrame([
+        {"policy": NAMES[name]}
+        | {
+            f"vs {label}{suffix}": interval(
+                results["policies"][name].get(f"{key}_vs_{other}"), 0, percent=True
+            )
+            for other, label in others.items()
+            for key, suffix in (("win_rate", ""), ("length_controlled", " (LC)"))
+        }
+        for name in _measured(results)
+    ])  # fmt: skip
+
+
+def distance_table(results: Mapping) -> pd.DataFrame:
+    """KL by three estimators, entropy, and perplexity of held-out texts."""
+    rows = []
+    for name in _measured(results):
+        policy = results["policies"][name]
+        row = {
+            "policy": NAMES[name],
+            "KL ± SE": f"{policy['kl']['mean']:.2f} ± {policy['kl']['se']:.2f}",
+            "k1": interval(policy["kl_k1"]),
+            "k3": interval(policy["kl_k3"]),
+            "entropy": interval(policy["entropy"]),
+        }
+        if "perplexity" in policy:
+            row["perplexity"] = interval(policy["perplexity"])
+            row["more than SFT (nats)"] = interval(policy.get("forgetting"), 3)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def reply_table(results: Mapping) -> pd.DataFrame:
+    """Length, endings, variety and repetition of each policy's replies."""
+    columns = {"length": ("length", 1, False), "finished": ("ended", 1, True),
+               "distinct_1": ("distinct-1", 2, False), "distinct_2": ("distinct-2", 2, False),
+               "repetition": ("repeated", 1, True)}  # fmt: skip
+    return pd.DataFrame([
+        {"policy": NAMES[name]}
+        | {
+            label: interval(results["policies"][name][key], digits, percent)
+            for key, (label, digits, percent) in columns.items()
+        }
+        for name in _measured(results)
+    ])  # fmt: skip
+
+
+def need_table(results: Mapping) -> pd.DataFrame:
+    """The candidates in what a user may ask for: one row a candidate, one column a need."""
+    needs = {key: record for key, record in results["needs"].items() if key in ASKED}
+    titles = {key: ASKED[key][0].format(judge=results["judge"]) for key in needs}
+    return pd.DataFrame([
+        {"candidate": NAMES[name]}
+        | {
+            titles[key]: interval(record["policies"][name], ASKED[key][2])
+            for key, record in needs.items()
+        }
+        for name in CANDIDATES
+    ])  # fmt: skip
+
+
+def _measured(results: Mapping) -> list[str]:
+    """Policies in the order of all tables."""
+    return [name for name in POLICIES if name in results["policies"]]

@@ -1,0 +1,118 @@
+"""A small study with made-up stages, for the tests of what is said of one.
+
+Each policy has a little more or less reward than SFT, and each seed adds a little of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from rlhf_lib import summary
+from rlhf_lib.data import Pair, PreferenceData
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.runs import Run, Stage, write_jsonl
+from rlhf_lib.world import sample_reply, sample_request, write_prompt
+
+POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
+# what each policy has more than SFT, in proxy and in gold, with a little of its own in each seed
+PROXY = {"base": -1.0, "ppo": 1.0, "ppo_low_kl": 3.0, "grpo": 0.5}
+GOLD = {"base": -0.5, "ppo": 0.5, "ppo_low_kl": -1.0, "grpo": -0.25}
+PROMPTS = 24
+
+
+def preference_data(source: str) -> PreferenceData:
+    rng, pairs = Random(0), []
+    for number in range(40):
+        request = sample_request(rng)
+        prompt = write_prompt(request, rng)
+        replies = [sample_reply(request, rng, quality) for quality in (0.9, 0.1)]
+        pairs.append(Pair(f"talk {number}", prompt, *replies, [5], [6, 1], [7, 1]))
+    audit = {"source": source, "rows_read": 80, "rows_usable": 80, "dropped": {}, "notes": []}
+    return PreferenceData({"train": pairs, "test": pairs}, [], {}, audit, "hash")
+
+
+def sample_rows(policy: str, seed: int, gold: bool) -> list[dict]:
+    rng, rows = Random(7), []
+    for number in range(PROMPTS):
+        request = sample_request(rng)
+        hard = rng.gauss(0, 1)  # the same for every policy: differences are paired by prompt
+        shift = 0.1 * seed if policy in ("ppo", "grpo", "ppo_low_kl", "base") else 0.0
+        row = {
+            "prompt": write_prompt(request, rng), "response": sample_reply(request, rng, 0.5),
+            "proxy": hard + PROXY.get(policy, 0.0) + shift, "kl": 0.5 * POLICIES.index(policy),
+            "kl_k1": 0.4, "kl_k3": 0.5, "entropy": 1.5, "length": 10 + number % 3,
+            "finished": number != 0,
+        }  # fmt: skip
+        if gold:
+            row["gold"] = -hard + GOLD.get(policy, 0.0) + shift
+        rows.append(row)
+    return rows
+
+
+def stages_of(run: Run, source: str) -> dict[str, Stage]:
+    """Finished stages of one seed, with made-up results."""
+    gold, seed = source.startswith("bundled"), run.seed
+
+    def finish(name: str, result: dict, rows: dict[str, list[dict]]) -> Stage:
+        def build(work: Any) -> dict:
+            work.num_tokens = 1000
+            for file, lines in rows.items():
+                (work.path / file).parent.mkdir(exist_ok=True)
+                write_jsonl(work.path / file, lines)
+            return result
+
+        return run.stage(name, {"made": "up"}, {}, "config").ensure(build)
+
+    scores = [
+        {"pair": i, "chosen_score": 1.0 if i % 4 else 0.0, "rejected_score": 0.5 + 0.01 * i}
+        for i in range(40)
+    ]
+    trained = {"accuracy": 0.7 + 0.1 * seed}
+    stages = {"dataset": finish("dataset", {}, {})}
+    stages["reward_model"] = finish("reward_model", trained, {"samples.jsonl": scores})
+    if gold:
+        stages["reward_model_control"] = finish("reward_model_control", trained, {})
+    stages["sft"] = finish("sft", {}, {"metrics.jsonl": [{"step": 0, "loss": 2.0}]})
+    stages["rejection_sft"] = finish("rejection_sft", {}, {})
+    for name in ("ppo", "ppo_low_kl", "grpo", "dpo"):
+        # DPO logs its probes now and then: only those steps lie on the way to the frontier
+        steps = [{"step": s, "kl": 0.1 * s, "reward": 0.2 * s} for s in range(2)]
+        steps += [{"step": 2, "loss": 0.1}] * (name == "dpo")
+        stages[name] = finish(name, {}, {"metrics.jsonl": steps})
+    curve = [{"n": n, "kl": 0.1 * n, "proxy": n + seed, "gold": 2.0 - n} for n in (1, 2)]
+    if not gold:
+        curve = [{k: v for k, v in row.items() if k != "gold"} for row in curve]
+    means = {
+        name: {"reward": 1.0, "kl": 0.5 * i, **({"gold": 2.0} if gold else {})}
+        for i, name in enumerate(POLICIES)
+    }
+    curves = {"default": curve, "control": curve} if gold else {"default": curve}
+    rows = {f"samples/{p}.jsonl": sample_rows(p, seed, gold) for p in POLICIES}
+    rows["chosen.jsonl"] = chosen = sample_rows("sft", seed, gold)[:6]
+    for row in chosen:  # a little better than SFT's own
+        row |= {key: row[key] + 0.01 for key in ("proxy", "gold") if key in row}
+    trained = [name for name in POLICIES if name != "sft_again"]
+    rows["heldout.jsonl"] = [
+        {"tokens": 5 + i, "nll": {n: 10 + i + trained.index(n) * 2.0 for n in trained}}
+        for i in range(6)
+    ]
+    evaluated = {"policies": means, "best_of_n": curves, "heldout": "texts"}
+    stages["evaluate"] = finish("evaluate", evaluated, rows)
+    return stages
+
+
+def summarise(root: Path, seeds: int = 3, source: str = "bundled") -> Path:
+    profile = load_profile("smoke", [f"data.source={source}", f"seeds={seeds}"])
+    runs = [Run(profile, seed, root) for seed in range(seeds)]
+    stages = [stages_of(run, source) for run in runs]
+    return summary.summarise(runs, stages, preference_data(source))
+
+
+def strict(text: str) -> Any:
+    """JSON without NaN and Infinity, which no other reader takes."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
