@@ -50,11 +50,11 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
-    from rlhf_lib import book, study
+    from rlhf_lib import book, schedule
 
     overrides = _overrides(data, model, settings, seeds)
     chosen = load_profile(profile, overrides)
-    notebooks = study.run_study(chosen, run_dir, overrides, only or None)
+    notebooks = schedule.run_study(chosen, run_dir, overrides, only or None)
     for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
     if not only:

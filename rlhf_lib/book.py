@@ -17,7 +17,8 @@ from rlhf_lib import plots, report, verdict
 from rlhf_lib.config import Profile
 from rlhf_lib.display import COMPARISON_CAPTION, comparison_table, figure_bundle, table_bundle
 from rlhf_lib.runs import write_json
-from rlhf_lib.study import NOTEBOOKS, StudyError, notebook_path
+from rlhf_lib.schedule import StudyError, notebook_path
+from rlhf_lib.study import NOTEBOOKS
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
 

@@ -33,6 +33,7 @@ class DataConfig:
     rl_prompts: int = 6000
     evaluation_prompts: int = 512  # each answered evaluation.samples_per_prompt times
     split_seed: int = 0  # which conversations go to which split; not the seed of a run
+    judge_pairs: int = 0  # for a held-out judge, seen by nothing else; the bundled world has gold
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,14 @@ class DPOConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """Runs of seed 0 at other KL coefficients (beta in DPO), for the frontier of each method."""
+
+    weaker: float = 0.25  # times the method's own coefficient; PPO has ppo.low_kl_coef
+    stronger: float = 4.0  # 0 leaves the sweep out
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     batch_size: int = 32  # of scoring; sampling takes more at once
     temperature: float = 1.0
@@ -197,6 +206,7 @@ class Profile:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 

@@ -38,6 +38,17 @@ NAMES = {
     "gold": "gold reward",
     "dataset": "data",
     "evaluate": "evaluation",
+    "probes": "probes",
+    "judge": "held-out judge",
+    "reward_model_curve": "reward model, less data",
+    "rloo": "RLOO",
+    "ppo_strong": "PPO, high KL",
+    "grpo_weak": "GRPO, low KL",
+    "grpo_strong": "GRPO, high KL",
+    "rloo_weak": "RLOO, low KL",
+    "rloo_strong": "RLOO, high KL",
+    "dpo_weak": "DPO, low beta",
+    "dpo_strong": "DPO, high beta",
 }
 
 POLICIES = ("base", "sft", "rejection_sft", "ppo", "grpo", "dpo", "ppo_low_kl")  # as in tables

@@ -7,7 +7,8 @@ log-probabilities are computed once. `dpo.loss` puts another loss of the family 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -180,14 +181,18 @@ def _kl_of_unrelated(
     return (logprobs - ref_logprobs).mean()
 
 
-def train(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> Stage:
+def train(
+    run: Run, data: PreferenceData, sft: Stage, reward_model: Stage,
+    stage_name: str = "dpo", changes: Mapping[str, object] | None = None,
+) -> Stage:  # fmt: skip
     """The DPO stage: from the SFT policy to `model/`.
 
     Every few steps (`probes` in all) the policy answers validation prompts, so that reward, KL,
     entropy and length can be drawn beside those of PPO and GRPO. The reward model serves this
-    measurement alone: no gradient comes from it.
+    measurement alone: no gradient comes from it. `stage_name` and `changes` of the settings make a
+    second run beside the default.
     """
-    config = run.profile.dpo
+    config = replace(run.profile.dpo, **(changes or {}))
     if config.loss not in PREFERENCE_LOSSES:
         raise unknown("dpo.loss =", config.loss, PREFERENCE_LOSSES)
     if config.label_smoothing and config.loss not in SMOOTHED:
@@ -196,7 +201,7 @@ def train(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> St
             f"dpo.loss={config.loss}: set it to 0, or choose {' or '.join(sorted(SMOOTHED))}"
         )
     upstream = {"data": data.hash, "sft": sft.hash, "reward_model": reward_model.hash}
-    stage = run.stage("dpo", config, upstream, "dpo")
+    stage = run.stage(stage_name, config, upstream, "dpo")
 
     def build(work: Work) -> dict:
         accelerator = make_accelerator(run.profile.model.precision)

@@ -5,7 +5,8 @@ Source: Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300. There is no value mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -108,11 +109,17 @@ def _weight(micro: MicroBatch, rollout: Rollout, aggregation: str, constant: int
     }[aggregation]
 
 
-def train(run: Run, data: PreferenceData, sft: Stage, reward_model: Stage) -> Stage:
-    """The GRPO stage: from the SFT policy to `model/`."""
-    config = run.profile.grpo
+def train(
+    run: Run, data: PreferenceData, sft: Stage, reward_model: Stage,
+    stage_name: str = "grpo", changes: Mapping[str, object] | None = None,
+) -> Stage:  # fmt: skip
+    """The GRPO stage: from the SFT policy to `model/`.
+
+    `stage_name` and `changes` of its settings make a second run beside the default.
+    """
+    config = replace(run.profile.grpo, **(changes or {}))
     upstream = {"data": data.hash, "sft": sft.hash, "reward_model": reward_model.hash}
-    stage = run.stage("grpo", config, upstream, "grpo")
+    stage = run.stage(stage_name, config, upstream, "grpo")
 
     def build(work: Work) -> dict:
         accelerator = make_accelerator(run.profile.model.precision)

@@ -14,7 +14,8 @@ from rlhf_lib.display import GAINERS, NAMES
 
 COLORS = {
     "base": "#8c8c8c", "sft": "#4d4d4d", "ppo": "#0072b2", "ppo_low_kl": "#d55e00",
-    "grpo": "#009e73", "dpo": "#aa4499", "rejection_sft": "#56b4e9", "reward_model": "#b8860b",
+    "grpo": "#009e73", "dpo": "#aa4499", "rejection_sft": "#56b4e9", "rloo": "#e69f00",
+    "reward_model": "#b8860b",
     "proxy": "#b8860b", "gold": "#1f4e79", "best_of_n_default": "#333333",
     "best_of_n_control": "#88aacc",
 }  # fmt: skip

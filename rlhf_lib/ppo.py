@@ -6,7 +6,7 @@ arXiv:2203.02155, with the details of Huang et al. 2024, arXiv:2403.17031.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -146,15 +146,13 @@ def _value_losses(
 
 def train(
     run: Run, data: PreferenceData, sft: Stage, reward_model: Stage,
-    stage_name: str = "ppo", kl_coef: float | None = None,
+    stage_name: str = "ppo", changes: Mapping[str, object] | None = None,
 ) -> Stage:  # fmt: skip
     """The PPO stage: from the SFT policy to `model/`.
 
-    `stage_name` and `kl_coef` make a second run beside the default, e.g. an under-regularised one.
+    `stage_name` and `changes` of its settings make a second run beside the default.
     """
-    config = run.profile.ppo
-    if kl_coef is not None:
-        config = replace(config, kl_coef=kl_coef)
+    config = replace(run.profile.ppo, **(changes or {}))
     upstream = {"data": data.hash, "sft": sft.hash, "reward_model": reward_model.hash}
     stage = run.stage(stage_name, config, upstream, "ppo")
 

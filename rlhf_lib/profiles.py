@@ -38,6 +38,7 @@ def _real_pairs(name: str, source: str, model: str, **changes: dict) -> Profile:
         "ppo": dict(learning_rate=1e-5, value_learning_rate=1e-5, kl_coef=0.05, low_kl_coef=0.0),
         "grpo": dict(learning_rate=1e-5, kl_reward_coef=0.05),
         "dpo": dict(epochs=1, batch_size=32, learning_rate=5e-6),
+        "sweep": {},
         "evaluation": {},
     }
     kinds = typing.get_type_hints(Profile)
@@ -67,7 +68,8 @@ PROFILES: dict[str, Profile] = {
             grpo=GRPOConfig(updates=3, prompts_per_update=4, group_size=4, micro_batch_size=16),
             dpo=DPOConfig(epochs=1, probes=2, probe_prompts=16),
             evaluation=EvaluationConfig(
-                best_of_n=8, best_of_n_prompts=32, heldout_texts=64, bootstrap_samples=200
+                best_of_n=8, best_of_n_prompts=32, heldout_texts=64, bootstrap_samples=200,
+                probe_prompts=8, probe_samples=1,
             ),
         ),
         # the tiny model's matrices are too small for two threads, or for bf16, to pay
@@ -78,7 +80,7 @@ PROFILES: dict[str, Profile] = {
             "smollm2-135m",
             data=dict(
                 max_prompt_tokens=128, train_pairs=1000, validation_pairs=100, test_pairs=500,
-                demonstrations=1000, rl_prompts=1000, evaluation_prompts=48,
+                demonstrations=1000, rl_prompts=1000, evaluation_prompts=48, judge_pairs=600,
             ),
             reward_model=dict(batch_size=16, micro_batch_size=8, curve_points=1),
             sft=dict(micro_batch_size=8),
@@ -86,27 +88,30 @@ PROFILES: dict[str, Profile] = {
             ppo=dict(updates=8, batch_size=32, minibatch_size=16, micro_batch_size=8),
             grpo=dict(updates=8, prompts_per_update=4, group_size=8, micro_batch_size=8),
             dpo=dict(micro_batch_size=8, probes=4, probe_prompts=16),
-            evaluation=dict(batch_size=16, best_of_n=8, best_of_n_prompts=24, heldout_texts=96),
+            sweep=dict(stronger=0.0),
+            evaluation=dict(batch_size=16, best_of_n=8, best_of_n_prompts=24, heldout_texts=96,
+                            probe_prompts=12, probe_samples=1),
         ),
         _real_pairs(
             "t4",
             HH,
             "gpt2",
             data=dict(train_pairs=10000, test_pairs=2000, demonstrations=10000,
-                      evaluation_prompts=128),
+                      evaluation_prompts=128, judge_pairs=10000),
             reward_model=dict(micro_batch_size=16),
             sft=dict(micro_batch_size=16),
             ppo=dict(updates=60, minibatch_size=32, micro_batch_size=16),
             grpo=dict(updates=60, micro_batch_size=16),
             dpo=dict(micro_batch_size=16),
+            sweep=dict(stronger=0.0),
             evaluation=dict(best_of_n=16, best_of_n_prompts=64, batch_size=64),
         ),
         _real_pairs(
             "full",
             HH,
             "gpt2",
-            data=dict(train_pairs=160000, validation_pairs=1000, test_pairs=8000,
-                      demonstrations=160000, rl_prompts=50000),
+            data=dict(train_pairs=120000, validation_pairs=1000, test_pairs=8000,
+                      demonstrations=120000, rl_prompts=50000, judge_pairs=40000),
             ppo=dict(updates=150, micro_batch_size=64),
             grpo=dict(updates=150, micro_batch_size=64),
         ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lib.batches import by_length, shuffled_batches
+from rlhf_lib.config import as_dict
 from rlhf_lib.data import Pair, PreferenceData, paired_lengths, sides
 from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import paired_scores
@@ -83,20 +85,33 @@ def measure_scale(
     return float(scores.mean()), float(scores.std())
 
 
-def train(run: Run, data: PreferenceData, stage_name: str = "reward_model") -> Stage:
+def train_judge(run: Run, data: PreferenceData) -> Stage:
+    """The held-out judge: a reward model from pairs that no other stage reads, for twice as long.
+
+    It judges what was optimised against the proxy, so it must not share the proxy's mistakes.
+    """
+    return train(run, data, "judge", split="judge", epochs=2 * run.profile.reward_model.epochs)
+
+
+def train(
+    run: Run, data: PreferenceData, stage_name: str = "reward_model", split: str = "train",
+    epochs: int | None = None,
+) -> Stage:  # fmt: skip
     """The reward-model stage: from the pretrained model to `model/` and scores of the test pairs.
 
     `samples.jsonl` holds one row per test pair: its index and the two raw scores.
     """
     config, name = run.profile.reward_model, run.profile.model.name
+    config = replace(config, epochs=epochs or config.epochs)
+    settings = {k: v for k, v in as_dict(config).items() if k != "curve_points"}  # changes nothing
     upstream = {"data": data.hash, "model": fingerprint(name)}
-    stage = run.stage(stage_name, config, upstream, "reward_model")
+    stage = run.stage(stage_name, settings, upstream, "reward_model")
 
     def build(work: Work) -> dict:
         tokenizer = load_tokenizer(name)
         model, tokenizer = load_reward_model(name, tokenizer, run.seed)
         accelerator = make_accelerator(run.profile.model.precision)
-        pairs = data.pairs["train"]
+        pairs = data.pairs[split]
         batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, run.seed)
         learner = Learner(
             accelerator, trainable(model, run.profile.model), learning_rate=config.learning_rate,

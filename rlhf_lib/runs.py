@@ -34,7 +34,7 @@ from rlhf_lib.runtime import (
 
 PACKAGE = Path(__file__).resolve().parent
 # settings enter a hash by value, and how a run is started or drawn changes no result
-NOT_HASHED = {"config", "profiles", "plots", "widgets", "report", "study", "__main__"}
+NOT_HASHED = {"config", "profiles", "plots", "widgets", "report", "study", "schedule", "__main__"}
 
 
 @dataclass(frozen=True)

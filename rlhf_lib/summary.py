@@ -9,16 +9,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from rlhf_lib import judges, openai_judge
+from rlhf_lib import openai_judge
 from rlhf_lib.config import as_dict, content_hash
 from rlhf_lib.data import PreferenceData
-from rlhf_lib.intervals import estimate, over_seeds
+from rlhf_lib.frontier import early_stops, frontier
+from rlhf_lib.intervals import estimate
 from rlhf_lib.policy_summary import (
     CANDIDATES,
-    METHODS,
     SHARE,
     Rows,
     Samples,
@@ -27,7 +26,9 @@ from rlhf_lib.policy_summary import (
     overoptimisation,
     policies,
 )
+from rlhf_lib.probe_tables import probe_table
 from rlhf_lib.probes import failure_modes
+from rlhf_lib.reward_summary import over_seeds_or_lone, reward_model_summary
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf_lib.runtime import environment
 
@@ -53,8 +54,7 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
         write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
     modes = _failure_modes(samples.rows, profile.data.source, samples.bootstrap)
     write_json(work / "failure_modes.json", modes)
-    frontier = _frontier(runs, stages)
-    frontier.to_csv(work / "frontier.csv", index=False)
+    frontier(runs, stages).to_csv(work / "frontier.csv", index=False)
     write_json(work / "results.json", _results(runs, stages, data, samples, modes))
     (work / "DONE").write_text(key + "\n")
     if folder.exists():  # a folder that lost its DONE: whatever it holds is not whole
@@ -88,7 +88,7 @@ def _results(
         "model": profile.model.name,
         "judge": samples.judge,
         "data": data.audit,
-        "reward_model": _reward_model(stages, data, source, resamples),
+        "reward_model": reward_model_summary(stages, data, source, resamples),
         "policies": policies(samples),
         "comparisons": comparisons(samples, samples.judge),
         "needs": needs(samples, _minutes(stages)),
@@ -98,8 +98,10 @@ def _results(
             "chosen_prompts": len(samples.chosen[0]),
         },
         "overoptimisation": overoptimisation(samples),
+        "early_stops": early_stops(runs, stages),
         "best_of_n": _best_of_n(stages),
         "failure_modes": modes,
+        "probes": probe_table(stages, source, resamples),
         "cost": _cost(stages),
         "environment": environment(),
         "stages": {
@@ -128,42 +130,6 @@ def _minutes(stages: Sequence[Stages]) -> dict[str, list[float]]:
     }
 
 
-def _reward_model(
-    stages: Sequence[Stages], data: PreferenceData, source: str, samples: int
-) -> dict:
-    test = data.pairs["test"]
-    preferences = []
-    for seed in stages:
-        scored = seed["reward_model"].samples()
-        preferences.append(np.array([r["chosen_score"] - r["rejected_score"] for r in scored]))
-    wrong = judges.errors(test, preferences[0], source)
-    counts = pd.Series([e["category"] for e in wrong]).value_counts().to_dict()
-    record = {
-        "accuracy": judges.accuracies(data.pairs["train"], test, preferences, source, samples),
-        "calibration": judges.calibration(preferences[0]),
-        "errors": {"count": len(wrong), "by_category": counts, "first": wrong[:24]},
-        "training": [seed["reward_model"].result() for seed in stages],
-    }
-    kinds = np.array([judges.request_kind(p.prompt_text, source) for p in test])
-    won = np.mean([judges.wins(p) for p in preferences], axis=0)
-    record["by_kind"] = {
-        kind: estimate([won[kinds == kind]], samples) for kind in sorted(set(kinds))
-    }
-    if source.startswith("bundled"):
-        record["ceiling"] = judges.ceiling(test, source == "bundled:control")
-    if "reward_model_control" in stages[0]:
-        accuracies = [seed["reward_model_control"].result()["accuracy"] for seed in stages]
-        record["control_accuracy"] = _over(accuracies)
-    return record
-
-
-def _over(values: Sequence[float]) -> dict:
-    """Over seeds where there are several; a single number has no interval."""
-    if len(values) > 1:
-        return over_seeds(values)
-    return {"mean": values[0], "low": None, "high": None, "n": 1, "per_seed": list(values)}
-
-
 def _failure_modes(rows: Mapping[str, Rows], source: str, samples: int) -> dict:
     table = {}
     for name, per_seed in rows.items():
@@ -184,40 +150,21 @@ def _best_of_n(stages: Sequence[Stages]) -> dict:
             row = {"n": points[0]["n"], "kl": points[0]["kl"]}
             for key in ("proxy", "gold", "judge"):
                 if key in points[0]:
-                    row[key] = _over([point[key] for point in points])
+                    row[key] = over_seeds_or_lone([point[key] for point in points])
             table[kind].append(row)
     return table
 
 
 def _cost(stages: Sequence[Stages]) -> dict:
-    """Wall-clock seconds, peak memory and tokens of each stage."""
+    """Wall-clock seconds, peak memory and tokens of each stage, over the seeds that have it."""
     cost = {}
     for name in stages[0]:
-        results = [seed[name].result() for seed in stages]
+        results = [seed[name].result() for seed in stages if name in seed]
         cost[name] = {
-            key: _over([float(r[key]) for r in results])
+            key: over_seeds_or_lone([float(r[key]) for r in results])
             for key in ("seconds", "peak_memory_gb", "num_tokens")
         }
+        cost[name]["phases"] = (
+            pd.DataFrame([r["phases"] for r in results]).fillna(0).mean().to_dict()
+        )
     return cost
-
-
-def _frontier(runs: Sequence[Run], stages: Sequence[Stages]) -> pd.DataFrame:
-    """Reward against KL: final policies, best-of-n, and the way there (k1 in training)."""
-    rows = []
-    for run, seed in zip(runs, stages, strict=True):
-        evaluated = seed["evaluate"].result()
-        points = [(name, "final", None, means) for name, means in evaluated["policies"].items()]
-        for kind, curve in evaluated["best_of_n"].items():
-            points += [(f"best_of_n_{kind}", "best_of_n", point["n"], point) for point in curve]
-        for name in seed:
-            if name.startswith(METHODS):
-                logged = [m for m in seed[name].metrics() if "kl" in m]
-                points += [(name, "training", m["step"], m) for m in logged]
-        rows += [
-            {"seed": run.seed, "policy": name, "kind": kind, "step": step, "kl": point["kl"],
-             "proxy": point.get("reward", point.get("proxy")), "gold": point.get("gold"),
-             "judge": point.get("judge")}
-            for name, kind, step, point in points
-        ]  # fmt: skip
-    frame = pd.DataFrame(rows)
-    return frame if frame["judge"].notna().any() else frame.drop(columns="judge")

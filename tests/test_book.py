@@ -13,7 +13,8 @@ import pytest
 from rlhf_lib import book, verdict
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.report import merge
-from rlhf_lib.study import NOTEBOOKS, StudyError
+from rlhf_lib.schedule import StudyError
+from rlhf_lib.study import NOTEBOOKS
 
 MADE_UP = Path(__file__).parent / "made_up"
 

@@ -1,0 +1,33 @@
+"""Figure of the sweep: how much reward each method buys with its KL, at several coefficients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from rlhf_lib.display import NAMES
+from rlhf_lib.frontier import swept
+from rlhf_lib.plots import COLORS
+
+
+def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:
+    """One panel a reward: the ends of runs at rising coefficients, joined, beside best-of-n."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(rewards), squeeze=False)[0]
+    ends, free = swept(points), points[points["policy"] == "best_of_n_default"]
+    for axis, reward in zip(panels, rewards, strict=True):
+        mean = free.groupby("step")[["kl", reward]].mean()
+        axis.plot(np.sqrt(mean["kl"]), mean[reward], "s--", ms=3, lw=1,
+                  color=COLORS["best_of_n_default"], label=NAMES["best_of_n_default"])  # fmt: skip
+        for name, runs in ends.groupby("method", sort=False):
+            x = np.sqrt(runs["kl"].clip(lower=0))
+            axis.plot(x, runs[reward], "o-", ms=4, lw=1.2, color=COLORS[name], label=NAMES[name])
+            for place, y, value in zip(x, runs[reward], runs["coefficient"], strict=True):
+                axis.annotate(f"{value:g}", (place, y), (3, 3), textcoords="offset points",
+                              fontsize=6.5, color=COLORS[name])  # fmt: skip
+        axis.set_xlabel("√KL to SFT (nats a reply)")
+        axis.set_ylabel(f"{reward} reward")
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=7)
+    return figure
