@@ -33,6 +33,7 @@ class DataConfig:
     rl_prompts: int = 6000
     evaluation_prompts: int = 1024
     split_seed: int = 0  # which conversations go to which split; not the seed of a run
+    judge_pairs: int = 0  # for a held-out judge, seen by nothing else; the bundled world has gold
 
 
 @dataclass(frozen=True)

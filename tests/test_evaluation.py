@@ -57,7 +57,7 @@ def made_up_rollout(**changes: Any) -> Rollout:
         "logprobs": torch.tensor([[-1.0, -2.0, -3.0], [-0.5, 0.0, 0.0]]),
         "ref_logprobs": torch.tensor([[-1.5, -2.5, -3.5], [-0.25, 0.0, 0.0]]),
         "finished": torch.tensor([False, True]), "scores": torch.tensor([0.5, -1.0]),
-        "rewards": torch.tensor([0.5, -1.0]), "entropy": 1.0, "gold": [2.0, 1.0],
+        "rewards": torch.tensor([0.5, -1.0]), "entropies": mask, "gold": [2.0, 1.0],
         "exact_kl": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
     }  # fmt: skip
     return Rollout(**values | changes)
