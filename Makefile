@@ -4,6 +4,7 @@
 #   make test       set up, run the tests
 #   make lint       ruff, notebooks included, and pyright
 #   make proofs     set up, prove the methods by enumeration and print the table
+#   make bench      compare speed and memory with TRL and transformers
 #   make data       rebuild the bundled world in data/ from its own source
 #   make help       every target
 #
@@ -11,12 +12,14 @@
 # PIP_ARGS  handed to every pip install                        make report PIP_ARGS="--index-url ..."
 # PROFILE   the settings of the study                          make report PROFILE=smoke
 # RUN_ARGS  handed to the study                                make report RUN_ARGS="--set ppo.kl_coef=0.02"
+# BENCH_ARGS handed to the benchmark                           make bench BENCH_ARGS="--data path:FILE"
 # TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/test_kl.py -x"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PROFILE ?= laptop
 RUN_ARGS ?=
+BENCH_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile
 
 VENV := .venv
@@ -27,7 +30,7 @@ STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml requirements.lock;
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := report
-.PHONY: help setup report test lint format proofs data offline-model hooks lock clean clean-runs
+.PHONY: help setup report test lint format proofs bench data offline-model hooks lock clean clean-runs
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +68,22 @@ format: $(STAMP) ## put style and formatting right where ruff can
 proofs: $(STAMP) ## prove the methods by enumeration, and compare with TRL where it is installed
 	$(BIN)/python -m rlhf_lib proofs
 
+# TRL runs in an environment of its own: what it is compared with must not depend on what we install.
+BENCH_VENV := .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed-$(shell { pwd; cat benchmarks/requirements.txt requirements.lock; } | cksum | cut -d ' ' -f 1)
+
+$(BENCH_STAMP): | $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: the peer, TRL 1.16, needs Python 3.11 or newer: make bench PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(BENCH_VENV)
+	@echo '*' > $(BENCH_VENV)/.gitignore
+	$(BENCH_VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) --quiet --progress-bar off \
+	  -c requirements.lock -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transformers
+	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python $(BENCH_ARGS)
+
 data: $(STAMP) ## rebuild the bundled world in data/
 	$(BIN)/python -m rlhf_lib.build_world
 
@@ -83,7 +102,7 @@ lock: $(STAMP) ## resolve requirements.lock anew
 	  --upgrade-package torch==2.13.0 pyproject.toml --output-file requirements.lock
 
 clean: ## remove the environment and every cache; runs/ stays
-	rm -rf $(VENV) build rlhf_lib.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH_VENV) build rlhf_lib.egg-info .pytest_cache .ruff_cache
 	find rlhf_lib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} + 2>/dev/null || true
 

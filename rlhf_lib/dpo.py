@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.batches import by_length, shuffled_batches
+from rlhf_lib.batches import by_length, by_prompt, shuffled_batches
 from rlhf_lib.config import DPOConfig, SettingsError, unknown
 from rlhf_lib.data import Pair, PreferenceData, paired_lengths, sides
 from rlhf_lib.learner import Averages, Learner
 from rlhf_lib.logprobs import Tokens, paired_logprobs, response_logprobs
 from rlhf_lib.lora import adapters_off
 from rlhf_lib.models import load_policy, save_model, trainable
+from rlhf_lib.phases import phase
 from rlhf_lib.preference_losses import (
     PreferenceStats,
     dpo_loss,
@@ -76,6 +77,7 @@ NO_REFERENCE = frozenset({"simpo", "orpo"})
 SMOOTHED = frozenset({"dpo", "dpo_normalised"})  # read label_smoothing
 
 
+@phase("log-probs")
 @torch.no_grad()
 def reference_logprobs(
     reference: PreTrainedModel, pairs: Sequence[Pair], batch_size: int
@@ -89,14 +91,14 @@ def reference_logprobs(
     return table
 
 
+@phase("log-probs")
 @torch.no_grad()
 def sequence_logprobs(
     model: PreTrainedModel, prompts: Tokens, replies: Tokens, batch_size: int
 ) -> Tensor:
     """Log-prob of each whole reply to its prompt: (N,), on the CPU and without gradient."""
     sums = torch.zeros(len(prompts))
-    lengths = [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)]
-    for rows in by_length(lengths, batch_size):
+    for rows in by_prompt(prompts, replies, batch_size):
         batch = [prompts[i] for i in rows], [replies[i] for i in rows]
         sums[rows] = response_logprobs(model, *batch)[0].sum(1).cpu()
     return sums
@@ -208,7 +210,8 @@ def train(
         path, pairs = str(sft.model_path), data.pairs["train"]
         model = trainable(load_policy(path), run.profile.model)
         sampler = Sampler(run, accelerator, path, str(reward_model.model_path), policy=model)
-        unrelated = unrelated_replies(pairs)
+        # a list of all replies, which only one loss reads
+        unrelated = unrelated_replies(pairs) if config.loss == "kto" else []
         with accelerator.autocast(), adapters_off(sampler.reference):
             table = reference_table(sampler.reference, pairs, unrelated, config)
         batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, run.seed)
@@ -222,7 +225,8 @@ def train(
         for step in work.steps(len(batches), accelerator):
             probe = sampler.sample(learner.model, probed).metrics() if step % every == 0 else {}
             rows = batches[step]
-            batch, others = [pairs[i] for i in rows], [unrelated[i] for i in rows]
+            batch = [pairs[i] for i in rows]
+            others = [unrelated[i] for i in rows] if unrelated else []
             metrics = update(learner, batch, table[rows], config, others)
             work.log(step, sum(paired_lengths(batch)), metrics | probe)
         save_model(learner.model, sampler.tokenizer, work.model_path)

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.config import SettingsError
 from rlhf_lib.dialogues import Texts
+from rlhf_lib.store import Stored
 
 CHUNK = 1024  # texts tokenised at once
 NO_LIMIT = 1_000_000  # tokenizers without a limit say a number far above this
@@ -40,6 +42,9 @@ def sides(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list
 
 def paired_lengths(pairs: Sequence[Pair]) -> list[int]:
     """Tokens of each pair's prompt, chosen and rejected reply together."""
+    if isinstance(pairs, Stored):
+        each = [pairs.lengths(side) for side in ("prompt", "chosen", "rejected")]
+        return np.sum(each, axis=0).tolist()
     return [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
 
 
@@ -78,7 +83,7 @@ class Encoder:
         unknown: int | None = tokenizer.unk_token_id  # type: ignore[assignment]
         self.unknown = None if unknown == self.eos else unknown  # GPT-2 has one id for both
         self.max_prompt, self.max_response = max_prompt_tokens, max_response_tokens
-        self.cut_prompts: set[str] = set()
+        self.cut_prompts: set[int] = set()  # hashes of texts: the texts would fill the memory
 
     def pairs(self, texts: Sequence[Texts]) -> list[Pair]:
         prompts = self._prompt_ids([t.prompt for t in texts])
@@ -104,7 +109,7 @@ class Encoder:
         """Cut from the left: the latest turns, and the marker of the reply, always stay."""
         rows = self._encode(texts)
         self.cut_prompts |= {
-            text for text, row in zip(texts, rows, strict=True) if len(row) > self.max_prompt
+            hash(text) for text, row in zip(texts, rows, strict=True) if len(row) > self.max_prompt
         }
         return [row[-self.max_prompt :] for row in rows]
 

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from rlhf_lib.phases import phase
+
 
 class Learner:
     """One model, AdamW, linear warm-up and decay to 0, gradient clipping.
@@ -37,6 +39,7 @@ class Learner:
         self.learning_rate = 0.0  # nothing has been learnt yet
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
 
+    @phase("update")
     def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
         """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time).
 

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from rlhf_lib import hub, smollm2
 from rlhf_lib.config import ModelConfig, SettingsError, unknown
 from rlhf_lib.lora import add_lora, merge_lora
+from rlhf_lib.phases import phase
 from rlhf_lib.world import bundled_folder
 
 NAMES = ("tiny", "smollm2-135m", "gpt2")
@@ -129,6 +130,7 @@ def trainable(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+@phase("saving")
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
 ) -> None:
@@ -183,6 +185,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     return HUB_IDS.get(name, name), {"local_files_only": hub.unreachable() is not None}
 
 
+@phase("loading models")
 def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: Any) -> Any:
     """An fp32 model without dropout; `model.missing_keys` holds what its files did not have."""
     where, options = _locate(name)

@@ -24,6 +24,7 @@ from rlhf_lib.logprobs import response_logprobs, token_values
 from rlhf_lib.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lib.models import load_policy, load_value_model, save_model, trainable
 from rlhf_lib.ops import masked_whiten
+from rlhf_lib.phases import phase
 from rlhf_lib.rollout import Rollout, Sampler
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
@@ -39,6 +40,7 @@ class Experience:
     returns: Tensor
 
 
+@phase("values")
 @torch.no_grad()
 def make_experience(
     rollout: Rollout, value: Learner, config: PPOConfig, reward_scale: float = 1.0

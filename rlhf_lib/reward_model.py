@@ -16,6 +16,7 @@ from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import paired_scores
 from rlhf_lib.losses import reward_loss
 from rlhf_lib.models import fingerprint, load_reward_model, load_tokenizer, save_model, trainable
+from rlhf_lib.phases import phase
 from rlhf_lib.rollout import raw_scores
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
@@ -62,6 +63,7 @@ def update(
     }
 
 
+@phase("scoring")
 @torch.no_grad()
 def score_pairs(
     model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int = 64

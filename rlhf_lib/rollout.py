@@ -12,14 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib.batches import by_length, chunks
+from rlhf_lib.batches import by_prompt
 from rlhf_lib.data import Prompt
+from rlhf_lib.generation import generate
 from rlhf_lib.kl import full_kl
 from rlhf_lib.learner import freeze
 from rlhf_lib.logprobs import (
+    CHUNK,
     Tokens,
     length_mask,
-    response_logits,
+    output_logits,
+    response_hidden,
     sequence_scores,
     token_logprobs,
     unflatten,
@@ -27,58 +30,19 @@ from rlhf_lib.logprobs import (
 from rlhf_lib.lora import adapters_off
 from rlhf_lib.models import eos_id, load_reference, load_reward_model, load_tokenizer
 from rlhf_lib.ops import entropy, masked_mean
+from rlhf_lib.phases import phase
 from rlhf_lib.runs import Run
 from rlhf_lib.world import gold_reward
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Tokens,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    batch_size: int = 256,
-) -> list[list[int]]:
-    """One response to each prompt, sampled from the unfiltered softmax at `temperature`.
-
-    A response ends with the end-of-sequence token unless `max_new_tokens` cut it off. No top-k,
-    top-p or minimum length: a filtered sample is not one of the policy (KL goes negative).
-    """
-    responses: list[list[int]] = [[] for _ in prompts]
-    eos = eos_id(tokenizer)
-    for rows in by_length([len(p) for p in prompts], batch_size):
-        longest = max(len(prompts[i]) for i in rows)
-        padding = [longest - len(prompts[i]) for i in rows]
-        ids = torch.tensor(
-            [[eos] * n + list(prompts[i]) for n, i in zip(padding, rows, strict=True)]
-        )
-        real = torch.arange(longest) >= torch.tensor(padding)[:, None]
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device),
-            attention_mask=real.long().to(model.device),  # the mask carries the positions too
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos,
-            pad_token_id=eos,
-            use_cache=True,
-        )
-        for i, row in zip(rows, output[:, longest:].tolist(), strict=True):
-            responses[i] = row[: row.index(eos) + 1] if eos in row else row
-    return responses
-
-
+@phase("scoring")
 @torch.no_grad()
 def raw_scores(
     reward_model: PreTrainedModel, prompts: Tokens, responses: Tokens, batch_size: int = 64
 ) -> Tensor:
     """The reward model's own output for each response, (B,) on the CPU."""
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     scores = torch.zeros(len(prompts))
-    for rows in by_length(lengths, batch_size):
+    for rows in by_prompt(prompts, responses, batch_size):
         batch = [prompts[i] for i in rows], [responses[i] for i in rows]
         scores[rows] = sequence_scores(reward_model, *batch).cpu()
     return scores
@@ -135,7 +99,7 @@ class Rollout:
     finished: Tensor  # (B,) bool
     scores: Tensor  # (B,) normalised reward-model scores
     rewards: Tensor  # (B,) clipped scores, less the penalty where the end is missing
-    entropies: Tensor  # (B, T) of the policy at each response token, nats; 0 outside the mask
+    entropies: Tensor  # (B, T) of the policy at each position, nats
     gold: list[float] | None  # gold rewards, where the world has them
     exact_kl: Tensor | None  # (B, T) full-vocabulary KL at each position, where it was asked for
 
@@ -145,13 +109,13 @@ class Rollout:
         return ((self.logprobs - self.ref_logprobs) * self.response_mask).sum(1)
 
     @property
-    def entropy(self) -> float:
-        """Mean over all response tokens, nats."""
-        return float(masked_mean(self.entropies, self.response_mask))
-
-    @property
     def lengths(self) -> Tensor:
         return self.response_mask.sum(1)
+
+    @property
+    def entropy(self) -> float:
+        """Mean over response tokens, nats."""
+        return float(masked_mean(self.entropies, self.response_mask))
 
     @property
     def num_tokens(self) -> int:
@@ -185,14 +149,15 @@ class Rollout:
         return replace(self, **taken)
 
     def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[MicroBatch]:
-        """The given rows, at most `size` at a time, similar lengths together: less padding."""
-        totals = [len(self.prompts[i]) + len(self.responses[i]) for i in rows]
-        for places in by_length(totals, size):
+        """The given rows, at most `size` at a time, cut as `by_prompt` does."""
+        prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
+        for places in by_prompt(prompts, responses, size):
             part = [rows[i] for i in places]
             responses = [self.responses[i] for i in part]
             lengths = [len(r) for r in responses]
-            prompts = [self.prompts[i] for i in part]
-            yield MicroBatch(part, prompts, responses, max(lengths), sum(lengths))
+            yield MicroBatch(
+                part, [self.prompts[i] for i in part], responses, max(lengths), sum(lengths)
+            )
 
 
 class Sampler:
@@ -244,20 +209,14 @@ class Sampler:
         """Sample one response per prompt, score it, take log-probs under policy and reference."""
         ids = [p.ids for p in prompts]
         responses, scores = self.draw(policy, prompts)
-        with self.accelerator.autocast():
-            logprobs, ref_logprobs, entropies, kls = [], [], [], []
-            for rows in chunks(range(len(ids)), self.batch_size):
-                batch = [ids[i] for i in rows], [responses[i] for i in rows]
-                logits, labels, _ = response_logits(policy, *batch, self.temperature)
-                logprobs.append(token_logprobs(logits, labels).cpu())
-                entropies.append(entropy(logits).cpu())
-                with adapters_off(self.reference):
-                    ref_logits, _, _ = response_logits(self.reference, *batch, self.temperature)
-                ref_logprobs.append(token_logprobs(ref_logits, labels).cpu())
-                if exact_kl:
-                    kls.append(full_kl(logits, ref_logits).cpu())
-        finished = is_finished(responses, eos_id(self.tokenizer))
         mask = length_mask([len(r) for r in responses])
+        measured = torch.zeros(4, *mask.shape)  # log-probs, reference's, entropies, exact KL
+        for rows in by_prompt(ids, responses, self.batch_size):
+            batch = [ids[i] for i in rows], [responses[i] for i in rows]
+            with self.accelerator.autocast():
+                part = self._measure(policy, *batch, exact_kl)
+            measured[:, rows, : part.shape[-1]] = part
+        finished = is_finished(responses, eos_id(self.tokenizer))
         clipped = scores.clamp(-self.reward_clip, self.reward_clip)
         gold = None
         if self.gold_known:
@@ -266,12 +225,31 @@ class Sampler:
             prompts=ids,
             responses=responses,
             response_mask=mask,
-            logprobs=unflatten(torch.cat(logprobs), mask),
-            ref_logprobs=unflatten(torch.cat(ref_logprobs), mask),
+            logprobs=measured[0],
+            ref_logprobs=measured[1],
             finished=finished,
             scores=scores,
             rewards=clipped - self.missing_eos_penalty * (~finished).float(),
-            entropies=unflatten(torch.cat(entropies), mask),
+            entropies=measured[2],
             gold=gold,
-            exact_kl=unflatten(torch.cat(kls), mask) if exact_kl else None,
+            exact_kl=measured[3] if exact_kl else None,
         )
+
+    @phase("log-probs")
+    def _measure(
+        self, policy: PreTrainedModel, prompts: Tokens, responses: Tokens, exact_kl: bool
+    ) -> Tensor:
+        """(4, B, T) on the CPU: log-probs under policy and reference, entropies, exact KL or 0."""
+        hidden, labels, mask = response_hidden(policy, prompts, responses)
+        with adapters_off(self.reference):
+            ref_hidden, _, _ = response_hidden(self.reference, prompts, responses)
+        parts = []
+        for part in zip(*(x.split(CHUNK) for x in (hidden, ref_hidden, labels)), strict=True):
+            logits = output_logits(policy, part[0], self.temperature)
+            ref_logits = output_logits(self.reference, part[1], self.temperature)
+            kl = full_kl(logits, ref_logits) if exact_kl else torch.zeros(len(part[2]))
+            logprobs, ref_logprobs = (token_logprobs(x, part[2]) for x in (logits, ref_logits))
+            parts.append(torch.stack([
+                x.cpu() for x in (logprobs, ref_logprobs, entropy(logits), kl)
+            ]))  # fmt: skip
+        return torch.stack([unflatten(x, mask.cpu()) for x in torch.cat(parts, dim=1)])

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from filelock import FileLock
 
 from rlhf_lib.config import Profile, as_dict, content_hash
+from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
+from rlhf_lib.phases import phase, phase_seconds
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runtime import (
     environment,
@@ -128,7 +130,8 @@ class Work:
         self.model_path = self.path / "model"
         self._checkpoint = self.path / "checkpoint"
         self._started = self._saved = self._logged = time.perf_counter()
-        self._earlier = {"step": 0, "seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0}
+        self._earlier = {"seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}}
+        self._phases = phase_seconds()
         self.num_tokens = 0
         write_json(self.path / "config.json", stage.config)
         write_json(self.path / "env.json", environment())
@@ -139,6 +142,14 @@ class Work:
     def seconds(self) -> float:
         """Time spent on this stage, earlier attempts that were resumed included."""
         return self._earlier["seconds"] + time.perf_counter() - self._started
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """`seconds` by phase; what is missing of the sum was spent otherwise."""
+        spent = Counter(phase_seconds())
+        spent.subtract(self._phases)
+        spent.update(self._earlier["phases"])
+        return {name: seconds for name, seconds in spent.items() if seconds > 0}
 
     @property
     def peak_memory_gb(self) -> float:
@@ -174,13 +185,14 @@ class Work:
         with open(self.path / "metrics.jsonl", "a") as lines:
             lines.write(json.dumps(row) + "\n")
 
+    @phase("saving")
     def _save(self, accelerator: Accelerator, step: int) -> None:
         fresh, old = self.path / "checkpoint.new", self.path / "checkpoint.old"
         shutil.rmtree(fresh, ignore_errors=True)
         accelerator.save_state(str(fresh))
         progress_made = {
             "step": step, "seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb,
-            "num_tokens": self.num_tokens,
+            "num_tokens": self.num_tokens, "phases": self.phases,
         }  # fmt: skip
         write_json(fresh / "progress.json", progress_made)
         # two renames, so that at every moment one whole checkpoint stands under one of the names
@@ -200,11 +212,11 @@ class Work:
             metrics.unlink(missing_ok=True)
             return 0
         self._earlier = json.loads((self._checkpoint / "progress.json").read_text())
-        self._started = time.perf_counter()
+        self._started, self._phases = time.perf_counter(), phase_seconds()
         self.num_tokens = self._earlier["num_tokens"]
         step = self._earlier["step"]
         kept = metrics.read_text().splitlines(keepends=True)[:step]
-        _replace(metrics, "".join(kept))
+        replace_text(metrics, "".join(kept))
         accelerator.load_state(str(self._checkpoint))
         return step
 
@@ -216,6 +228,7 @@ class Work:
         result = {
             **result,
             "seconds": self.seconds,
+            "phases": self.phases,
             "peak_memory_gb": self.peak_memory_gb,
             "num_tokens": self.num_tokens,
         }
@@ -271,23 +284,3 @@ def imported_modules(source: bytes) -> set[str]:
             names = [alias.name.split(".") for alias in node.names]
             found |= {parts[1] for parts in names if parts[0] == "rlhf_lib" and len(parts) > 1}
     return found
-
-
-def write_json(path: Path, value: object) -> None:
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: nobody ever sees half a file."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]

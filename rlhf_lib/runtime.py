@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -19,6 +20,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "peft", "numpy", "scipy", "papermill",
@@ -74,8 +76,26 @@ def set_up_process(threads: int = 0) -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    _keep_freed_memory()
     wanted = int(os.environ.get("RLHF_THREADS", 0)) or threads or psutil.cpu_count(logical=False)
     torch.set_num_threads(wanted or 1)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, not hand it back to the system after each operation.
+
+    By default every large tensor is mapped anew and its pages are zeroed at first touch; on a CPU
+    that is a quarter of a training step's time. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in (
+        (M_MMAP_THRESHOLD, 1 << 30),
+        (M_TRIM_THRESHOLD, 2**31 - 1),
+        (M_TOP_PAD, 1 << 28),
+    ):
+        mallopt(parameter, value)
 
 
 def seed_everything(seed: int) -> None:
@@ -91,10 +111,13 @@ def peak_memory_gb() -> float:
 
 
 def reset_peak_memory() -> None:
+    """Begin a new peak, once the process has given back what it keeps of freed memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    else:
-        _sampler.reset()
+        return
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    _sampler.reset()
 
 
 class _MemorySampler:

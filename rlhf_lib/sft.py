@@ -13,10 +13,9 @@ from rlhf_lib.batches import by_length, chunks, shuffled_batches
 from rlhf_lib.config import SFTConfig, as_dict
 from rlhf_lib.data import Demonstration, PreferenceData, Prompt
 from rlhf_lib.learner import Learner
-from rlhf_lib.logprobs import response_logits, token_logprobs, unflatten
+from rlhf_lib.logprobs import output_logprobs, response_hidden, unflatten
 from rlhf_lib.losses import sft_loss
 from rlhf_lib.models import eos_id, fingerprint, load_policy, load_tokenizer, save_model, trainable
-from rlhf_lib.ops import entropy
 from rlhf_lib.rollout import Sampler, is_finished
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator, progress, seed_everything
@@ -34,11 +33,12 @@ def update(
         for rows in by_length(lengths, micro_batch_size):
             examples = [batch[i] for i in rows]
             with learner.accelerator.autocast():
-                logits, labels, mask = response_logits(
+                hidden, labels, mask = response_hidden(
                     learner.model, [e.prompt for e in examples], [e.response for e in examples]
                 )
-                logprobs = unflatten(token_logprobs(logits, labels), mask)
-            entropies.append(entropy(logits.detach()).sum())
+                flat, entropy = output_logprobs(learner.model, hidden, labels, with_entropy=True)
+            logprobs = unflatten(flat, mask)
+            entropies.append(entropy.sum())  # type: ignore[union-attr]
             # a micro-batch counts by its tokens: the sum equals the loss of one big batch
             yield sft_loss(logprobs, mask) * (mask.sum() / tokens)
 

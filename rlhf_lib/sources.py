@@ -13,8 +13,10 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +24,7 @@ import pyarrow.parquet
 
 from rlhf_lib import hub
 from rlhf_lib.config import UserError, unknown
+from rlhf_lib.store import Stored, Writer
 from rlhf_lib.world import bundled_folder
 
 EXAMPLES = ("bundled", "bundled:control", "hub:Anthropic/hh-rlhf", "path:FILE_OR_FOLDER")
@@ -63,10 +66,10 @@ class Source:
     with the bundled world only.
     """
 
-    splits: dict[str, list[Row]]
+    splits: dict[str, Sequence[Row]]
     files: list[dict]
-    demonstrations: list[Row] | None = None
-    prompts: dict[str, list[Row]] = field(default_factory=dict)
+    demonstrations: Sequence[Row] | None = None
+    prompts: dict[str, Sequence[Row]] = field(default_factory=dict)
 
 
 def read_source(source: str) -> Source:
@@ -92,8 +95,9 @@ def _read_bundled(pairs: str) -> Source:
     folder = bundled_folder()
     files: list[dict] = []
 
-    def rows(name: str) -> list[Row]:
-        return _read_file(folder / f"{name}.jsonl.gz", f"{name}.jsonl.gz", files)
+    def rows(name: str) -> Stored[Row]:
+        file = f"{name}.jsonl.gz"
+        return Stored.of(Row, _read_file(folder / file, file, files))
 
     return Source(
         splits={split: rows(f"{pairs}-{split}") for split in ("train", "validation", "test")},
@@ -108,18 +112,20 @@ def _read_path(path: Path) -> Source:
         raise DataError(f"{path} does not exist. {_nearest_file(path)}")
     files: list[dict] = []
     if path.is_file():  # one file is one pool, whatever its name says
-        return Source({"train": _read_file(path, path.name, files)}, files)
+        return Source({"train": Stored.of(Row, _read_file(path, path.name, files))}, files)
     found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
     if not found:
         raise DataError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
-    splits: dict[str, list[Row]] = {}
+    writers: dict[str, Writer[Row]] = defaultdict(lambda: Writer(Row))
     for file in found:
         name = file.relative_to(path)
         subset = None if name.parent == Path(".") else name.parent.as_posix()
-        rows = _read_file(file, name.as_posix(), files, subset)
-        splits.setdefault(_split_of(name.as_posix()), []).extend(rows)
+        writer = writers[_split_of(name.as_posix())]
+        for row in _read_file(file, name.as_posix(), files, subset):
+            writer.append(row)
+    splits: dict[str, Sequence[Row]] = {s: writer.stored() for s, writer in writers.items()}
     if "train" not in splits:  # nothing to train on but the other splits: cut them up ourselves
-        splits = {"train": [row for rows in splits.values() for row in rows]}
+        splits = {"train": Stored.of(Row, chain.from_iterable(splits.values()))}
     return Source(splits, files)
 
 
@@ -144,20 +150,21 @@ def _hub_parts(rest: str) -> tuple[str, list[str | None]]:
 
 def _read_hub(name: str, subsets: list[str | None]) -> Source:
     """A hub dataset, or a local folder with the layout of one."""
-    splits: dict[str, list[Row]] = {}
+    writers: dict[str, Writer[Row]] = defaultdict(lambda: Writer(Row))
     files = []
     for subset in subsets:
         for split, table in _load_hub(name, subset).items():
             label = f"{name.rstrip('/').split('/')[-1]} {subset or 'all'} {split}"
-            rows = [Row(label, i, dict(values), subset) for i, values in enumerate(table, 1)]
-            digest = hashlib.sha256()
-            for row in rows:
+            writer = writers[_split_of(split)]
+            number, digest = 0, hashlib.sha256()
+            for number, values in enumerate(table, 1):
+                row = Row(label, number, dict(values), subset)
                 digest.update(json.dumps(row.values, sort_keys=True).encode())
-            files.append({"name": label, "rows": len(rows), "sha256": digest.hexdigest()})
-            splits.setdefault(_split_of(split), []).extend(rows)
-    if "train" not in splits:
-        raise DataError(f"{name} has no train split, only {', '.join(splits)}")
-    return Source(splits, files)
+                writer.append(row)
+            files.append({"name": label, "rows": number, "sha256": digest.hexdigest()})
+    if "train" not in writers:
+        raise DataError(f"{name} has no train split, only {', '.join(writers)}")
+    return Source({split: writer.stored() for split, writer in writers.items()}, files)
 
 
 def _load_hub(name: str, subset: str | None) -> dict:
@@ -187,33 +194,45 @@ def _load_hub(name: str, subset: str | None) -> dict:
 # ---------------------------------------------------------------------------------------- files
 
 
-def _read_file(path: Path, name: str, files: list[dict], subset: str | None = None) -> list[Row]:
-    """Rows of one file; what was read is added to `files`."""
+def _read_file(
+    path: Path, name: str, files: list[dict], subset: str | None = None
+) -> Iterator[Row]:
+    """Rows of one file as they are read; at its end, what was read is added to `files`."""
     if not path.is_file():
         raise DataError(f"{path} does not exist. {_nearest_file(path)}")
     if not path.name.endswith(SUFFIXES):
         raise DataError(f"{path}: pairs are read from files that end in {', '.join(SUFFIXES)}")
-    content = path.read_bytes()
     read = _parquet_rows if path.name.endswith(".parquet") else _json_rows
-    rows = [Row(name, number, values, subset) for number, values in read(path, content)]
+    rows = 0
+    for number, values in read(path):
+        rows += 1
+        yield Row(name, number, values, subset)
     if not rows:
         raise DataError(f"{path} is empty: it needs one preference pair a line")
-    digest = hashlib.sha256(content).hexdigest()
-    files.append({"name": name, "rows": len(rows), "sha256": digest})
-    return rows
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    files.append({"name": name, "rows": rows, "sha256": digest.hexdigest()})
 
 
-def _json_rows(path: Path, content: bytes) -> Iterator[tuple[int, dict]]:
-    if path.name.endswith(".gz"):
+def _lines(path: Path) -> Iterator[bytes]:
+    zipped = path.name.endswith(".gz")
+    with gzip.open(path) if zipped else path.open("rb") as file:
         try:
-            content = gzip.decompress(content) if content else content
+            yield from file
         except (OSError, EOFError, zlib.error) as error:
+            if not zipped:
+                raise
             raise DataError(f"{path} is no complete gzip file ({error}): fetch it anew") from error
-    for number, line in enumerate(content.split(b"\n"), 1):
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line.removesuffix(b"\n"))
         except ValueError as error:  # UnicodeDecodeError is one too
             hint = "each line holds one JSON object"
             raise DataError(f"{path}, line {number}: not JSON ({error}); {hint}") from error
@@ -225,12 +244,13 @@ def _json_rows(path: Path, content: bytes) -> Iterator[tuple[int, dict]]:
         yield number, values
 
 
-def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     try:
-        table = pyarrow.parquet.read_table(pa.BufferReader(content))
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet ({error}): fetch it anew") from error
-    yield from enumerate(table.to_pylist(), 1)
 
 
 def _nearest_file(path: Path) -> str:

@@ -195,7 +195,7 @@ def test_it_learns_to_please_the_reward_model(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(
-        tmp_path, "grpo.updates=12", "grpo.micro_batch_size=16", "grpo.prompts_per_update=4",
+        tmp_path, "grpo.updates=12", "grpo.micro_batch_size=16", "grpo.prompts_per_update=8",
         "grpo.learning_rate=1e-2", "grpo.kl_reward_coef=0", "grpo.missing_eos_penalty=0",
     )  # fmt: skip
     stage = grpo.train(run, tiny_data, finished.sft, finished.reward_model)

@@ -107,7 +107,7 @@ def test_a_select_takes_gold_and_exact_kl_along(rollout: Rollout) -> None:
     part = full.select([3, 1])
     assert part.gold == [3, 1]
     assert torch.equal(part.exact_kl, full.exact_kl[[3, 1]])
-    assert part.entropy == full.entropy
+    assert torch.equal(part.entropies, full.entropies[[3, 1]])
 
 
 def test_the_whole_family_trains(

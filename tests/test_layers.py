@@ -17,7 +17,7 @@ MAX_LINES = 300
 
 # A module may import from its own layer and from those below. Every file must have its place here.
 LAYERS: dict[int, tuple[str, ...]] = {
-    1: ("config", "profiles", "runtime", "batches", "ops", "kl"),
+    1: ("config", "profiles", "runtime", "phases", "batches", "ops", "kl"),
     2: ("logprobs", "losses", "preference_losses", "advantages"),
     3: (
         "controllers",
@@ -25,6 +25,9 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("world", "world_grammar", "world_words", "world_tokenizer"),
         *(
             "data",
+            "store",
+            "files",
+            "splits",
             "audit",
             "encoding",
             "dialogues",
@@ -36,7 +39,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
             "learner",
         ),
     ),
-    4: ("rollout",),
+    4: ("generation", "rollout"),
     5: ("sft", "reward_model", "ppo", "grpo", "dpo"),
     6: (
         *("build_world", "world_card"),

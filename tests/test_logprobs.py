@@ -196,5 +196,5 @@ def test_empty_sequences_are_refused(
 
 
 def test_lists_of_different_lengths_are_refused(make_model: Callable) -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 prompts and 1 responses"):
         response_logprobs(make_model("gpt2"), [[5], [6]], [[7]])

@@ -136,8 +136,8 @@ def setting_of(make_model: Callable, kind: str) -> Setting:
     scores = torch.tensor(SCORES)
     rollout = Rollout(
         PROMPTS, RESPONSES, response_mask(), padded(old), padded(reference),
-        finished=torch.ones(6).bool(), scores=scores, rewards=scores, entropy=0.0, gold=None,
-        exact_kl=None,
+        finished=torch.ones(6).bool(), scores=scores, rewards=scores,
+        entropies=response_mask(), gold=None, exact_kl=None,
     )  # fmt: skip
     return Setting(
         moved(sampler, 0.03, 2), moved(old_value, 0.05, 3),

@@ -178,7 +178,8 @@ def made_up(**changes: Any) -> Rollout:
         "finished": torch.tensor([True, False, True]),
         "scores": torch.tensor([1.0, 2.0, 6.0]),
         "rewards": torch.tensor([1.0, 1.0, 5.0]),
-        "entropy": 0.25, "gold": None, "exact_kl": None,
+        "entropies": torch.tensor([[0.5, 0.25, 0], [0.5, 9, 9], [0.25, 0, 9]]),
+        "gold": None, "exact_kl": None,
     }  # fmt: skip
     return Rollout(**fields | changes)
 
@@ -202,9 +203,10 @@ def test_metrics_by_hand() -> None:
 
 def test_more_padding_changes_no_metric() -> None:
     sample = made_up()
+    fills = {"response_mask": 0.0, "logprobs": 7.0, "ref_logprobs": -7.0, "entropies": 7.0}
     wider = {
         name: torch.cat([getattr(sample, name), torch.full((3, 4), fill)], dim=1)
-        for name, fill in (("response_mask", 0.0), ("logprobs", 7.0), ("ref_logprobs", -7.0))
+        for name, fill in fills.items()
     }
     assert made_up(**wider).metrics() == sample.metrics()
 

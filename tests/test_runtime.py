@@ -118,6 +118,7 @@ def test_a_process_of_ours_is_quiet(threads: list[int]) -> None:
 
 @no_gpu
 def test_peak_memory_sees_what_was_given_back_and_can_be_reset() -> None:
+    runtime._keep_freed_memory()
     reset_peak_memory()
     before = peak_memory_gb()
     block = torch.ones(75_000_000)  # 0.3 GB
@@ -126,6 +127,18 @@ def test_peak_memory_sees_what_was_given_back_and_can_be_reset() -> None:
     assert before + 0.25 < peak_memory_gb() < before + 0.4
     reset_peak_memory()
     assert peak_memory_gb() < before + 0.1
+
+
+@pytest.mark.parametrize("library", [("", ""), ("musl", "1.2"), ("libc", "2.0")])
+def test_memory_of_other_c_libraries_is_left_as_it_is(
+    library: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: library)
+    monkeypatch.setattr(runtime.ctypes, "CDLL", loaded.append)
+    runtime._keep_freed_memory()
+    reset_peak_memory()
+    assert not loaded
 
 
 def test_progress_yields_everything_and_is_silent_in_batch(

@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rlhf_lib import generation
 from rlhf_lib.data import Pair
 from rlhf_lib.learner import Learner
 from rlhf_lib.logprobs import length_mask, response_logprobs
@@ -169,26 +170,20 @@ def rollout_of(
         ref_logprobs=(logprobs - torch.randn_like(logprobs)) * mask,
         finished=torch.tensor([r[-1] == EOS for r in responses]),
         scores=torch.randn(len(mask)), rewards=torch.randn(len(mask)),
-        entropy=1.0, gold=None, exact_kl=None,
+        entropies=mask, gold=None, exact_kl=None,
     )  # fmt: skip
     assert torch.equal(mask, length_mask([len(r) for r in responses]))
     return replace(sample, **changes)
 
 
-def generating_with(patch: pytest.MonkeyPatch, without: Sequence[str] = (), **changes: Any) -> None:
-    """From now on `generate` is called with these options, and without some of the library's."""
-    generate = GenerationMixin.generate
-
-    def changed(model: PreTrainedModel, **options: Any) -> Tensor:
-        options = {key: value for key, value in options.items() if key not in without}
-        return generate(model, **options | changes)
-
-    patch.setattr(GenerationMixin, "generate", changed)
-
-
 def generate_without_mask(patch: pytest.MonkeyPatch) -> None:
     """The padding on the left is attended to, and counted as positions."""
-    generating_with(patch, without=["attention_mask"])
+    step = generation._step
+    patch.setattr(
+        generation, "_step", lambda model, ids, mask, positions, cache: step(
+            model, ids, None, None, cache
+        )
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------- are all of them closed?

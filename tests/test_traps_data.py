@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_lib import data, dialogues, encoding
+from rlhf_lib import data, dialogues, encoding, splits
 from rlhf_lib.audit import Dropped
 from rlhf_lib.config import DataConfig
 from rlhf_lib.data import PreferenceData, load_data
@@ -171,7 +171,8 @@ def _fill_in_turn(patch: pytest.MonkeyPatch, keep_identical: bool) -> None:
         kept = iter([p for p in encoder.pairs(rows) if keep_identical or p.chosen != p.rejected])
         return {split: list(islice(kept, size)) for split, size in sizes.items()}
 
-    patch.setattr(data, "_fill", fill)
+    for module in (data, splits):
+        patch.setattr(module, "fill", fill)
 
 
 def rows_dealt_to_the_splits_in_turn(patch: pytest.MonkeyPatch) -> None:

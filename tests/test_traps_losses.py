@@ -151,7 +151,7 @@ def explained_variance_over_padding(patch: pytest.MonkeyPatch) -> None:
 def padded(sample: Rollout) -> Rollout:
     """The same rollout with five more places, at which there stands anything."""
     rows = len(sample.prompts)
-    fills = {"response_mask": 0.0, "logprobs": 3.0, "ref_logprobs": -2.0}
+    fills = {"response_mask": 0.0, "logprobs": 3.0, "ref_logprobs": -2.0, "entropies": 5.0}
     return replace(sample, **{
         name: torch.cat([getattr(sample, name), torch.full((rows, 5), fill)], dim=1)
         for name, fill in fills.items()

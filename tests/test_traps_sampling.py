@@ -1,4 +1,4 @@
-"""Traps 3, 4, 6 and 15: what responses are samples of, and whether training sees the same."""
+"""Traps 3, 4 and 6: what responses are samples of, and whether training sees the same."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rlhf_lib import dpo, grpo, models, ppo, profiles, rollout
+from rlhf_lib import dpo, generation, grpo, models, ppo, profiles, rollout
 from rlhf_lib.config import DPOConfig, GRPOConfig, PPOConfig, SettingsError
 from rlhf_lib.data import Prompt
+from rlhf_lib.generation import draw
 from rlhf_lib.kl import k1
+from rlhf_lib.logprobs import output_logits
 from rlhf_lib.rollout import Rollout
 from tests.test_traps import (
     EOS,
     PROMPTS,
     Mistake,
-    generate_without_mask,
-    generating_with,
     holds_unless,
     kinds,
     learner_of,
@@ -69,7 +70,7 @@ def training_scores_at_one(patch: pytest.MonkeyPatch) -> None:
 
 def sampling_scores_at_one(patch: pytest.MonkeyPatch) -> None:
     """The old log-probabilities are not those the tokens were drawn with."""
-    _at_one(patch, rollout, "response_logits")
+    patch.setattr(rollout, "output_logits", lambda model, hidden, *_: output_logits(model, hidden))
 
 
 def everything_scores_at_one(patch: pytest.MonkeyPatch) -> None:
@@ -147,13 +148,18 @@ def test_trap_04_dropout_makes_the_first_loss_of_dpo_differ_from_ln_2(
 
 
 def the_models_own_filter(patch: pytest.MonkeyPatch) -> None:
-    """Options that are not given come from the saved model, or from transformers: top_k=50."""
-    generating_with(patch, without=["top_k", "top_p"])
+    """What the model was saved with, top_k=3, is taken for a part of it."""
+
+    def filtered(logits: Tensor) -> Tensor:
+        return draw(logits.masked_fill(logits < logits.topk(3).values[:, -1:], -math.inf))
+
+    patch.setattr(generation, "draw", filtered)
 
 
 def a_minimum_length(patch: pytest.MonkeyPatch) -> None:
     """The end token is forbidden at first, and the policy is scored as if it were not."""
-    generating_with(patch, min_new_tokens=1)
+    end = torch.tensor([EOS])
+    patch.setattr(generation, "draw", lambda x: draw(x.index_fill(1, end, -math.inf)))
 
 
 @kinds
@@ -229,62 +235,3 @@ def test_trap_06_a_setting_that_filters_is_refused(
     with holds_unless(mistake, monkeypatch):
         for setting in (f"{section}.{name}" for section in ("ppo", "grpo") for name in FILTERS):
             assert answer(setting).startswith(f"unknown setting '{setting}'")
-
-
-# ----------------------------------------------------------------------------------- 15: stopping
-
-
-def widths_of_forwards(model: PreTrainedModel) -> list[int]:
-    """The number of positions of every forward from now on."""
-    widths: list[int] = []
-    model.register_forward_pre_hook(
-        lambda _, args, options: widths.append(options["input_ids"].shape[1]), with_kwargs=True
-    )
-    return widths
-
-
-def another_end_token(patch: pytest.MonkeyPatch) -> None:
-    """The model ends its turns with one token, generation waits for another."""
-    generating_with(patch, eos_token_id=2)
-
-
-def without_cache(patch: pytest.MonkeyPatch) -> None:
-    """Every step reads the whole text again."""
-    generating_with(patch, use_cache=False)
-
-
-@kinds
-@put_back(another_end_token)
-def test_trap_15_generation_stops_when_every_row_has_ended(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    model = make_model(kind)
-    model.get_output_embeddings().register_forward_hook(
-        lambda _, inputs, out: out.index_fill(-1, torch.tensor([EOS]), 100.0)  # nothing but ends
-    )
-    widths = widths_of_forwards(model)
-    with holds_unless(mistake, monkeypatch):
-        responses = rollout.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=20)
-        assert len(widths) == 1
-        assert responses == [[EOS]] * len(PROMPTS)
-
-
-@kinds
-@put_back(without_cache, generate_without_mask)
-def test_trap_15_the_cache_is_used_and_changes_no_logprob(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    model, same, steps = make_model(kind), make_model(kind), []
-    longest = max(map(len, PROMPTS))
-    model.register_forward_hook(lambda _, inputs, out: steps.append(out.logits[:, -1]))
-    widths = widths_of_forwards(model)
-    with holds_unless(mistake, monkeypatch):
-        responses = rollout.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8)
-        cached = torch.stack(steps).log_softmax(-1)
-        assert widths == [longest, *[1] * (len(steps) - 1)]
-        rows = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))  # as the batch has them
-        for row, i in enumerate(rows):
-            drawn = cached[range(len(responses[i])), row, responses[i]]
-            assert torch.allclose(drawn, plain_logprobs(same, PROMPTS[i], responses[i]), atol=1e-4)

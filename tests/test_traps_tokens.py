@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf_lib import dpo, grpo, logprobs, ppo, rollout, sft
 from rlhf_lib.config import DPOConfig, GRPOConfig, PPOConfig
 from rlhf_lib.data import Demonstration
-from rlhf_lib.logprobs import Tokens, length_mask, pad, token_logprobs
+from rlhf_lib.logprobs import Layout, Tokens, length_mask, pad, token_logprobs
 from tests.test_traps import (
     EOS,
     PROMPTS,
@@ -96,13 +96,13 @@ def test_trap_01_left_padding_in_generation(
 
 def mask_from_pad_ids(patch: pytest.MonkeyPatch) -> None:
     """Whatever equals the pad token is padding: where that is the end token, no end is learnt."""
-    whole_logits, whole_logprobs = logprobs.response_logits, logprobs.response_logprobs
+    whole_hidden, whole_logprobs = logprobs.response_hidden, logprobs.response_logprobs
 
-    def response_logits(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits, labels, mask = whole_logits(*args)
+    def response_hidden(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, labels, mask = whole_hidden(*args)
         real = labels != EOS
         kept = mask.masked_scatter(mask.bool(), real.float())
-        return logits[real], labels[real], kept
+        return hidden[real], labels[real], kept
 
     def response_logprobs(
         model: PreTrainedModel, prompts: Tokens, responses: Tokens, *rest: Any
@@ -110,7 +110,7 @@ def mask_from_pad_ids(patch: pytest.MonkeyPatch) -> None:
         scored, mask = whole_logprobs(model, prompts, responses, *rest)
         return scored, mask * (pad(responses, mask.device) != EOS)
 
-    patch.setattr(sft, "response_logits", response_logits)
+    patch.setattr(sft, "response_hidden", response_hidden)
     patch.setattr(ppo, "response_logprobs", response_logprobs)
     patch.setattr(grpo, "response_logprobs", response_logprobs)
 
@@ -158,27 +158,15 @@ def test_trap_02_the_end_token_is_learnt(
 
 
 def logits_of_every_position(patch: pytest.MonkeyPatch) -> None:
-    """The whole model is called and the prompt's logits are thrown away: right, and far too big."""
+    """The whole model is called and its logits are thrown away: right, and far too big."""
 
-    def response_logits(
-        model: PreTrainedModel, prompts: Tokens, responses: Tokens, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ids = pad([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
-        logits = model(input_ids=ids).logits / temperature
-        mask = length_mask([len(r) for r in responses])
-        rows, columns = mask.nonzero(as_tuple=True)
-        places = torch.tensor([len(p) for p in prompts])[rows] + columns
-        return logits[rows, places - 1], ids[rows, places], mask
+    def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
+        return model(
+            input_ids=layout.ids, attention_mask=layout.visible, position_ids=layout.positions,
+            output_hidden_states=True,
+        ).hidden_states[-1]  # fmt: skip
 
-    def paired_logprobs(
-        model: PreTrainedModel, prompts: Tokens, chosen: Tokens, rejected: Tokens
-    ) -> tuple[Tensor, Tensor]:
-        sides = (logprobs.response_logprobs(model, prompts, r)[0] for r in (chosen, rejected))
-        return next(sides).sum(1), next(sides).sum(1)
-
-    for module in (logprobs, sft, rollout):
-        patch.setattr(module, "response_logits", response_logits)
-    patch.setattr(dpo, "paired_logprobs", paired_logprobs)
+    patch.setattr(logprobs, "hidden_states", hidden_states)
 
 
 @kinds
@@ -208,4 +196,4 @@ def test_trap_13_only_response_positions_reach_the_output_layer(
             ppo.update(learner, judge, experience, config, 0)
         else:
             grpo.update(learner, sample, torch.zeros(count), GRPOConfig(iterations=1), 8)
-        assert sum(positions) == tokens
+        assert sum(positions) == 2 * tokens, "once, and once more in the backward pass"

@@ -1,0 +1,120 @@
+"""Command line: python -m benchmarks run | growth | memory | predict."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.job import STAGES
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speed and memory, measured.")
+RESULTS = Path(__file__).resolve().parent / "results"
+Out = Annotated[Path, typer.Option(help="the JSON file to write")]
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="name, folder or hub id; `random`: GPT-2's size")] = "",
+    data: Annotated[str, typer.Option(help="a source, like path:FILE; empty: drawn rows")] = "",
+    only: Annotated[str, typer.Option(help="stages, separated by commas")] = ",".join(STAGES),
+    rounds: Annotated[int, typer.Option(help="measured rounds of each side", min=2)] = 5,
+    pairs: Annotated[int, typer.Option(help="pairs in a round", min=8)] = 32,
+    samples: Annotated[int, typer.Option(help="samples in a round, by 16", min=16)] = 32,
+    peer_python: Annotated[str, typer.Option(help="an interpreter that has TRL")] = "",
+    out: Out = Path("runs/benchmarks/latest.json"),
+) -> None:
+    """Compare this library with its peers; prints a table and writes JSON."""
+    from benchmarks import predict as predicted
+    from benchmarks.compare import benchmark
+    from benchmarks.prepare import default_model, make_job
+    from rlhf_lib.readme import benchmark_summary
+    from rlhf_lib.runtime import set_up_process
+
+    stages = _stages(only)
+    peer = _peer(peer_python)
+    set_up_process()
+    with tempfile.TemporaryDirectory() as folder:
+        print("preparing rows and models ...", flush=True)
+        job = make_job(Path(folder), model or default_model(), data, pairs)
+        job = replace(job, samples=samples)
+        results = benchmark(job, Path(folder) / "job.json", stages, rounds, peer, _say)
+    results["model"] = Path(model or default_model()).name
+    results["data"] = data.partition(":")[0] or "drawn"
+    results["prediction"] = predicted.predict(results)
+    _write(out, results)
+    print(benchmark_summary(results))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _stages(only: str) -> list[str]:
+    wanted = [name.strip().replace("-", "_") for name in only.split(",")]
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise typer.BadParameter(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+    return wanted
+
+
+def _peer(python: str) -> str:
+    if python:
+        return python
+    if importlib.util.find_spec("trl") is None:
+        raise typer.BadParameter("this interpreter has no trl: use `make bench` or --peer-python")
+    return sys.executable
+
+
+def _write(path: Path, results: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+@app.command()
+def growth(
+    out: Out = RESULTS / "growth.json",
+    repeats: Annotated[int, typer.Option(help="the fastest of so many counts", min=1)] = 3,
+) -> None:
+    """How cost grows with pairs, response length, group size, batch and vocabulary."""
+    from benchmarks import growth as measured
+    from rlhf_lib.runtime import set_up_process
+
+    set_up_process()
+    results = measured.measure(repeats, _say)
+    _write(out, results)
+    measured.draw(results).savefig(out.with_suffix(".svg"), metadata={"Date": None})
+
+
+@app.command()
+def memory(out: Out = RESULTS / "memory-t4.json", cap_gb: float = 12.0) -> None:
+    """Memory of the profile `t4`: a run under a cap on a GPU, from measured parts elsewhere."""
+    from benchmarks import memory as measured
+    from rlhf_lib.runtime import set_up_process
+
+    set_up_process()
+    results = measured.measure(cap_gb, _say)
+    _write(out, results)
+    print(measured.as_text(results))
+
+
+@app.command()
+def predict(
+    measured: Annotated[Path, typer.Argument(help="a JSON file of `run`")],
+    profile: str = "full",
+) -> None:
+    """Time of a profile on one device: counted FLOPs over measured rates."""
+    from benchmarks import predict as predicted
+    from rlhf_lib.readme import prediction_summary
+
+    print(prediction_summary(predicted.predict(json.loads(measured.read_text()), profile)))
+
+
+if __name__ == "__main__":
+    app()

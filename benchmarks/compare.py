@@ -1,0 +1,111 @@
+"""The driver: library and peer in turn, A B A B, stage by stage; one computes, the other waits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from benchmarks import ratios, roof
+from benchmarks.job import Job
+from benchmarks.protocol import Worker
+from rlhf_lib.runtime import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 1
+PEERS = {
+    "sft": "TRL", "reward_model": "TRL", "dpo": "TRL", "grpo": "TRL",
+    "ppo": "plain PPO", "generation": "transformers",
+}  # fmt: skip
+
+
+def run_rounds(
+    commands: Mapping[str, Sequence[str]], rounds: int, say: Callable[[str], None]
+) -> dict[str, list[dict]]:
+    """Rounds of both workers in turn, the first of each left out: `{"library": [...], ...}`.
+
+    Nothing goes to the network: models are folders, and the hub's client is told to stay offline.
+    """
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search
+    }  # fmt: skip
+    found: dict[str, list[dict]] = {name: [] for name in commands}
+    with (
+        Worker(commands["library"], environment) as library,
+        Worker(commands["peer"], environment) as peer,
+    ):
+        for number in range(WARM_UP + rounds):
+            for name, worker in (("library", library), ("peer", peer)):
+                record = worker.ask(number)
+                rate = record["items"] / record["seconds"]
+                note = " (warm-up)" if number < WARM_UP else ""
+                say(f"  round {number} {name}: {record['seconds']:.1f} s, {rate:.2f} items/s{note}")
+                if number >= WARM_UP:
+                    found[name].append(record)
+    return found
+
+
+def benchmark(
+    job: Job, path: Path, stages: Sequence[str], rounds: int, peer_python: str,
+    say: Callable[[str], None] = print,
+) -> dict:  # fmt: skip
+    """All that the comparison measured, as JSON values. The job is written to `path`."""
+    job.write(path)
+    say(f"measuring the matmul roof ({job.precision}) ...")
+    limit = roof.measure(AutoConfig.from_pretrained(job.model), job.precision)
+    say(f"  {limit['flops_per_second'] / 1e9:.0f} GFLOP/s")
+    results = {}
+    for stage in stages:
+        say(f"{stage}: this library and {PEERS[stage]}")
+        commands = {
+            "library": [sys.executable, "-m", "benchmarks.library_worker", str(path), stage],
+            "peer": [peer_python, "-m", "benchmarks.peer_worker", str(path), stage],
+        }
+        found = run_rounds(commands, rounds, say)
+        record = ratios.compare(found["library"], found["peer"], limit["flops_per_second"])
+        results[stage] = {"peer_name": PEERS[stage], **record}
+    return {
+        "environment": environment(),
+        "peer_packages": peer_packages(peer_python),
+        "settings": settings(job, rounds),
+        "roof": limit,
+        "stages": results,
+    }
+
+
+def settings(job: Job, rounds: int) -> dict:
+    """What was measured, without paths and without text."""
+    named = (
+        "precision", "threads", "batch_size", "max_length", "samples", "samples_per_step",
+        "group_size", "max_new_tokens", "ppo_epochs", "ppo_minibatch", "generation_batch",
+    )  # fmt: skip
+    count = len(job.rows)
+    return {
+        **{name: getattr(job, name) for name in named},
+        "rounds": rounds,
+        "pairs": count,
+        "mean_tokens": {
+            side: sum(len(getattr(row, side)) for row in job.rows) / count
+            for side in ("prompt", "chosen", "rejected")
+        },
+        "trunk_weights": job.sizes.trunk,
+        "head_weights": job.sizes.head,
+    }
+
+
+def peer_packages(python: str) -> dict[str, str]:
+    """Versions that the peer ran with, asked of its own interpreter."""
+    names = ("torch", "transformers", "accelerate", "trl")
+    if python == sys.executable:
+        return {name: importlib.metadata.version(name) for name in names}
+    code = "import importlib.metadata as m, sys\nfor n in sys.argv[1:]: print(n, m.version(n))"
+    output = subprocess.run(
+        [python, "-c", code, *names], capture_output=True, text=True, check=True
+    ).stdout
+    return dict(line.split() for line in output.splitlines())

@@ -1,0 +1,76 @@
+"""The job: rows of token ids, models on disk and settings, written once and read by both sides.
+
+The peer's interpreter may not have this library's dependencies: what reads a job imports torch,
+transformers and this file alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.work import Sizes, Work, count
+
+STAGES = ("sft", "reward_model", "dpo", "grpo", "ppo", "generation")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair as token ids: a prompt and two replies."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one round of each stage computes, the same for both sides."""
+
+    model: str  # folder of the policy that everything starts from, with its tokenizer
+    reward_model: str  # folder of a sequence classifier with one label
+    precision: str  # of the forward passes (autocast); weights are fp32
+    threads: int
+    sizes: Sizes
+    rows: list[Row]
+    prompt_texts: list[str]  # of the rows: the peer's GRPO takes text
+    batch_size: int = 8  # pairs or dialogues in an optimizer step
+    max_length: int = 256  # of prompt and reply together; the rows keep to it
+    samples: int = 32  # of GRPO, PPO and generation in a round
+    samples_per_step: int = 16
+    group_size: int = 4  # of GRPO
+    max_new_tokens: int = 32
+    ppo_epochs: int = 2
+    ppo_minibatch: int = 8
+    kl_coef: float = 0.05
+    beta: float = 0.1  # of DPO
+    learning_rate: float = 1e-6
+    generation_batch: int = 16
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def pair_work(self, stage: str) -> Work:
+        """The work of one round over all rows: SFT takes the chosen replies, the others both."""
+        rejected = 0 if stage == "sft" else sum(len(r.rejected) for r in self.rows)
+        replies = rejected + sum(len(r.chosen) for r in self.rows)
+        prompts = sum(len(r.prompt) for r in self.rows)
+        return count(stage, self.sizes, len(self.rows), prompts, replies)
+
+    def sample_work(self, stage: str, prompt_tokens: int, replies: list[int]) -> Work:
+        """The work behind replies of these lengths; `prompt_tokens` has each prompt once."""
+        epochs = self.ppo_epochs if stage == "ppo" else 1
+        return count(stage, self.sizes, len(replies), prompt_tokens, sum(replies), epochs)
+
+    def prompts_of_round(self, number: int, prompts: int) -> list[int]:
+        """Places of the prompts that round `number` samples from: on through the rows, in turn."""
+        start = number * prompts
+        return [place % len(self.rows) for place in range(start, start + prompts)]
+
+
+def read_job(path: str | Path) -> Job:
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    fields["rows"] = [Row(**row) for row in fields["rows"]]
+    fields["sizes"] = Sizes(*fields["sizes"])
+    return Job(**fields)

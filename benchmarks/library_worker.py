@@ -1,0 +1,175 @@
+"""One side of the comparison: this library, driven by its public functions.
+
+python -m benchmarks.library_worker JOB.json STAGE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from benchmarks.job import Job, read_job
+from benchmarks.protocol import Round, serve
+from benchmarks.work import Work
+from rlhf_lib import dpo, grpo, ppo, reward_model, sft
+from rlhf_lib.batches import chunks, shuffled_batches
+from rlhf_lib.config import DPOConfig, GRPOConfig, PPOConfig
+from rlhf_lib.data import Demonstration, Pair, Prompt
+from rlhf_lib.learner import Learner, freeze
+from rlhf_lib.models import (
+    load_policy,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    load_value_model,
+)
+from rlhf_lib.rollout import Sampler, generate
+from rlhf_lib.runs import Run
+from rlhf_lib.runtime import make_accelerator, set_up_process
+
+ENDLESS = 1_000_000  # steps of a schedule that is never seen to end
+
+
+def load(stage: str, job: Job) -> Round:
+    """Load models and rows of a stage; what comes back computes one round of it."""
+    loaders = {
+        "sft": _sft, "reward_model": _reward_model, "dpo": _dpo, "grpo": _grpo, "ppo": _ppo,
+        "generation": _generation,
+    }  # fmt: skip
+    return loaders[stage](job, make_accelerator(job.precision))
+
+
+def _learner(job: Job, accelerator: Accelerator, model: PreTrainedModel) -> Learner:
+    return Learner(accelerator, model, learning_rate=job.learning_rate, steps=ENDLESS)
+
+
+def _pairs(job: Job) -> list[Pair]:
+    return [
+        Pair(str(i), "", "", "", row.prompt, row.chosen, row.rejected)
+        for i, row in enumerate(job.rows)
+    ]
+
+
+def _sft(job: Job, accelerator: Accelerator) -> Round:
+    learner = _learner(job, accelerator, load_policy(job.model))
+    rows = [Demonstration("", "", row.prompt, row.chosen) for row in job.rows]
+
+    def run(number: int) -> Work:
+        for batch in shuffled_batches(len(rows), job.batch_size, 1, number):
+            sft.update(learner, [rows[i] for i in batch], job.batch_size)
+        return job.pair_work("sft")
+
+    return run
+
+
+def _reward_model(job: Job, accelerator: Accelerator) -> Round:
+    model, _ = load_reward_model(job.reward_model, load_tokenizer(job.model), seed=0)
+    learner, pairs = _learner(job, accelerator, model), _pairs(job)
+
+    def run(number: int) -> Work:
+        for batch in shuffled_batches(len(pairs), job.batch_size, 1, number):
+            reward_model.update(learner, [pairs[i] for i in batch], job.batch_size)
+        return job.pair_work("reward_model")
+
+    return run
+
+
+def _dpo(job: Job, accelerator: Accelerator) -> Round:
+    learner, pairs = _learner(job, accelerator, load_policy(job.model)), _pairs(job)
+    reference = freeze(accelerator, load_reference(job.model))
+    config = DPOConfig(
+        batch_size=job.batch_size, micro_batch_size=job.batch_size, beta=job.beta
+    )  # fmt: skip
+
+    def run(number: int) -> Work:
+        with accelerator.autocast():
+            table = dpo.reference_logprobs(reference, pairs, job.batch_size)
+        for batch in shuffled_batches(len(pairs), job.batch_size, 1, number):
+            dpo.update(learner, [pairs[i] for i in batch], table[batch], config)
+        return job.pair_work("dpo")
+
+    return run
+
+
+def _sampler(job: Job, accelerator: Accelerator) -> Sampler:
+    overrides = ["data.source=path:rows", f"data.max_response_tokens={job.max_new_tokens}"]
+    run = Run.open("offline", 0, Path("unused"), overrides)
+    return Sampler(
+        run, accelerator, job.model, job.reward_model, batch_size=job.samples_per_step
+    )  # fmt: skip
+
+
+def _prompts(job: Job, number: int, count: int) -> list[Prompt]:
+    places = job.prompts_of_round(number, count)
+    return [Prompt(job.prompt_texts[i], job.rows[i].prompt) for i in places]
+
+
+def _lengths(replies: list[list[int]]) -> list[int]:
+    return [len(reply) for reply in replies]
+
+
+def _grpo(job: Job, accelerator: Accelerator) -> Round:
+    sampler = _sampler(job, accelerator)
+    policy = _learner(job, accelerator, load_policy(job.model))
+    config = GRPOConfig(
+        prompts_per_update=job.samples_per_step // job.group_size, group_size=job.group_size,
+        micro_batch_size=job.samples_per_step, iterations=1, kl_coef=job.kl_coef,
+        kl_reward_coef=0.0, missing_eos_penalty=0.0,
+    )  # fmt: skip
+
+    def run(number: int) -> Work:
+        prompts, replies = _prompts(job, number, job.samples // job.group_size), []
+        for asked in chunks(prompts, config.prompts_per_update):
+            batch = [prompt for prompt in asked for _ in range(job.group_size)]
+            rollout = sampler.sample(policy.model, batch)
+            _, advantages = grpo.make_advantages(rollout, config)
+            grpo.update(policy, rollout, advantages, config, job.max_new_tokens)
+            replies += rollout.responses
+        return job.sample_work("grpo", sum(len(p.ids) for p in prompts), _lengths(replies))
+
+    return run
+
+
+def _ppo(job: Job, accelerator: Accelerator) -> Round:
+    sampler = _sampler(job, accelerator)
+    policy = _learner(job, accelerator, load_policy(job.model))
+    value = _learner(job, accelerator, load_value_model(job.reward_model))
+    config = PPOConfig(
+        batch_size=job.samples_per_step, micro_batch_size=job.ppo_minibatch,
+        minibatch_size=job.ppo_minibatch, epochs=job.ppo_epochs, kl_coef=job.kl_coef,
+        missing_eos_penalty=0.0,
+    )  # fmt: skip
+
+    def run(number: int) -> Work:
+        prompts, replies = _prompts(job, number, job.samples), []
+        for step, asked in enumerate(chunks(prompts, job.samples_per_step)):
+            rollout = sampler.sample(policy.model, asked)
+            experience = ppo.make_experience(rollout, value, config)
+            ppo.update(policy, value, experience, config, seed=1000 * number + step)
+            replies += rollout.responses
+        return job.sample_work("ppo", sum(len(p.ids) for p in prompts), _lengths(replies))
+
+    return run
+
+
+def _generation(job: Job, accelerator: Accelerator) -> Round:
+    model, tokenizer = freeze(accelerator, load_policy(job.model)), load_tokenizer(job.model)
+
+    def run(number: int) -> Work:
+        prompts = [p.ids for p in _prompts(job, number, job.generation_batch)]
+        with accelerator.autocast():
+            replies = generate(model, tokenizer, prompts, job.max_new_tokens, 1.0)
+        return job.sample_work("generation", sum(map(len, prompts)), _lengths(replies))
+
+    return run
+
+
+if __name__ == "__main__":
+    wanted = read_job(sys.argv[1])
+    set_up_process(wanted.threads)
+    torch.manual_seed(0)
+    serve(lambda: load(sys.argv[2], wanted))

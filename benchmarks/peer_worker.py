@@ -1,0 +1,194 @@
+"""The other side: TRL's trainers as their documentation uses them, and transformers' generation.
+
+python -m benchmarks.peer_worker JOB.json STAGE
+
+It runs under an interpreter of its own and imports nothing of `rlhf_lib`. TRL gets the same token
+ids as the library: its own tokenization is skipped, and its time does not count.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from benchmarks.job import Job, read_job
+from benchmarks.protocol import Round, serve
+from benchmarks.roof import DTYPES
+from benchmarks.work import Work
+
+
+def load(stage: str, job: Job) -> Round:
+    """Load models and rows of a stage; what comes back computes one round of it."""
+    from benchmarks import plain_ppo
+
+    loaders = {
+        "sft": _sft, "reward_model": _reward_model, "dpo": _dpo, "grpo": _grpo,
+        "ppo": plain_ppo.load, "generation": _generation,
+    }  # fmt: skip
+    return loaders[stage](job)
+
+
+def _settings(job: Job, batch_size: int) -> dict[str, Any]:
+    """What every trainer is told: the library's settings in TRL's words, and no writing to disk."""
+    return {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch_size,
+        "num_train_epochs": 1, "learning_rate": job.learning_rate, "report_to": [],
+        "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "bf16": job.precision == "bf16", "fp16": job.precision == "fp16",
+        "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": False,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+
+
+FP32 = {"dtype": "float32"}  # master weights; the forward runs in the job's precision
+
+
+def _sft(job: Job) -> Round:
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    rows = [
+        {
+            "input_ids": row.prompt + row.chosen,
+            "completion_mask": [0] * len(row.prompt) + [1] * len(row.chosen),
+        }
+        for row in job.rows
+    ]
+    config = SFTConfig(
+        max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
+    )
+    trainer = SFTTrainer(job.model, args=config, train_dataset=Dataset.from_list(rows))
+    return _epochs(trainer, job, "sft")
+
+
+def _reward_model(job: Job) -> Round:
+    from datasets import Dataset
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    rows = [
+        {"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected}
+        for row in job.rows
+    ]
+    config = RewardConfig(
+        max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
+    )
+    trainer = RewardTrainer(job.reward_model, args=config, train_dataset=Dataset.from_list(rows))
+    return _epochs(trainer, job, "reward_model")
+
+
+def _dpo(job: Job) -> Round:
+    from datasets import Dataset
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    class Tokenised(DPOTrainer):
+        """DPO alone of TRL's trainers does not recognise rows that are token ids already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    rows = [
+        {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
+        for row in job.rows
+    ]
+    config = DPOConfig(
+        max_length=job.max_length, beta=job.beta, model_init_kwargs=FP32,
+        **_settings(job, job.batch_size),
+    )  # fmt: skip
+    trainer = Tokenised(job.model, args=config, train_dataset=Dataset.from_list(rows))
+    return _epochs(trainer, job, "dpo")
+
+
+def _epochs(trainer: Any, job: Job, stage: str) -> Round:
+    def run(number: int) -> Work:
+        trainer.args.data_seed = number  # a fresh order each round
+        trainer.train()
+        return job.pair_work(stage)
+
+    return run
+
+
+def _grpo(job: Job) -> Round:
+    from datasets import Dataset
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    lengths: list[int] = []
+
+    def count_tokens(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        """A second reward that is always 0: TRL tells rewards how long its completions are."""
+        lengths.extend(map(len, completion_ids))
+        return [0.0] * len(completion_ids)
+
+    tokenizer = AutoTokenizer.from_pretrained(job.reward_model)
+    score = AutoModelForSequenceClassification.from_pretrained(job.reward_model, dtype="float32")
+    config = GRPOConfig(
+        num_generations=job.group_size, max_completion_length=job.max_new_tokens,
+        beta=job.kl_coef, temperature=1.0, top_k=0, top_p=1.0, model_init_kwargs=FP32,
+        **_settings(job, job.samples_per_step),
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        job.model,
+        reward_funcs=[score, count_tokens],
+        reward_processing_classes=[tokenizer, tokenizer],  # the second is not asked
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in job.prompt_texts]),
+    )
+
+    def run(number: int) -> Work:
+        places = job.prompts_of_round(number, job.samples // job.group_size)
+        trainer.train_dataset = Dataset.from_list([{"prompt": job.prompt_texts[i]} for i in places])
+        lengths.clear()
+        trainer.train()
+        prompt_tokens = sum(len(job.rows[i].prompt) for i in places)
+        return job.sample_work("grpo", prompt_tokens, list(lengths))
+
+    return run
+
+
+def _generation(job: Job) -> Round:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    # nothing is trained: the weights themselves are in the job's precision
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=DTYPES[job.precision])
+    model = model.to(device).eval()  # type: ignore[arg-type]
+
+    def run(number: int) -> Work:
+        prompts = [
+            job.rows[i].prompt for i in job.prompts_of_round(number, job.generation_batch)
+        ]  # fmt: skip
+        replies = sample(model, tokenizer, prompts, job.max_new_tokens)
+        lengths = [len(reply) for reply in replies]
+        return job.sample_work("generation", sum(map(len, prompts)), lengths)
+
+    return run
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """`model.generate` on a batch padded on the left, from the unfiltered softmax."""
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    output = model.generate(
+        **padded.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    replies, end = output[:, padded["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
+    return [row[: row.index(end) + 1] if end in row else row for row in replies]
+
+
+if __name__ == "__main__":
+    wanted = read_job(sys.argv[1])
+    logging.set_verbosity_error()
+    torch.set_num_threads(wanted.threads)
+    torch.manual_seed(0)
+    serve(lambda: load(sys.argv[2], wanted))
