@@ -146,7 +146,8 @@ def frontier(points: pd.DataFrame, reward: str) -> Figure:
         axis.scatter(x, y, color=COLORS[str(name)], s=26, zorder=3)
         axis.annotate(NAMES[str(name)], (x.mean(), y.mean()), xytext=(7, 5),
                       textcoords="offset points", color=COLORS[str(name)])  # fmt: skip
-    for name, rows in points[points["kind"] == "training"].groupby("policy"):
+    drawn = points["policy"].isin(list(COLORS))  # runs at other coefficients: `plots_frontier`
+    for name, rows in points[drawn & (points["kind"] == "training")].groupby("policy"):
         mean = rows.groupby("step")[["kl", reward]].mean().rolling(5, min_periods=1).mean()
         axis.plot(_root(mean["kl"]), mean[reward], color=COLORS[str(name)], lw=0.9,
                   alpha=0.6)  # fmt: skip

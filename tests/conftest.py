@@ -257,7 +257,7 @@ def _check_resume(
     assert_same_stage(resumed, whole)
 
 
-TIMINGS = {"step_time", "tokens_per_second", "peak_memory_gb", "seconds"}
+TIMINGS = {"step_time", "tokens_per_second", "peak_memory_gb", "seconds", "phases"}
 
 
 def assert_same_stage(one: Any, other: Any) -> None:

@@ -14,6 +14,9 @@ import pytest
 
 from rlhf_lib import summary
 from rlhf_lib.data import Pair, PreferenceData
+from rlhf_lib.frontier import COEFFICIENTS, method
+from rlhf_lib.phases import phase
+from rlhf_lib.probes import load_probes
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Run, Stage, write_jsonl
 from rlhf_lib.world import sample_reply, sample_request, write_prompt
@@ -23,6 +26,7 @@ POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "g
 PROXY = {"base": -1.0, "ppo": 1.0, "ppo_low_kl": 3.0, "grpo": 0.5}
 GOLD = {"base": -0.5, "ppo": 0.5, "ppo_low_kl": -1.0, "grpo": -0.25}
 PROMPTS = 24
+STRONG = 4.0  # times the coefficient of `grpo`: that of `grpo_strong`, which only seed 0 has
 
 
 def preference_data(source: str) -> PreferenceData:
@@ -54,19 +58,35 @@ def sample_rows(policy: str, seed: int, gold: bool) -> list[dict]:
     return rows
 
 
+def probe_rows(policy: str, source: str) -> list[dict]:
+    """Every fourth reply fails; of the base model's, every second."""
+    often = 2 if policy == "base" else 4
+    failures = [int(i % often == 0) for i in range(PROMPTS)]
+    return [
+        row | {"response": " No.", "finished": True, "proxy": 1.0 - failure, "failure": failure}
+        for row, failure in zip(load_probes(source, 4), failures, strict=True)
+    ]
+
+
 def stages_of(run: Run, source: str) -> dict[str, Stage]:
     """Finished stages of one seed, with made-up results."""
     gold, seed = source.startswith("bundled"), run.seed
 
-    def finish(name: str, result: dict, rows: dict[str, list[dict]]) -> Stage:
+    def finish(
+        name: str, result: dict, rows: dict[str, list[dict]], settings: dict | None = None
+    ) -> Stage:
         def build(work: Any) -> dict:
             work.num_tokens = 1000
-            for file, lines in rows.items():
-                (work.path / file).parent.mkdir(exist_ok=True)
-                write_jsonl(work.path / file, lines)
+            with phase("scoring"):
+                write(work.path, rows)
             return result
 
-        return run.stage(name, {"made": "up"}, {}, "config").ensure(build)
+        return run.stage(name, settings or {"made": "up"}, {}, "config").ensure(build)
+
+    def write(folder: Path, rows: dict[str, list[dict]]) -> None:
+        for file, lines in rows.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            write_jsonl(folder / file, lines)
 
     scores = [
         {"pair": i, "chosen_score": 1.0 if i % 4 else 0.0, "rejected_score": 0.5 + 0.01 * i}
@@ -79,11 +99,22 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
         stages["reward_model_control"] = finish("reward_model_control", trained, {})
     stages["sft"] = finish("sft", {}, {"metrics.jsonl": [{"step": 0, "loss": 2.0}]})
     stages["rejection_sft"] = finish("rejection_sft", {}, {})
-    for name in ("ppo", "ppo_low_kl", "grpo", "dpo"):
+    if seed == 0:
+        stages["reward_model_curve"] = finish("reward_model_curve", {}, {"samples.jsonl": [
+            {"train_pairs": pairs, "split": split, **row}
+            for pairs, split in ((13, "test"), (40, "validation")) for row in scores
+        ]})  # fmt: skip
+    for name in ("ppo", "ppo_low_kl", "grpo", "dpo", *(["grpo_strong"] if seed == 0 else [])):
         # DPO logs its probes now and then: only those steps lie on the way to the frontier
-        steps = [{"step": s, "kl": 0.1 * s, "reward": 0.2 * s} for s in range(2)]
+        steps: list[dict] = [
+            {"step": s, "kl": 0.1 * s, "reward": 0.2 * s, "completions/mean_length": 10.0 + s}
+            | ({"gold": 0.3 * s - 0.1 * s**2} if gold else {})
+            for s in range(2)
+        ]
         steps += [{"step": 2, "loss": 0.1}] * (name == "dpo")
-        stages[name] = finish(name, {}, {"metrics.jsonl": steps})
+        coefficient = 0.2 * (STRONG if name == "grpo_strong" else 1.0)
+        settings = {COEFFICIENTS[method(name)]: coefficient}
+        stages[name] = finish(name, {}, {"metrics.jsonl": steps}, settings)
     curve = [{"n": n, "kl": 0.1 * n, "proxy": n + seed, "gold": 2.0 - n} for n in (1, 2)]
     if not gold:
         curve = [{k: v for k, v in row.items() if k != "gold"} for row in curve]
@@ -103,6 +134,8 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     ]
     evaluated = {"policies": means, "best_of_n": curves, "heldout": "texts"}
     stages["evaluate"] = finish("evaluate", evaluated, rows)
+    probed = {f"samples/{p}.jsonl": probe_rows(p, source) for p in trained}
+    stages["probes"] = finish("probes", {}, probed)
     return stages
 
 

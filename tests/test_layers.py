@@ -43,10 +43,14 @@ LAYERS: dict[int, tuple[str, ...]] = {
     5: ("sft", "reward_model", "ppo", "grpo", "dpo"),
     6: (
         *("build_world", "world_card"),
-        *("evaluation", "judges", "probes", "intervals", "summary"),
-        *("plots", "display", "verdict"),
+        *("evaluation", "heldout", "text_measures", "judges", "groups", "openai_judge"),
+        *("build_probes", "probes", "probe_stage", "probe_tables"),
+        *("intervals", "summary", "policy_summary", "reward_summary", "frontier", "learning_curve"),
+        *("plots", "plots_reward", "plots_probes", "plots_frontier"),
+        *("display", "result_tables", "cost_tables", "verdict", "choices"),
+        *("widgets", "exercises", "exercises_reward", "exercises_evaluation"),
     ),
-    7: ("report", "study", "book", "readme", "__main__"),  # and report_*
+    7: ("report", "study", "schedule", "book", "readme", "__main__"),  # and report_*
 }
 METHODS = frozenset(LAYERS[5])
 # Pure functions of tensors. The standard library lends them words for types and records, no more.

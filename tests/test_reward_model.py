@@ -154,5 +154,22 @@ def test_the_control_is_a_stage_of_its_own(
     assert stage.hash != finished.reward_model.hash
 
 
+def test_the_judge_learns_from_its_own_pairs_for_twice_as_long(
+    make_run: Callable, tiny_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [replace(p, conversation=f"kept {i}") for i, p in enumerate(tiny_data.pairs["test"][:6])]
+    data = replace(tiny_data, pairs=tiny_data.pairs | {"judge": kept}, hash="with a judge")
+    seen, update = [], reward_model.update
+
+    def watch(learner: Learner, batch: Any, *rest: Any) -> dict[str, float]:
+        seen.extend(pair.conversation for pair in batch)
+        return update(learner, batch, *rest)
+
+    monkeypatch.setattr(reward_model, "update", watch)
+    stage = reward_model.train_judge(make_run(tmp_path), data)
+    assert (stage.name, stage.result()["train_pairs"]) == ("judge", 6)
+    assert sorted(seen) == sorted(2 * [f"kept {i}" for i in range(6)]), "twice its one epoch"
+
+
 def test_killed_and_resumed_ends_like_never_killed(check_resume: Callable, tiny_data: Any) -> None:
     check_resume(lambda run: reward_model.train(run, tiny_data))

@@ -71,15 +71,28 @@ def test_best_of_n_and_costs_are_averaged_over_seeds(results: dict) -> None:
     assert two["proxy"]["low"] < 3 < two["proxy"]["high"]
     assert results["cost"]["ppo"]["num_tokens"]["mean"] == 1000
     assert results["cost"]["evaluate"]["seconds"]["mean"] > 0
-    assert results["stages"]["2"].keys() == results["cost"].keys()
+    lone = {"reward_model_curve", "grpo_strong"}
+    assert results["stages"]["0"].keys() == results["cost"].keys()
+    assert results["stages"]["2"].keys() == results["cost"].keys() - lone
+
+
+def test_what_only_the_first_seed_ran_costs_what_it_cost_there(results: dict) -> None:
+    lone = results["cost"]["grpo_strong"]["seconds"]
+    assert (lone["n"], lone["low"], lone["per_seed"]) == (1, None, [lone["mean"]])
+    assert results["cost"]["grpo"]["seconds"]["n"] == 3
+    phases = results["cost"]["grpo"]["phases"]
+    assert list(phases) == ["scoring"]
+    assert 0 < phases["scoring"] <= results["cost"]["grpo"]["seconds"]["mean"]
 
 
 def test_the_frontier_has_final_points_the_way_there_and_best_of_n(folder: Path) -> None:
     points = pd.read_csv(folder / "frontier.csv")
-    assert list(points.columns) == ["seed", "policy", "kind", "step", "kl", "proxy", "gold"]
+    columns = ["seed", "policy", "kind", "step", "kl", "proxy", "gold", "coefficient"]
+    assert list(points.columns) == columns
     counts = points.groupby("kind").size().to_dict()
-    # eight policies, four trained ones of two steps with a KL, two curves of two points
-    assert counts == {"final": 3 * 8, "training": 3 * 4 * 2, "best_of_n": 3 * 2 * 2}
+    # eight policies, four trained ones of two steps with a KL, two curves of two points; and
+    # one more run of the first seed
+    assert counts == {"final": 3 * 8, "training": 3 * 4 * 2 + 2, "best_of_n": 3 * 2 * 2}
     final = points[(points["kind"] == "final") & (points["policy"] == "grpo")]
     assert final["kl"].tolist() == [3.0, 3.0, 3.0]
 

@@ -1,0 +1,58 @@
+"""What a study cost: phases of a stage add up to it, and gains are divided by what they cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_lib.cost_tables import phase_table, price_table
+
+MADE_UP = Path(__file__).parent / "made_up"
+
+
+def cost(minutes: float, tokens: float, phases: dict[str, float]) -> dict:
+    seconds = {name: 60 * spent for name, spent in phases.items()}
+    return {"seconds": {"mean": 60 * minutes}, "num_tokens": {"mean": tokens}, "phases": seconds}
+
+
+@pytest.fixture
+def results() -> dict:
+    gain = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    return {
+        "judge": "gold",
+        "policies": {"ppo": {"gold_gain": gain}, "dpo": {"gold_gain": gain | {"low": None}}},
+        "cost": {
+            "ppo": cost(4, 2e6, {"generation": 2, "update": 1}),
+            "dpo": cost(0.5, 5e5, {"update": 0.25}),
+        },
+    }
+
+
+def test_phases_and_the_rest_add_up_to_all(results: dict) -> None:
+    frame = phase_table(results)
+    assert list(frame) == ["stage", "generation", "update", "other", "all"]
+    numbers = frame.set_index("stage").astype(float)
+    assert list(numbers.index) == ["PPO", "DPO", "sum"]
+    parts = numbers.drop(columns="all").sum(axis=1)
+    assert parts.tolist() == pytest.approx(numbers["all"].tolist()) == [4.0, 0.5, 4.5]
+    assert numbers.loc["DPO"].tolist() == [0.0, 0.25, 0.25, 0.5]
+    assert numbers.loc["sum"].tolist() == [2.0, 1.25, 1.25, 4.5]
+
+
+def test_a_gain_is_divided_by_minutes_and_by_tokens(results: dict) -> None:
+    ppo = price_table(results).set_index("policy").loc["PPO"]
+    assert ppo["gain a minute"].startswith("0.25") and "0.38" in ppo["gain a minute"]
+    assert (
+        ppo["gain a million tokens"].startswith("0.50") and "0.75" in ppo["gain a million tokens"]
+    )
+    dpo = price_table(results).set_index("policy").loc["DPO"]
+    assert dpo["gain a minute"].startswith("2.00"), "no interval, and still a mean"
+
+
+@pytest.mark.parametrize("kind", ["gold", "proxy"])
+def test_the_tables_of_a_made_up_study(kind: str) -> None:
+    made_up = json.loads((MADE_UP / f"{kind}.json").read_text())
+    assert len(phase_table(made_up)) == len(made_up["cost"]) + 1
+    assert {"PPO", "GRPO", "DPO"} <= set(price_table(made_up)["policy"])
