@@ -102,7 +102,7 @@ def test_the_control_reads_its_own_labels(calls: list, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "source", "nearest"),
-    [("pppo", "bundled", "ppo"), ("reward_model_control", "path:x.jsonl", "reward_model")],
+    [("pppo", "bundled", "ppo"), ("reward_model_control", "path:x.jsonl", "reward_model_curve")],
 )
 def test_an_unknown_stage_names_the_nearest(
     calls: list, tmp_path: Path, name: str, source: str, nearest: str
