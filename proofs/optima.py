@@ -63,7 +63,7 @@ def dpo() -> list[Proof]:
 def best_of_n() -> list[Proof]:
     """KL(best of n samples || policy), from the distribution of the best, and its bound."""
     n = 8
-    bound = evaluation.best_of_n(np.zeros((1, n)), None)[-1]["kl"]
+    bound = evaluation.best_of_n(np.zeros((1, n)), {})[-1]["kl"]
     given, count = example(), 100_000
     exact = _best_of_n_kl(given.weights[given.rewards.argsort()], n)
     many = _best_of_n_kl(torch.full((count,), 1 / count, dtype=torch.float64), n)

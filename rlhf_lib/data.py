@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.audit import Dropped, describe
-from rlhf_lib.config import DataConfig
+from rlhf_lib.config import DataConfig, SettingsError
 from rlhf_lib.dialogues import Texts, Unusable, read_demonstration, read_pair, read_prompt
 from rlhf_lib.encoding import Demonstration, Encoder, Pair, Prompt, paired_lengths, sides
 from rlhf_lib.sources import DataError, Row, Source, read_source
@@ -63,6 +63,11 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
     sizes = split_sizes(config)
     encoder = Encoder(tokenizer, config.max_prompt_tokens, config.max_response_tokens)
     source = read_source(config.source)
+    if source.prompts and config.judge_pairs:
+        raise SettingsError(
+            f"data.judge_pairs={config.judge_pairs}: the bundled world keeps no pairs for a judge, "
+            "its gold reward is known; leave it at 0"
+        )
     dropped, notes = Dropped(), []
     texts = {
         split: Stored.of(Texts, _clean(rows, read_pair, dropped))

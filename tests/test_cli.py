@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rlhf_lib import book, study
+from rlhf_lib import book, schedule
 from rlhf_lib.__main__ import app, main
 
 MADE_UP = Path(__file__).parent / "made_up"
@@ -251,7 +251,7 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(study, "run_study", lambda *a: seen.append(a) or [tmp_path / "n.ipynb"])
+    monkeypatch.setattr(schedule, "run_study", lambda *a: seen.append(a) or [tmp_path / "n.ipynb"])
     monkeypatch.setattr(book, "write_report", lambda *a: (tmp_path / "a.html", tmp_path / "b.pdf"))
     given = (
         "--profile smoke --seeds 2 --data path:x --model gpt2 --set seeds=3 --set ppo.kl_coef=0.3"

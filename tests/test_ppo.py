@@ -196,7 +196,7 @@ def test_a_run_with_less_kl_is_a_stage_of_its_own(
     run = make_run(tmp_path, "ppo.updates=1")
     upstream = tiny_data, finished.sft, finished.reward_model
     stage = ppo.train(run, *upstream)
-    low = ppo.train(run, *upstream, "ppo_low_kl", kl_coef=0.01)
+    low = ppo.train(run, *upstream, "ppo_low_kl", {"kl_coef": 0.01})
     assert low.hash != stage.hash
     assert (low.config["settings"]["kl_coef"], stage.config["settings"]["kl_coef"]) == (0.01, 0.2)
     one, other = low.metrics()[0], stage.metrics()[0]
