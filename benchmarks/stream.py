@@ -83,7 +83,7 @@ def measure(path: str, rows: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Memory and speed of loading many rows.")
     parser.add_argument("--rows", type=int, default=160_000)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/stream.json"))
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the child's file

@@ -241,7 +241,7 @@ def advantage_rows() -> list[Proof]:
     mask = logprobs.length_mask(LENGTHS)
     policy, reference = (-3 * torch.rand(2, *mask.shape, generator=draw) * mask).unbind()
     rollout = Rollout(
-        [], [], mask, policy, reference, torch.ones(8).bool(), rewards, rewards, 0.0, None, None
+        [], [], mask, policy, reference, torch.ones(8).bool(), rewards, rewards, mask, None, None
     )
     config = GRPOConfig(group_size=4, kl_reward_coef=0.1, advantage="leave_one_out")
     _, ours = grpo.make_advantages(rollout, config)

@@ -109,7 +109,7 @@ def evaluate(
             temperature=config.temperature, batch_size=config.batch_size,
         )  # fmt: skip
         rater = _Rater(sampler, _frozen_reward_model(sampler, judge, run.seed))
-        prompts = data.prompts["evaluation"] * config.samples_per_prompt
+        prompts = list(data.prompts["evaluation"]) * config.samples_per_prompt
         (work.path / "samples").mkdir(exist_ok=True)
         means, nlls = {}, {}
         draws = {**policies, "sft_again": policies["sft"]}

@@ -59,14 +59,14 @@ def swept(points: pd.DataFrame) -> pd.DataFrame:
     Columns: method, policy, coefficient, kl, proxy, gold, steps. Steps are batches of training
     prompts: a run's end is known no better than these few batches allow.
     """
-    training = points[(points["kind"] == "training") & (points["seed"] == points["seed"].min())]
+    training = points.query("kind == 'training' and seed == seed.min()")
     rows = []
     for name, run in training.groupby("policy", sort=False):
         end = run.sort_values("step").tail(max(1, round(END * len(run))))
         means = end[["kl", "proxy", "gold"]].astype(float).mean()
         row = {"method": method(str(name)), "policy": name, **means, "steps": len(end)}
-        rows.append(row | {"coefficient": run["coefficient"].iloc[0]})
-    return pd.DataFrame(rows).sort_values(["method", "coefficient"]).reset_index(drop=True)
+        rows.append(row | {"coefficient": run["coefficient"].tolist()[0]})
+    return pd.DataFrame(rows).sort_values(by=["method", "coefficient"], ignore_index=True)
 
 
 def early_stops(
@@ -87,7 +87,7 @@ def early_stops(
         best = int(np.argmax(smooth["gold"]))
         rows.append(
             {"seed": run.seed, "step": best, "steps": len(steps)}
-            | {f"{k}_there": float(smooth[c].iloc[best]) for k, c in seen.items()}
-            | {f"{k}_at_end": float(smooth[c].iloc[-1]) for k, c in seen.items()}
+            | {f"{k}_there": float(smooth[c].tolist()[best]) for k, c in seen.items()}
+            | {f"{k}_at_end": float(smooth[c].tolist()[-1]) for k, c in seen.items()}
         )
     return rows

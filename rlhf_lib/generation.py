@@ -121,8 +121,8 @@ class _RoomyLayer(DynamicLayer):
         if not self.stores or self.stores[0].shape[-2] < end:
             self.stores = [s.new_empty(*s.shape[:-2], end + self.room, s.shape[-1]) for s in new]
             if start:
-                self.stores[0][..., :start, :] = self.keys
-                self.stores[1][..., :start, :] = self.values
+                for store, old in zip(self.stores, (self.keys, self.values), strict=True):
+                    store[..., :start, :] = old  # type: ignore[index]
         for store, states in zip(self.stores, new, strict=True):
             store[..., start:end, :] = states
         self.keys, self.values = (store[..., :end, :] for store in self.stores)

@@ -20,7 +20,7 @@ def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:
         mean = free.groupby("step")[["kl", reward]].mean()
         axis.plot(np.sqrt(mean["kl"]), mean[reward], "s--", ms=3, lw=1,
                   color=COLORS["best_of_n_default"], label=NAMES["best_of_n_default"])  # fmt: skip
-        for name, runs in ends.groupby("method", sort=False):
+        for name, runs in ((str(name), runs) for name, runs in ends.groupby("method", sort=False)):
             x = np.sqrt(runs["kl"].clip(lower=0))
             axis.plot(x, runs[reward], "o-", ms=4, lw=1.2, color=COLORS[name], label=NAMES[name])
             for place, y, value in zip(x, runs[reward], runs["coefficient"], strict=True):
