@@ -202,7 +202,7 @@ def test_a_run_with_less_kl_is_a_stage_of_its_own(
     one, other = low.metrics()[0], stage.metrics()[0]
     assert one["objective/scores"] == other["objective/scores"], "the same first samples"
     again = ppo.train(
-        run, tiny_data, finished.reward_model, finished.reward_model, "ppo_low_kl", 0.2
+        run, tiny_data, finished.reward_model, finished.reward_model, "ppo_low_kl", {"kl_coef": 0.2}
     )
     assert again.hash != stage.hash, "what it starts from is in the hash"
 
