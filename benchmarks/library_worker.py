@@ -6,6 +6,7 @@ python -m benchmarks.library_worker JOB.json STAGE
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,28 +55,27 @@ def _pairs(job: Job) -> list[Pair]:
     ]
 
 
-def _sft(job: Job, accelerator: Accelerator) -> Round:
-    learner = _learner(job, accelerator, load_policy(job.model))
-    rows = [Demonstration("", "", row.prompt, row.chosen) for row in job.rows]
+def _epochs(job: Job, stage: str, learner: Learner, rows: Sequence, update: Callable) -> Round:
+    """One epoch over `rows` a round, in a fresh order, by a method's own `update`."""
 
     def run(number: int) -> Work:
         for batch in shuffled_batches(len(rows), job.batch_size, 1, number):
-            sft.update(learner, [rows[i] for i in batch], job.batch_size)
-        return job.pair_work("sft")
+            update(learner, [rows[i] for i in batch], job.batch_size)
+        return job.pair_work(stage)
 
     return run
+
+
+def _sft(job: Job, accelerator: Accelerator) -> Round:
+    learner = _learner(job, accelerator, load_policy(job.model))
+    rows = [Demonstration("", "", row.prompt, row.chosen) for row in job.rows]
+    return _epochs(job, "sft", learner, rows, sft.update)
 
 
 def _reward_model(job: Job, accelerator: Accelerator) -> Round:
     model, _ = load_reward_model(job.reward_model, load_tokenizer(job.model), seed=0)
-    learner, pairs = _learner(job, accelerator, model), _pairs(job)
-
-    def run(number: int) -> Work:
-        for batch in shuffled_batches(len(pairs), job.batch_size, 1, number):
-            reward_model.update(learner, [pairs[i] for i in batch], job.batch_size)
-        return job.pair_work("reward_model")
-
-    return run
+    learner = _learner(job, accelerator, model)
+    return _epochs(job, "reward_model", learner, _pairs(job), reward_model.update)
 
 
 def _dpo(job: Job, accelerator: Accelerator) -> Round:

@@ -56,9 +56,9 @@ def first_fit(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
     First-fit decreasing: each, from the longest on, goes into the first row that has room for it.
     """
-    places, used = [(0, 0)] * len(lengths), []
+    places, used, longest = [(0, 0)] * len(lengths), [], max(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (row for row, taken in enumerate(used) if taken + lengths[i] <= max(lengths))
+        fits = (row for row, taken in enumerate(used) if taken + lengths[i] <= longest)
         row = next(fits, len(used))
         if row == len(used):
             used.append(0)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib.batches import by_length
 from rlhf_lib.config import DataConfig
 from rlhf_lib.data import Pair, PreferenceData, Prompt
 from rlhf_lib.dialogues import read_demonstration
+from rlhf_lib.dpo import sequence_logprobs
 from rlhf_lib.encoding import Demonstration, Encoder
-from rlhf_lib.logprobs import response_logprobs
 from rlhf_lib.sources import read_source
 from rlhf_lib.world import bundled_folder
 
@@ -42,18 +40,12 @@ def heldout_texts(
     return list(distinct.values())[:limit], what
 
 
-@torch.no_grad()
 def negative_logprobs(
     model: PreTrainedModel, texts: Sequence[Demonstration], batch_size: int
 ) -> list[float]:
     """-log p(reply | prompt) of each text in nats, summed over its tokens, at temperature 1."""
-    totals = [0.0] * len(texts)
-    for rows in by_length([len(t.prompt) + len(t.response) for t in texts], batch_size):
-        batch = [texts[i].prompt for i in rows], [texts[i].response for i in rows]
-        logprobs, _ = response_logprobs(model, *batch)
-        for i, total in zip(rows, (-logprobs.sum(1)).tolist(), strict=True):
-            totals[i] = total
-    return totals
+    sides = [t.prompt for t in texts], [t.response for t in texts]
+    return (-sequence_logprobs(model, *sides, batch_size)).tolist()
 
 
 def chosen_replies(prompts: Sequence[Prompt], pairs: Sequence[Pair]) -> dict[str, Pair]:
