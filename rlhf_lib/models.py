@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from rlhf_lib import hub, smollm2
+from rlhf_lib import attention, hub, smollm2
 from rlhf_lib.config import ModelConfig, SettingsError, unknown
 from rlhf_lib.lora import add_lora, merge_lora
 from rlhf_lib.phases import phase
@@ -193,7 +193,7 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
         config = AutoConfig.from_pretrained(where, **options, **settings)
         _drop_dropout(config)
         model, report = model_class.from_pretrained(
-            where, config=config, dtype=torch.float32, attn_implementation="sdpa",
+            where, config=config, dtype=torch.float32, attn_implementation=attention.NAME,
             output_loading_info=True, **options,
         )  # fmt: skip
     missing = set(report["missing_keys"])

@@ -18,7 +18,7 @@ MAX_LINES = 300
 # A module may import from its own layer and from those below. Every file must have its place here.
 LAYERS: dict[int, tuple[str, ...]] = {
     1: ("config", "profiles", "runtime", "phases", "batches", "ops", "kl"),
-    2: ("logprobs", "losses", "preference_losses", "advantages"),
+    2: ("attention", "logprobs", "losses", "preference_losses", "advantages"),
     3: (
         "controllers",
         "lora",

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_lib import attention
 from rlhf_lib.config import ModelConfig, SettingsError
 from rlhf_lib.models import (
     fingerprint,
@@ -161,7 +162,7 @@ def test_policy_is_fp32_without_dropout(base: Path) -> None:
     """Traps 4 and 14: two passes in train mode agree, and small steps are not rounded away."""
     model = load_policy(base).train()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == attention.NAME
     assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
     ids = torch.tensor(rows()[1:2])
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
