@@ -17,7 +17,7 @@ from benchmarks.protocol import Worker
 from rlhf_lib.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 1
+WARM_UP = 2  # the first touch of memory is slow, and the first round may not need all of it
 PEERS = {
     "sft": "TRL", "reward_model": "TRL", "dpo": "TRL", "grpo": "TRL",
     "ppo": "plain PPO", "generation": "transformers",
@@ -27,7 +27,7 @@ PEERS = {
 def run_rounds(
     commands: Mapping[str, Sequence[str]], rounds: int, say: Callable[[str], None]
 ) -> dict[str, list[dict]]:
-    """Rounds of both workers in turn, the first of each left out: `{"library": [...], ...}`.
+    """Rounds of both in turn, the first WARM_UP of each left out: `{"library": [...], ...}`.
 
     Nothing goes to the network: models are folders, and the hub's client is told to stay offline.
     """

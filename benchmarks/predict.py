@@ -7,16 +7,20 @@ none is assumed. Token lengths are the means of that benchmark's rows, cut at th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
+from rlhf_lib import learning_curve, reward_model
 from rlhf_lib.config import Profile
+from rlhf_lib.probes import load_probes
 from rlhf_lib.profiles import load_profile
+from rlhf_lib.study import POLICIES, stage_names, variants
 
-POLICIES = 6  # that an evaluation samples from: base, SFT, PPO twice, GRPO, DPO
+ASKED = len(POLICIES) + 1  # all policies and the pretrained model
 
 
 class Part(NamedTuple):
@@ -39,38 +43,61 @@ def gpt2_sizes() -> Sizes:
 
 
 def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
-    """The stages of one seed, each with the FLOPs that its settings ask for."""
-    data, per_seed = profile.data, []
-    ppo, grpo, best = profile.ppo, profile.grpo, profile.rejection
+    """Every stage of the first seed, each with the FLOPs that its settings ask for."""
+    found, methods = [], variants(profile)
 
     def add(
         name: str, stage: str, items: float, prompts: float, replies: float, epochs: int = 1
     ) -> None:
         tokens = round(prompts * lengths.prompt), round(replies * lengths.reply)
         rate_of = "generation" if stage == "scored_samples" else stage
-        per_seed.append(Part(name, rate_of, count(stage, sizes, round(items), *tokens, epochs)))
+        found.append(Part(name, rate_of, count(stage, sizes, round(items), *tokens, epochs)))
 
-    pairs = data.train_pairs * profile.reward_model.epochs
-    add("reward model", "reward_model", pairs, pairs, 2 * pairs)
-    shown = min(data.demonstrations, data.train_pairs) * profile.sft.epochs
-    add("SFT", "sft", shown, shown, shown)
-    drawn = best.prompts * best.samples
-    add("best-of-n SFT: samples", "scored_samples", drawn, best.prompts, drawn)
-    add("best-of-n SFT: training", "sft", best.prompts, best.prompts * best.epochs,
-        best.prompts * best.epochs)  # fmt: skip
-    samples = ppo.updates * ppo.batch_size
-    for name in ("PPO", "PPO, low KL"):
-        add(name, "ppo", samples, samples, samples, ppo.epochs)
-    prompts = grpo.updates * grpo.prompts_per_update * grpo.dynamic_sampling
-    samples = prompts * grpo.group_size
-    add("GRPO", "grpo", samples, prompts, samples, grpo.iterations)
-    pairs = data.train_pairs * profile.dpo.epochs
-    add("DPO", "dpo", pairs, pairs, 2 * pairs)
-    answers = POLICIES * data.evaluation_prompts
-    add("evaluation: answers", "scored_samples", answers, answers, answers)
-    tried, n = profile.evaluation.best_of_n_prompts, profile.evaluation.best_of_n
-    add("evaluation: best of n", "scored_samples", tried * n, tried, tried * n)
-    return per_seed
+    def add_pairs(name: str, stage: str, pairs: int) -> None:
+        add(name, stage, pairs, pairs, 2 * pairs)
+
+    def add_samples(name: str, prompts: int, each: int) -> None:
+        add(name, "scored_samples", prompts * each, prompts, prompts * each)
+
+    data, scored, measured = profile.data, profile.reward_model, profile.evaluation
+    for stage in stage_names(profile):
+        method, changes = methods.get(stage, (stage, {}))
+        if method in ("reward_model", "reward_model_control"):
+            add_pairs(stage, "reward_model", data.train_pairs * scored.epochs)
+        elif method == "reward_model_curve":
+            smaller = sum(learning_curve.sizes(data.train_pairs, scored.curve_points))
+            add_pairs(stage, "reward_model", smaller * scored.epochs)
+        elif method == "judge":
+            epochs = reward_model.JUDGE_EPOCHS * scored.epochs
+            add_pairs(stage, "reward_model", data.judge_pairs * epochs)
+        elif method == "sft":
+            shown = min(data.demonstrations, data.train_pairs) * profile.sft.epochs
+            add(stage, "sft", shown, shown, shown)
+        elif method == "rejection_sft":
+            best = profile.rejection
+            add_samples(f"{stage}: samples", best.prompts, best.samples)
+            shown = best.prompts * best.epochs
+            add(f"{stage}: training", "sft", shown, shown, shown)
+        elif method == "ppo":
+            samples = profile.ppo.updates * profile.ppo.batch_size
+            add(stage, "ppo", samples, samples, samples, profile.ppo.epochs)
+        elif method == "grpo":
+            grpo = replace(profile.grpo, **changes)
+            prompts = grpo.updates * grpo.prompts_per_update * grpo.dynamic_sampling
+            samples = prompts * grpo.group_size
+            add(stage, "grpo", samples, prompts, samples, grpo.iterations)
+        elif method == "dpo":
+            add_pairs(stage, "dpo", data.train_pairs * profile.dpo.epochs)
+        elif method == "probes":
+            probes = len(load_probes(data.source, measured.probe_prompts))
+            add_samples(stage, probes, ASKED * measured.probe_samples)
+        elif method == "evaluate":
+            add_samples(f"{stage}: answers", data.evaluation_prompts,
+                        ASKED * measured.samples_per_prompt)  # fmt: skip
+            add_samples(f"{stage}: best of n", measured.best_of_n_prompts, measured.best_of_n)
+        elif method != "dataset":
+            raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")
+    return found
 
 
 def predict(measured: Mapping, profile_name: str = "full") -> dict:

@@ -170,7 +170,7 @@ def prediction_summary(prediction: Mapping) -> str:
     """Work and time of each stage of a profile, and what they were derived from, as Markdown."""
     rows = [
         {
-            "stage": row["stage"],
+            "stage": row["stage"].replace("_", " "),
             "items": f"{row['items']:,}",
             "PFLOP": f"{row['flops'] / 1e15:,.1f}",
             "hours": _hours(row["hours"]),

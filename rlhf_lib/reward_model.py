@@ -22,6 +22,7 @@ from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
 
 NORMALISATION_SAMPLE = 1024  # demonstrations that define reward 0 and 1
+JUDGE_EPOCHS = 2  # for each of the reward model's
 
 
 def update(
@@ -88,11 +89,13 @@ def measure_scale(
 
 
 def train_judge(run: Run, data: PreferenceData) -> Stage:
-    """The held-out judge: a reward model from pairs that no other stage reads, for twice as long.
+    """The held-out judge: a reward model from pairs that no other stage reads, trained for longer.
 
     It judges what was optimised against the proxy, so it must not share the proxy's mistakes.
     """
-    return train(run, data, "judge", split="judge", epochs=2 * run.profile.reward_model.epochs)
+    return train(
+        run, data, "judge", split="judge", epochs=JUDGE_EPOCHS * run.profile.reward_model.epochs
+    )
 
 
 def train(

@@ -48,12 +48,14 @@ def test_both_workers_answer_in_turn_and_the_warm_up_does_not_count(
     lines: list[str] = []
     found = compare.run_rounds(commands, 2, lines.append)
     order = (tmp_path / "log").read_text().split("\n")[:-1]
-    assert order == [f"{name} {n}" for n in range(3) for name in ("library", "peer")]
+    assert order == [
+        f"{name} {n}" for n in range(compare.WARM_UP + 2) for name in ("library", "peer")
+    ]
     for side in found.values():
-        assert [record["items"] for record in side] == [11, 12]
+        assert [record["items"] for record in side] == [10 + compare.WARM_UP, 11 + compare.WARM_UP]
         assert all(record["seconds"] > 0 for record in side)
         assert all(0.01 < record["peak_memory_gb"] < 100 for record in side)
-    assert sum("warm-up" in line for line in lines) == 2
+    assert sum("warm-up" in line for line in lines) == 2 * compare.WARM_UP
 
 
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from benchmarks.work import PASSES, Sizes, count, sizes_of
 from rlhf_lib import readme
 from rlhf_lib.config import SettingsError
 from rlhf_lib.models import load_tokenizer
-from rlhf_lib.profiles import load_profile
+from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.study import stage_names
 
 has_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
 
@@ -216,9 +217,20 @@ def test_a_prediction_is_counted_work_over_a_measured_rate() -> None:
     # policy forward and backward, reference forward; GPT-2's 85 M weights and 38.6 M of its output
     assert sizes.trunk == 12 * 12 * 768 * 768
     flops = 8 * (sizes.trunk * 200 + sizes.head * 100) * pairs
-    assert rows["DPO"]["flops"] == pytest.approx(flops)
-    assert rows["DPO"]["hours"] == pytest.approx(flops / 1e11 / 3600)
+    assert rows["dpo"]["flops"] == pytest.approx(flops)
+    assert rows["dpo"]["hours"] == pytest.approx(flops / 1e11 / 3600)
     assert found["hours"] == pytest.approx(sum(row["hours"] for row in found["stages"]))
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_stage_of_a_profile_is_predicted(name: str) -> None:
+    profile = load_profile(name)
+    lengths = predict.Lengths(100.0, 40.0)
+    found = predict.parts(profile, predict.gpt2_sizes(), lengths)
+    assert {part.name.partition(":")[0] for part in found} == set(stage_names(profile)) - {
+        "dataset"
+    }
+    assert min(part.work.flops for part in found) > 0
 
 
 def test_no_rate_is_invented() -> None:
@@ -227,7 +239,7 @@ def test_no_rate_is_invented() -> None:
     found = predict.predict(measured, "full")
     assert found["hours"] is None
     text = readme.prediction_summary(found)
-    assert text.count("not measured") == 3  # PPO twice, and the sum
+    assert text.count("not measured") == 4  # PPO at three KL coefficients, and the sum
     assert "No GPU was measured" in text
 
 
