@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
-from rlhf_lib import learning_curve, reward_model
+from rlhf_lib import learning_curve, reward_model, second_opinion
 from rlhf_lib.config import Profile
 from rlhf_lib.probes import load_probes
 from rlhf_lib.profiles import load_profile
@@ -50,7 +50,7 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
         name: str, stage: str, items: float, prompts: float, replies: float, epochs: int = 1
     ) -> None:
         tokens = round(prompts * lengths.prompt), round(replies * lengths.reply)
-        rate_of = "generation" if stage == "scored_samples" else stage
+        rate_of = {"scored_samples": "generation", "scored": "reward_model"}.get(stage, stage)
         found.append(Part(name, rate_of, count(stage, sizes, round(items), *tokens, epochs)))
 
     def add_pairs(name: str, stage: str, pairs: int) -> None:
@@ -95,6 +95,9 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
             add_samples(f"{stage}: answers", data.evaluation_prompts,
                         ASKED * measured.samples_per_prompt)  # fmt: skip
             add_samples(f"{stage}: best of n", measured.best_of_n_prompts, measured.best_of_n)
+        elif method == "second_opinion":
+            scores = 2 * len(second_opinion.WATCHED) * data.evaluation_prompts
+            add(stage, "scored", scores, scores, scores)
         elif method != "dataset":
             raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")
     return found

@@ -41,6 +41,7 @@ PASSES = {
     "dpo": Passes(4, 4),  # the policy's forward and backward, the reference's forward
     "generation": Passes(1, 1),
     "scored_samples": Passes(2, 1),  # of a profile's evaluation: sampled, then scored
+    "scored": Passes(1, 0),  # by a reward model
     # sample, reward model, reference; the log-probs of sampling serve as the old ones
     "grpo": Passes(3, 2, epoch_trunk=3, epoch_head=3),
     # the same and the values; then policy and value model, forward and backward

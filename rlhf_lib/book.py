@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import proofs
-from rlhf_lib import plots, report, verdict
+from rlhf_lib import plots, plots_reward, report, verdict
 from rlhf_lib.config import Profile
 from rlhf_lib.display import COMPARISON_CAPTION, comparison_table, figure_bundle, table_bundle
 from rlhf_lib.runs import write_json
@@ -171,7 +171,9 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
         "reward_model": plots.accuracy_bars(
             results["reward_model"]["accuracy"], results["reward_model"].get("ceiling")
         ),
-        "calibration": plots.reliability(results["reward_model"]["calibration"]),
+        "calibration": plots_reward.reliability(
+            {"as trained": results["reward_model"]["calibration"]}
+        ),
         "best_of_n": plots.best_of_n(results["best_of_n"], results["judge"] == "gold"),
     }
     paths = [target / "results.json", target / "frontier.csv"]

@@ -39,6 +39,7 @@ NAMES = {
     "dataset": "data",
     "evaluate": "evaluation",
     "probes": "probes",
+    "second_opinion": "second opinion",
     "judge": "held-out judge",
     "reward_model_curve": "reward model, less data",
     "rloo": "RLOO",

@@ -81,20 +81,6 @@ def accuracy_bars(accuracy: Mapping[str, Mapping], ceiling: float | None) -> Fig
     return figure
 
 
-def reliability(calibration: Mapping) -> Figure:
-    """Confidence of the reward model against how often it was right."""
-    figure = _figure(3.6, 3.2)
-    axis = figure.subplots()
-    bins = pd.DataFrame(calibration["bins"])
-    axis.plot([0.5, 1], [0.5, 1], color="#888888", lw=0.8, ls=":")
-    error = [bins["mean"] - bins["low"], bins["high"] - bins["mean"]]
-    axis.errorbar(bins["confidence"], bins["mean"], yerr=error, fmt="o-", capsize=3,
-                  color=COLORS["reward_model"])  # fmt: skip
-    axis.set_xlabel("confidence, σ(|difference of scores|)")
-    axis.set_ylabel("accuracy")
-    return figure
-
-
 def histograms(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """Overlaid outlines of several distributions on one common grid."""
     figure = _figure(7.2, 2.6)
@@ -241,27 +227,6 @@ def by_category(estimates: Mapping[str, Mapping], xlabel: str, color: str) -> Fi
     axis.set_yticks(range(len(estimates)), list(estimates))
     axis.invert_yaxis()
     axis.set_xlabel(xlabel)
-    return figure
-
-
-def runs_compared(
-    per_policy: Mapping[str, Sequence[Mapping]], columns: Mapping[str, str]
-) -> Figure:
-    """The same training metrics of several runs, one panel a metric, one colour a policy.
-
-    `per_policy`: the metrics of one run of each. Faint lines are single steps, bold ones their
-    running mean over five.
-    """
-    figure = _figure(7.2, 2.5)
-    axes = np.atleast_1d(figure.subplots(1, len(columns)))
-    for axis, (key, title) in zip(axes, columns.items(), strict=True):
-        for name, metrics in per_policy.items():
-            line = pd.DataFrame(list(metrics)).set_index("step")[key].dropna()
-            axis.plot(line.index, line, color=COLORS[name], lw=0.7, alpha=0.35)
-            axis.plot(line.rolling(5, 1).mean(), color=COLORS[name], lw=1.6, label=NAMES[name])
-        axis.set_title(title)
-        axis.set_xlabel("step")
-    axes[0].legend(fontsize=8)
     return figure
 
 

@@ -33,6 +33,15 @@ REPLY_CAPTION = (
     "The replies themselves: length in tokens, share that ended, distinct words and word pairs "
     "among sixteen replies, and the share of its four-word runs that a reply repeats."
 )
+OPINION_CAPTION = (
+    "Gain over SFT in the eyes of the reward model that the policy was trained on and of another "
+    "seed's, in standard deviations of demonstrations; what the first sees more, p corrected for "
+    "the number of policies (Holm); and how often the two disagree on which reply is better."
+)
+ENDPOINT_CAPTION = (
+    "Wins over SFT as {model} judges them: each pair asked in both orders, a tie is half a win. "
+    "All questions together cost {cost[dollars]:.2f} dollars."
+)
 NEED_CAPTION = "What the verdict chooses by, for each candidate: 95 % intervals."
 
 
@@ -131,6 +140,36 @@ def reply_table(results: Mapping) -> pd.DataFrame:
             for key, (label, digits, percent) in columns.items()
         }
         for name in _measured(results)
+    ])  # fmt: skip
+
+
+def opinion_table(results: Mapping) -> pd.DataFrame:
+    """What two reward models say of each policy, where there were two (`second_opinion`)."""
+    return pd.DataFrame([
+        {
+            "policy": NAMES[name],
+            "its own": interval(record["own"]),
+            "another seed's": interval(record["other"]),
+            "own less other": interval(record["excess"]),
+            **_corrected(record["excess"]),
+            "verdict": record["excess"]["verdict"],
+            "disagree": interval(record["opposite"], 0, percent=True),
+        }
+        for name, record in results["second_opinion"].items()
+    ])  # fmt: skip
+
+
+def endpoint_table(results: Mapping) -> pd.DataFrame:
+    """What a judge behind an endpoint said, where one was asked (`endpoint_judge`)."""
+    return pd.DataFrame([
+        {
+            "policy": NAMES[name],
+            "wins over SFT": interval(record.get("win_rate_vs_sft"), 0, percent=True),
+            "same in both orders": f"{record['same_in_both_orders']:.0%}"
+            if "same_in_both_orders" in record else "–",
+            "no clear answer": record["unclear"],
+        }
+        for name, record in results["endpoint_judge"]["policies"].items()
     ])  # fmt: skip
 
 

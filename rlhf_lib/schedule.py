@@ -17,7 +17,7 @@ from traitlets.config import Config
 
 from rlhf_lib.config import Profile, UserError, unknown
 from rlhf_lib.runtime import progress
-from rlhf_lib.study import MEASURED, NEEDS, NOTEBOOKS, Study, needs, stage_names
+from rlhf_lib.study import NEEDS, NOTEBOOKS, Study, needs, next_seed, stage_names
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 
@@ -45,15 +45,19 @@ def plan(profile: Profile) -> list[Job]:
         before = {home[need] for stage in NOTEBOOKS[notebook] for need in NEEDS[stage]}
         before -= {notebook}
         jobs.append(Job(notebook, 0, True, tuple(f"{need}/0" for need in sorted(before))))
+
+    def key(stage: str, seed: int) -> str:
+        return f"{stage if seed else home.get(stage, stage)}/{seed}"
+
     for seed in range(profile.seeds):
         for name in stage_names(profile, seed):
-            if name in MEASURED:
-                before = {job.name for job in jobs if job.seed == seed}
-            elif seed or name not in home:
-                before = {need if seed else home[need] for need in needs(name)}
-            else:
+            if seed == 0 and name in home:
                 continue
-            jobs.append(Job(name, seed, False, tuple(f"{n}/{seed}" for n in sorted(before))))
+            before = {key(need, seed) for need in needs(profile, name)}
+            if name == "second_opinion":
+                before.add(key("reward_model", next_seed(profile, seed)))
+            jobs.append(Job(name, seed, False, tuple(sorted(before))))
+    jobs.sort(key=lambda job: job.name == "second_opinion")  # other seeds come before it
     return [*jobs, Job(last, 0, True, tuple(job.key for job in jobs))]
 
 

@@ -15,6 +15,7 @@ from rlhf_lib import (
     ppo,
     probe_stage,
     reward_model,
+    second_opinion,
     sft,
     summary,
 )
@@ -47,31 +48,40 @@ NEEDS = {
     "ppo_low_kl": ("sft", "reward_model"),
     "grpo": ("sft", "reward_model"),
     "dpo": ("sft", "reward_model"),
+    "probes": (*POLICIES, "reward_model"),
+    "evaluate": (*POLICIES, "reward_model", "reward_model_control", "judge"),
+    "second_opinion": ("evaluate", "reward_model"),  # and the next seed's reward model
 }
-
-
 TRAINED = ("sft", "reward_model")  # what a policy is trained from
-MEASURED = ("probes", "evaluate")  # of all policies of a seed
+MEASURED = ("probes", "evaluate", "second_opinion")  # of all policies of a seed
 
 
 def stage_names(profile: Profile, seed: int = 0) -> list[str]:
     """The stages of one seed in order.
 
-    The control exists where its unbiased labels do, the judge where pairs are kept for it; how the
-    reward model grows with its data is drawn once.
+    The control exists where its unbiased labels do, the judge where pairs are kept for it, a second
+    opinion where there is a second seed; how the reward model grows with its data is drawn once.
     """
     absent = {
         "reward_model_control": not has_control(profile),
         "reward_model_curve": seed > 0 or not profile.reward_model.curve_points,
         "judge": not has_judge(profile),
+        "second_opinion": profile.seeds == 1,
     }
     swept = [name for name in variants(profile) if seed == 0 and name not in NEEDS]
-    return [*(name for name in NEEDS if not absent.get(name)), *swept, *MEASURED]
+    trained = [name for name in NEEDS if name not in MEASURED]
+    return [name for name in (*trained, *swept, *MEASURED) if not absent.get(name)]
 
 
-def needs(name: str) -> tuple[str, ...]:
-    """The stages that `name` reads; those measured read all policies (see `_measure`)."""
-    return NEEDS.get(name, TRAINED)
+def needs(profile: Profile, name: str) -> list[str]:
+    """The stages of its own seed that `name` reads."""
+    known = stage_names(profile)
+    return [need for need in NEEDS.get(name, TRAINED) if need in known]
+
+
+def next_seed(profile: Profile, seed: int) -> int:
+    """The seed whose reward model gives the second opinion."""
+    return (seed + 1) % profile.seeds
 
 
 def variants(profile: Profile) -> dict[str, tuple[str, dict]]:
@@ -132,9 +142,9 @@ class Study:
         known = stage_names(self.run.profile, self.run.seed)
         if name not in known:
             raise unknown("stage", name, known)
+        needed = {other: self.stage(other) for other in needs(self.run.profile, name)}
         if name in MEASURED:
-            return self._measure(name)
-        needed = {other: self.stage(other) for other in needs(name)}
+            return self._measure(name, needed)
         run, data = self.run, self.data
         if name == "dataset":
             return self._dataset()
@@ -163,22 +173,21 @@ class Study:
 
         return stage.ensure(build)
 
-    def _measure(self, name: str) -> Stage:
-        """`evaluate` or `probes`: what is asked of all policies."""
-        run, reward = self.run, self.stage("reward_model")
-        stages = {policy: self.stage(policy) for policy in POLICIES}
-        upstream = {policy: stage.hash for policy, stage in stages.items()}
-        upstream |= {"data": self.data.hash, "reward_model": reward.hash}
-        upstream |= {"model": fingerprint(run.profile.model.name)}
-        folders = {policy: str(stage.model_path) for policy, stage in stages.items()}
+    def _measure(self, name: str, needed: dict[str, Stage]) -> Stage:
+        """What is asked of all policies, or of their replies."""
+        run, reward = self.run, needed["reward_model"]
+        if name == "second_opinion":
+            other = replace(run, seed=next_seed(run.profile, run.seed))
+            rival = Study(other).stage("reward_model")
+            return second_opinion.measure(run, needed["evaluate"], reward, rival)
+        upstream = {other: stage.hash for other, stage in needed.items()}
+        upstream |= {"data": self.data.hash, "model": fingerprint(run.profile.model.name)}
+        folders = {policy: str(needed[policy].model_path) for policy in POLICIES}
         policies = {"base": run.profile.model.name, **folders}
         if name == "probes":
             return probe_stage.measure(run, policies, reward, upstream)
-        control = self.stage("reward_model_control") if has_control(run.profile) else None
-        judge = self.stage("judge") if has_judge(run.profile) else None
-        if control:
-            upstream["control"] = control.hash
-        return evaluation.evaluate(run, self.data, policies, reward, upstream, control, judge)
+        judges = needed.get("reward_model_control"), needed.get("judge")
+        return evaluation.evaluate(run, self.data, policies, reward, upstream, *judges)
 
     def stages(self) -> dict[str, Stage]:
         """All stages of this seed, run if missing."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from rlhf_lib import openai_judge
+from rlhf_lib import openai_judge, second_opinion
 from rlhf_lib.config import as_dict, content_hash
 from rlhf_lib.data import PreferenceData
 from rlhf_lib.frontier import early_stops, frontier
@@ -99,6 +99,7 @@ def _results(
         },
         "overoptimisation": overoptimisation(samples),
         "early_stops": early_stops(runs, stages),
+        "second_opinion": second_opinion.summarise(stages, resamples),
         "best_of_n": _best_of_n(stages),
         "failure_modes": modes,
         "probes": probe_table(stages, source, resamples),

@@ -19,6 +19,7 @@ from rlhf_lib.phases import phase
 from rlhf_lib.probes import load_probes
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Run, Stage, write_jsonl
+from rlhf_lib.second_opinion import WATCHED
 from rlhf_lib.world import sample_reply, sample_request, write_prompt
 
 POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
@@ -136,6 +137,13 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     stages["evaluate"] = finish("evaluate", evaluated, rows)
     probed = {f"samples/{p}.jsonl": probe_rows(p, source) for p in trained}
     stages["probes"] = finish("probes", {}, probed)
+    if run.profile.seeds > 1:  # another seed's reward model sees half of the gain
+        opinions = [
+            {"policy": policy, "prompt": row["prompt"], "own": row["proxy"],
+             "other": row["proxy"] - PROXY.get(policy, 0.0) / 2}
+            for policy in WATCHED for row in sample_rows(policy, seed, gold)
+        ]  # fmt: skip
+        stages["second_opinion"] = finish("second_opinion", {}, {"samples.jsonl": opinions})
     return stages
 
 

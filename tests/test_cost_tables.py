@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lib.cost_tables import phase_table, price_table
+from rlhf_lib.config import as_dict
+from rlhf_lib.cost_tables import memory_table, parts, phase_table, price_table, update_table
+from rlhf_lib.profiles import load_profile
 
 MADE_UP = Path(__file__).parent / "made_up"
 
@@ -49,6 +51,32 @@ def test_a_gain_is_divided_by_minutes_and_by_tokens(results: dict) -> None:
     assert "0.75" in ppo["gain a million tokens"]
     dpo = price_table(results).set_index("policy").loc["DPO"]
     assert dpo["gain a minute"].startswith("2.00"), "no interval, and still a mean"
+
+
+def settings(*overrides: str) -> dict:
+    return as_dict(load_profile("smoke", overrides))
+
+
+def test_passes_follow_the_settings() -> None:
+    plain = parts(settings("ppo.epochs=3", "grpo.iterations=2"))
+    # sampling, score, two log-probs, values; then three epochs of policy and value model
+    assert plain["ppo"] == (2, 2, 5 + 6, 6)
+    assert plain["grpo"] == (1, 2, 4 + 2, 2)
+    shared = parts(settings("ppo.value_model=shared", "ppo.epochs=3", "model.lora_rank=4"))
+    assert shared["ppo"] == (1, 1, 5 + 3, 3), "one trunk, and no copy for a reference"
+
+
+def test_memory_by_part_adds_up_to_the_peak() -> None:
+    names = parts(settings())
+    costs = {n: {"peak_memory_gb": {"mean": 1.0}, "num_tokens": {"mean": 1000}} for n in names}
+    results = {"settings": settings(), "cost": costs}
+    table = memory_table(results, weights=1_000_000, learnt=500_000, read_bytes=2)
+    rows = table.set_index("stage").astype(str).replace(",", "", regex=True).astype(int)
+    # PPO: two models of 4 MB, gradients and moments of half of each, two read models of 2 MB
+    assert rows.loc["PPO"].tolist() == [8, 4, 8, 4, 976, 1000]
+    assert rows.loc["SFT"].tolist() == [4, 2, 4, 0, 990, 1000]
+    tokens = update_table(results, dict.fromkeys(names, 8)).set_index("stage")
+    assert tokens.loc["PPO", "tokens an update"] == 125
 
 
 @pytest.mark.parametrize("kind", ["gold", "proxy"])

@@ -79,15 +79,6 @@ def test_accuracy_bars_hold_every_judge_and_the_ceiling(results: dict, real_resu
     assert NAMES["gold"] not in ticks(axis)
 
 
-def test_reliability_plots_accuracy_over_confidence(results: dict) -> None:
-    calibration = results["reward_model"]["calibration"]
-    axis = plots.reliability(calibration).axes[0]
-    diagonal, curve = axis.lines[:2]
-    assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist() == [0.5, 1]
-    assert curve.get_xdata().tolist() == [row["confidence"] for row in calibration["bins"]]
-    assert curve.get_ydata().tolist() == [row["mean"] for row in calibration["bins"]]
-
-
 def test_histograms_share_one_grid() -> None:
     rng = np.random.default_rng(0)
     values = {"sft": rng.normal(size=300), "ppo": rng.normal(3, 1, size=300)}
@@ -190,17 +181,6 @@ def test_categories_keep_their_order(results: dict) -> None:
     assert axis.yaxis_inverted(), "the first is on top"
 
 
-def test_runs_compared_has_a_panel_a_metric() -> None:
-    figure = plots.runs_compared(
-        {"ppo": metrics(), "grpo": metrics(1.0)}, {"reward": "R", "kl": "K"}
-    )
-    assert [axis.get_title() for axis in figure.axes] == ["R", "K"]
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["PPO", "GRPO"]
-    step, mean = figure.axes[0].lines[:2]
-    assert (step.get_ydata()[-1], mean.get_ydata()[-1]) == (11.0, 9.0)
-
-
 def test_length_histograms_show_shares_per_token() -> None:
     counts = {
         "prompt": {"edges": [0, 2, 3], "prompt": [6, 4]},
@@ -217,7 +197,7 @@ def test_figures_are_the_same_files_each_time(results: dict) -> None:
     def draw() -> list[Figure]:
         record = results["reward_model"]
         return [
-            plots.gains(results), plots.reliability(record["calibration"]),
+            plots.gains(results), plots.accuracy_bars(record["accuracy"], record["ceiling"]),
             plots.best_of_n(results["best_of_n"], gold=True),
         ]  # fmt: skip
 

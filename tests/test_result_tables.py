@@ -52,6 +52,30 @@ def test_the_pair_table_names_both_sides(results: dict) -> None:
     assert row["p (Holm)"] in ("<0.001", f"{record['p_adjusted']:.3f}")
 
 
+def test_the_second_opinion_has_a_row_for_each_policy_or_there_is_none(results: dict) -> None:
+    if results["judge"] == "proxy":  # one seed
+        assert results["second_opinion"] is None
+        return
+    table = result_tables.opinion_table(results).set_index("policy")
+    record, row = results["second_opinion"]["ppo_low_kl"], table.loc["PPO, low KL"]
+    assert row["its own"] == interval(record["own"])
+    assert row["another seed's"] == interval(record["other"])
+    assert row["verdict"] == record["excess"]["verdict"] == "higher"
+
+
+def test_an_outside_judges_table_says_where_it_gave_no_answer() -> None:
+    win = {"mean": 0.75, "low": 0.5, "high": 1.0}
+    asked = {
+        "ppo": {"win_rate_vs_sft": win, "same_in_both_orders": 0.9, "unclear": 1},
+        "dpo": {"unclear": 3},
+    }
+    table = result_tables.endpoint_table({"endpoint_judge": {"policies": asked}})
+    assert table.to_numpy().tolist() == [
+        ["PPO", "75% [50, 100]", "90%", 1],
+        ["DPO", "–", "–", 3],
+    ]
+
+
 def test_tiny_and_unknown_numbers_are_written_as_such(results: dict) -> None:
     record = results["comparisons"]["ppo_minus_grpo"]
     record |= {"p_adjusted": 0.0004, "detectable": None}

@@ -50,6 +50,9 @@ def test_further_seeds_are_bare_stages_and_the_last_notebook_waits_for_all_of_th
         ended.add(job.key)
     bare = {job.key: job for job in jobs if not job.notebook}
     assert set(bare["dpo/2"].needs) == {"sft/2", "reward_model/2"}, "seeds wait for themselves only"
+    assert "grpo_strong/0" not in bare["evaluate/0"].needs, "the sweep is not evaluated"
+    rival = {"evaluate/2", "reward_model/2", "02_reward_model/0"}
+    assert set(bare["second_opinion/2"].needs) == rival, "the last seed asks the first"
 
 
 # ------------------------------------------------------------------------------------ side by side
