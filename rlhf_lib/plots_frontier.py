@@ -1,6 +1,8 @@
-"""Figure of the sweep: how much reward each method buys with its KL, at several coefficients."""
+"""Figures of what reward costs each method: KL, at several coefficients; tokens and minutes."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -30,4 +32,24 @@ def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:
         axis.set_ylabel(f"{reward} reward")
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def budgets(runs: Mapping[str, pd.DataFrame], reward: str) -> Figure:
+    """Reward along training against tokens and against minutes, a line a method (`spent`)."""
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    labels = {"tokens": "thousand tokens", "minutes": "minutes"}
+    panels = figure.subplots(1, len(labels), sharey=True)
+    for axis, (budget, label) in zip(panels, labels.items(), strict=True):
+        smallest = min(run[budget].max() for run in runs.values())
+        axis.axvline(smallest, color="#888888", lw=0.8, ls=":")
+        for name, run in runs.items():
+            axis.plot(run[budget], run[reward], lw=1.4, color=COLORS[name])
+            axis.annotate(NAMES[name], (run[budget].iloc[-1], run[reward].iloc[-1]), (3, 0),
+                          textcoords="offset points", fontsize=7.5, va="center",
+                          color=COLORS[name])  # fmt: skip
+        axis.set_xlabel(label)
+        axis.margins(x=0.14)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"{reward} reward")
     return figure

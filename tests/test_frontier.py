@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from rlhf_lib import plots_frontier
-from rlhf_lib.frontier import early_stops, frontier, method, swept
+from rlhf_lib.frontier import at_equal_budget, early_stops, frontier, method, spent, swept
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Run
 from tests.made_up_study import STRONG, stages_of
@@ -43,6 +43,34 @@ def test_a_run_ends_with_the_mean_of_its_last_quarter() -> None:
     assert ends["kl"].tolist() == [6.5, 6.5, 2.0]
     assert ends["proxy"].tolist() == [13.0, 13.0, 4.0]
     assert ends["gold"].tolist() == [-6.5, -6.5, -2.0]
+
+
+def used(tokens: int, seconds: float, count: int = 6) -> pd.DataFrame:
+    return spent([
+        {"num_tokens": tokens * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
+        if s % 2 == 0 else {"num_tokens": tokens * (s + 1), "step_time": seconds}
+        for s in range(count)
+    ], "proxy")  # fmt: skip
+
+
+def test_what_was_spent_counts_steps_that_sampled_nothing() -> None:
+    frame = used(1000, 60.0)
+    assert frame["tokens"].tolist() == [1.0, 3.0, 5.0]
+    assert frame["minutes"].tolist() == [1.0, 3.0, 5.0]
+    assert frame["proxy"].tolist() == [0.0, 1.0, 2.0], "running means of 0, 2, 4"
+
+
+def test_runs_are_read_where_the_thriftiest_ended() -> None:
+    runs = {"ppo": used(1000, 60.0), "dpo": used(3000, 30.0)}
+    table = at_equal_budget(runs).set_index(["budget", "method"])
+    assert table.loc[("tokens", "ppo"), ["amount", "proxy", "share"]].tolist() == [5.0, 2.0, 1.0]
+    # 9,000 tokens after its third step: only its first is within 5,000
+    assert table.loc[("tokens", "dpo"), ["proxy", "share"]].tolist() == [0.0, 5.0 / 15.0]
+    assert table.loc[("minutes", "dpo"), ["amount", "proxy", "share"]].tolist() == [2.5, 2.0, 1.0]
+    assert table.loc[("minutes", "ppo"), "proxy"] == 0.0
+    figure = plots_frontier.budgets(runs, "proxy")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["PPO", "DPO"]
+    assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [5.0, 2.5]
 
 
 def logged(gold: list[float] | None) -> Any:
