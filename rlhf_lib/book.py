@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import proofs
 from rlhf_lib import plots, plots_reward, report, verdict
 from rlhf_lib.config import Profile
-from rlhf_lib.display import COMPARISON_CAPTION, comparison_table, figure_bundle, table_bundle
+from rlhf_lib.display import HEADLINE_CAPTION, figure_bundle, headline_table, table_bundle
 from rlhf_lib.runs import write_json
 from rlhf_lib.schedule import StudyError, notebook_path
 from rlhf_lib.study import NOTEBOOKS
@@ -76,11 +76,13 @@ def _subtitle(results: Mapping) -> str:
 
 
 def front_page(results: Mapping) -> nbformat.NotebookNode:
-    """The answer first: verdict, one figure, one table."""
+    """The answer first: the verdict in short, one figure, one table, on one page."""
+    said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
+    caption = HEADLINE_CAPTION.format(judge=results["judge"])
     return _notebook([
-        _prose("## The verdict\n\n" + "\n\n".join(verdict.sentences(results))),
+        _prose("## The verdict\n\n" + "\n\n".join(said)),
         _figure(plots.gains(results), _gains_caption(results)),
-        _table(comparison_table(results), COMPARISON_CAPTION),
+        _table(headline_table(results), caption),
     ])  # fmt: skip
 
 

@@ -121,10 +121,31 @@ def listed(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
+HEADLINE_CAPTION = (
+    "Every policy on the same held-out prompts, 95 % intervals in brackets: {judge} reward, which "
+    "decides, proxy reward, KL to SFT in nats a reply, and wins over SFT in {judge} reward."
+)
 COMPARISON_CAPTION = (
     "All policies on the same held-out prompts, 95 % intervals in brackets: proxy and gold reward, "
     "KL to SFT in nats a reply, win rates, length in tokens; minutes and peak memory of training."
 )
+
+
+def headline_table(results: Mapping) -> pd.DataFrame:
+    """The study in five columns, for the first page."""
+    rows = []
+    for name in (p for p in POLICIES if p in results["policies"]):
+        policy = results["policies"][name]
+        rewards = dict.fromkeys((results["judge"], "proxy"))
+        rows.append(
+            {"policy": NAMES[name]}
+            | {key: interval(policy[key]) for key in rewards}
+            | {
+                "KL": interval(policy["kl"], 1),
+                "wins vs SFT": interval(policy.get("win_rate_vs_sft"), 0, percent=True),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def comparison_table(results: Mapping) -> pd.DataFrame:

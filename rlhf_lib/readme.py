@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from rlhf_lib import verdict
-from rlhf_lib.display import comparison_table, cost_table, interval
+from rlhf_lib.display import comparison_table, interval
 
 LINK = re.compile(r"\]\(([^)]+)\)")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -54,9 +54,9 @@ def fill(text: str, figures: Path, benchmarks: Path | None = None) -> str:
 
 
 def summary(results: Mapping) -> str:
-    """Verdict, judges of pairs, policies and costs of one study, as Markdown."""
+    """Verdict, judges of pairs, and policies of one study, as Markdown."""
     parts = [*verdict.sentences(results), _markdown(_judges(results))]
-    parts += [_markdown(comparison_table(results)), _markdown(cost_table(results))]
+    parts.append(_markdown(comparison_table(results)))
     return "\n\n".join(parts)
 
 

@@ -20,6 +20,12 @@ def sentences(results: Mapping) -> list[str]:
     return [part for part in parts if part]
 
 
+def headline(results: Mapping) -> list[str]:
+    """The verdict in short, for the first page: who gained, who leads, what went wrong."""
+    parts = [_gains(results), _ranking(results), _overoptimisation(results), _best_of_n(results)]
+    return [part for part in (*parts, _scope(results)) if part]
+
+
 def _names(names: Sequence[str]) -> str:
     return listed([NAMES[name] for name in names])
 
@@ -40,6 +46,11 @@ def _gains(results: Mapping) -> str:
         verb = "are" if len(unclear) > 1 else "is"
         said.append(f"**{_names(unclear)} {verb} not distinguishable from SFT** ({numbers})")
     text = "; ".join(said) + "."
+    if any(gains[name]["low"] > 0 or gains[name]["high"] < 0 for name in unclear):
+        text += (
+            " An interval that leaves out 0 is not enough here: among so many comparisons, one in "
+            "twenty does so by chance, and Holm's correction takes that off."
+        )
     if judge == "judge":
         text += (
             " The judge is a reward model trained on pairs that the proxy never saw: it shares the "

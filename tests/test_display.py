@@ -131,6 +131,14 @@ def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
     assert table.loc["PPO", "min"] == f"{seconds / 60:.1f}"
 
 
+def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None:
+    table = display.headline_table(results).set_index("policy")
+    rewards = list(dict.fromkeys((results["judge"], "proxy")))
+    assert list(table.columns) == [*rewards, "KL", "wins vs SFT"]
+    ppo = results["policies"]["ppo"]
+    assert table.loc["PPO", rewards[0]] == display.interval(ppo[rewards[0]])
+
+
 def test_the_failure_table_explains_every_mode(results: dict) -> None:
     modes = results["failure_modes"]
     table = display.failure_table(modes, DESCRIPTIONS).set_index("failure")

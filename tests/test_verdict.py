@@ -51,6 +51,17 @@ def test_a_tie_is_called_a_tie(results: dict) -> None:
     assert not re.search(FINDINGS, said)
 
 
+def test_an_interval_without_0_that_does_not_survive_the_correction_is_explained(
+    results: dict,
+) -> None:
+    assert "Holm's correction takes that off" not in text(results)
+    results["policies"]["ppo"]["gold_gain"] = UP | {"verdict": "not distinguishable"}
+    first = verdict.sentences(results)[0]
+    assert "PPO, GRPO and DPO are not distinguishable" in first
+    assert "PPO 0.50 [0.40, 0.60]" in first
+    assert "Holm's correction takes that off" in first
+
+
 def test_a_clear_winner_comes_first_with_its_numbers(results: dict) -> None:
     results["policies"]["ppo"]["gold_gain"] = UP
     results["comparisons"]["ppo_minus_grpo"] = results["comparisons"]["ppo_minus_dpo"] = UP

@@ -16,11 +16,13 @@ local function append(list, more)
 end
 
 local LONG = 40 -- from so many characters on, a column holds running text and is given room to wrap
+local SHORT = 16 -- up to so many characters, a name in the first column stays in one piece
 local GAP = 2 -- the space between two columns, in characters
 local NUMBER = "^[+%-]?[%d%.,]+[eE]?[+%-]?%d*%%?$"
 local JOINTS = "[/_%-%.=,:]"
 
 local function is_number(text)
+  text = text:gsub("%s*\u{25b2}$", ""):gsub("%s*\u{25bc}$", "") -- higher, lower than SFT
   text = text:gsub("\u{2212}", "-"):gsub("%s*\u{b1}.*$", ""):gsub("%s*[%[%(].*[%]%)]$", "")
   return text == "" or text == "NaN" or text == "\u{2013}" or text == "\u{2014}"
     or text:match(NUMBER) ~= nil
@@ -87,8 +89,9 @@ local function measure(tbl)
     if column then
       local length = characters(text)
       column.natural = math.max(column.natural, length)
-      -- a number is kept on one line, a name may break at its joints
-      local least = (in_head or not is_number(text)) and longest_piece(text) or length
+      -- a number, and a short name of a row, is kept on one line; a long name breaks at its joints
+      local whole = is_number(text) and not in_head or i == 1 and length <= SHORT
+      local least = whole and length or longest_piece(text)
       column.least = math.max(column.least, least)
       column.numeric = column.numeric and (in_head or is_number(text))
     end
