@@ -117,6 +117,31 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], gold: bool) -> Fig
     return figure
 
 
+def label_right(
+    axis: Axes, labels: Sequence[tuple[str, float, float, str]], fontsize: float = 8
+) -> None:
+    """Names at the right edge, each led to its point: (text, x, y, color). None covers another.
+
+    Call it when all else is drawn: places depend on the limits of the axis.
+    """
+    low, high = axis.get_ylim()
+    inches = axis.get_figure().get_figheight()  # type: ignore[union-attr]
+    gap = 1.5 * fontsize / 72 / (0.8 * inches)  # a line of text, as a share of the axis
+    ordered = sorted(labels, key=lambda label: label[2])
+    places: list[float] = []
+    for _, _, y, _ in ordered:
+        wanted = (y - low) / (high - low)
+        places.append(max(wanted, places[-1] + gap) if places else wanted)
+    for i in reversed(range(len(places))):  # what was pushed over the top comes down again
+        places[i] = min(places[i], 1.0 - gap * (len(places) - 1 - i))
+    for (text, x, y, color), place in zip(ordered, places, strict=True):
+        axis.annotate(
+            text, (x, y), (1.02, place), textcoords="axes fraction", va="center", color=color,
+            fontsize=fontsize, arrowprops={"arrowstyle": "-", "lw": 0.5, "color": color,
+                                           "alpha": 0.5, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+
+
 def _root(kl: object) -> np.ndarray:
     """√KL; a sampled estimate just below 0 counts as 0."""
     return np.sqrt(np.maximum(np.asarray(kl, dtype=float), 0))
@@ -125,14 +150,13 @@ def _root(kl: object) -> np.ndarray:
 def frontier(points: pd.DataFrame, reward: str) -> Figure:
     """Reward against √KL: final policies of every seed, best-of-n, and the way there."""
     figure = _figure(7.2, 3.6)
-    axis = figure.subplots()
+    axis, labels = figure.subplots(), []
     final = points[(points["kind"] == "final") & (points["policy"] != "sft_again")]
     for name, rows in final.groupby("policy", sort=False):
         x, y = _root(rows["kl"]), rows[reward]
         axis.scatter(x, y, color=COLORS[str(name)], s=26, zorder=3)
-        axis.annotate(NAMES[str(name)], (x.mean(), y.mean()), xytext=(7, 5),
-                      textcoords="offset points", color=COLORS[str(name)])  # fmt: skip
-    drawn = points["policy"].isin(list(COLORS))  # runs at other coefficients: `plots_frontier`
+        labels.append((NAMES[str(name)], float(x.mean()), float(y.mean()), COLORS[str(name)]))
+    drawn = points["policy"].isin(final["policy"])  # runs at other settings: `plots_frontier`
     for name, rows in points[drawn & (points["kind"] == "training")].groupby("policy"):
         mean = rows.groupby("step")[["kl", reward]].mean().rolling(5, min_periods=1).mean()
         axis.plot(_root(mean["kl"]), mean[reward], color=COLORS[str(name)], lw=0.9,
@@ -141,11 +165,11 @@ def frontier(points: pd.DataFrame, reward: str) -> Figure:
         mean = rows.groupby("step")[["kl", reward]].mean()
         axis.plot(_root(mean["kl"]), mean[reward], "s--", ms=3, lw=1, color=COLORS[str(name)])
         last = mean.iloc[-1]
-        axis.annotate(NAMES[str(name)], (float(last["kl"]) ** 0.5, last[reward]), xytext=(5, -3),
-                      textcoords="offset points", fontsize=8, color=COLORS[str(name)])  # fmt: skip
+        end = float(last["kl"]) ** 0.5, float(last[reward])
+        labels.append((NAMES[str(name)], *end, COLORS[str(name)]))
     axis.set_xlabel("√KL to SFT (nats½)")
     axis.set_ylabel(f"{reward} reward")
-    axis.margins(x=0.12)
+    label_right(axis, labels)
     return figure
 
 
@@ -158,19 +182,21 @@ def _smooth(metrics: Sequence[Mapping], key: str) -> pd.Series:
 def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> Figure:
     """Proxy and gold reward along training, one panel a policy; thin lines are seeds."""
     figure = _figure(7.2, 2.6)
-    axes = np.atleast_1d(figure.subplots(1, len(per_policy), sharey=True))
+    axes, ends = np.atleast_1d(figure.subplots(1, len(per_policy), sharey=True)), []
     for axis, (name, per_seed) in zip(axes, per_policy.items(), strict=True):
+        labels = []
         for key, label in (("reward", "proxy"), ("gold", "gold")):
             lines = [_smooth(metrics, key) for metrics in per_seed]
             for line in lines:
                 axis.plot(line.index, line, color=COLORS[label], lw=0.7, alpha=0.35)
             mean = pd.concat(lines, axis=1).mean(axis=1)
             axis.plot(mean.index, mean, color=COLORS[label], lw=1.8)
-            axis.annotate(label, (mean.index[-1], mean.iloc[-1]), xytext=(4, 0), va="center",
-                          textcoords="offset points", color=COLORS[label])  # fmt: skip
+            labels.append((label, float(mean.index[-1]), float(mean.iloc[-1]), COLORS[label]))
+        ends.append((axis, labels))
         axis.set_title(NAMES[name], color=COLORS[name])
         axis.set_xlabel("update")
-        axis.margins(x=0.15)
+    for axis, labels in ends:  # when all panels have set the limits that they share
+        label_right(axis, labels)
     axes[0].set_ylabel("reward")
     return figure
 

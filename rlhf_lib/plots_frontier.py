@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from rlhf_lib.display import NAMES
 from rlhf_lib.frontier import swept
-from rlhf_lib.plots import COLORS
+from rlhf_lib.plots import COLORS, label_right
 
 
 def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:
@@ -45,11 +45,11 @@ def budgets(runs: Mapping[str, pd.DataFrame], reward: str) -> Figure:
         axis.axvline(smallest, color="#888888", lw=0.8, ls=":")
         for name, run in runs.items():
             axis.plot(run[budget], run[reward], lw=1.4, color=COLORS[name])
-            axis.annotate(NAMES[name], (run[budget].iloc[-1], run[reward].iloc[-1]), (3, 0),
-                          textcoords="offset points", fontsize=7.5, va="center",
-                          color=COLORS[name])  # fmt: skip
         axis.set_xlabel(label)
-        axis.margins(x=0.14)
-        axis.spines[["top", "right"]].set_visible(False)
+    for axis, budget in zip(panels, labels, strict=True):
+        label_right(axis, [
+            (NAMES[name], float(run[budget].iloc[-1]), float(run[reward].iloc[-1]), COLORS[name])
+            for name, run in runs.items()
+        ])  # fmt: skip
     panels[0].set_ylabel(f"{reward} reward")
     return figure

@@ -132,8 +132,20 @@ def test_the_frontier_is_over_the_root_of_kl(frontier_points: pd.DataFrame) -> N
     assert way.get_xdata()[-1] == pytest.approx(np.sqrt(np.mean(range(5))))  # mean of five
     assert best.get_xdata().tolist() == [0.0, 1.0]
     assert best.get_ydata().tolist() == [0.25, 0.5]
-    assert texts(axis) == ["SFT", "PPO", NAMES["best_of_n_default"]]
+    assert texts(axis) == ["SFT", NAMES["best_of_n_default"], "PPO"], "from the lowest up"
     assert axis.get_ylabel() == "gold reward"
+
+
+def test_names_at_the_edge_do_not_cover_each_other() -> None:
+    axis = Figure(figsize=(4, 3)).subplots()
+    axis.set_ylim(0, 1)
+    heights = {"a": 0.99, "b": 0.98, "c": 0.2, "d": 0.97}
+    plots.label_right(axis, [(name, 0.5, y, "#000000") for name, y in heights.items()])
+    assert texts(axis) == ["c", "d", "b", "a"]
+    places = [text.xyann[1] for text in axis.texts]  # type: ignore[attr-defined]
+    assert places[0] == pytest.approx(0.2), "who has room stays at its own height"
+    assert min(np.diff(places)) > 0.05
+    assert places[-1] <= 1.0
 
 
 def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
@@ -141,7 +153,7 @@ def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
     figure = plots.overoptimisation({"ppo": seeds, "dpo": seeds})
     assert [axis.get_title() for axis in figure.axes] == ["PPO", "DPO"]
     for axis in figure.axes:
-        assert texts(axis) == ["proxy", "gold"]
+        assert set(texts(axis)) == {"proxy", "gold"}
         *_, proxy_mean = axis.lines[:3]
         *_, gold_mean = axis.lines[3:]
         assert proxy_mean.get_ydata()[-1] == pytest.approx(11.0)  # 9, 10, 11 and two more, halved

@@ -19,13 +19,14 @@ local LONG = 40 -- from so many characters on, a column holds running text and i
 local SHORT = 16 -- up to so many characters, a name in the first column stays in one piece
 local GAP = 2 -- the space between two columns, in characters
 local NUMBER = "^[+%-]?[%d%.,]+[eE]?[+%-]?%d*%%?$"
+local NUMBERS = "^[%d%.+%-]+, [%d%.,+%- ]+$" -- several, such as those of single seeds
 local JOINTS = "[/_%-%.=,:]"
 
 local function is_number(text)
   text = text:gsub("%s*\u{25b2}$", ""):gsub("%s*\u{25bc}$", "") -- higher, lower than SFT
   text = text:gsub("\u{2212}", "-"):gsub("%s*\u{b1}.*$", ""):gsub("%s*[%[%(].*[%]%)]$", "")
   return text == "" or text == "NaN" or text == "\u{2013}" or text == "\u{2014}"
-    or text:match(NUMBER) ~= nil
+    or text:match(NUMBER) ~= nil or text:match(NUMBERS) ~= nil
 end
 
 local function characters(text)
