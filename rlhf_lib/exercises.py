@@ -38,7 +38,7 @@ def judge(checks: Mapping[str, Callable], name: str, answer: object, *given: obj
     given: what of the run the check needs. Raises KeyError for an exercise that does not exist.
     """
     try:
-        _refuse_blank(answer)
+        refuse_blank(answer)
         hint = checks[name](answer, *given)
     except Unanswered:
         print(f"{name}: not answered yet")
@@ -46,14 +46,14 @@ def judge(checks: Mapping[str, Callable], name: str, answer: object, *given: obj
         print(f"{name}: right" if hint is None else f"{name}: not yet. {hint}")
 
 
-def _refuse_blank(answer: object) -> None:
+def refuse_blank(answer: object) -> None:
     if answer is ...:
         raise Unanswered
 
 
-def _differs(answer: object, truth: object, tolerance: float = 1e-3) -> bool:
+def differs(answer: object, truth: object, tolerance: float = 1e-3) -> bool:
     """Whether an answer (number, tensor, list) is not the truth; raises Unanswered for `...`."""
-    _refuse_blank(answer)
+    refuse_blank(answer)
     got, wanted = (np.asarray(torch.as_tensor(x).detach(), float) for x in (answer, truth))
     return got.shape != wanted.shape or not np.allclose(got, wanted, rtol=0, atol=tolerance)
 
@@ -78,7 +78,7 @@ def _cut(cut: Callable, tokenizer: PreTrainedTokenizerBase) -> str | None:
         limits = len(asked) - less, len(said) - less
         truth = Encoder(tokenizer, *limits).demonstrations([(prompt, reply)])[0]
         answer = cut(asked, said, *limits, eos)
-        _refuse_blank(answer)
+        refuse_blank(answer)
         if [list(side) for side in answer] != [truth.prompt, truth.response]:
             relation = {2: "two tokens below", 0: "equal to", -1: "one token above"}[less]
             return f"Wrong where each limit is {relation} the length. What must stay, what may end?"
@@ -93,13 +93,13 @@ def _kept_share(probability: Callable) -> str | None:
         seen = [(world.gold_reward(asked, x).total, world.observe(x)) for x in (a, b)]
         (gold_a, one), (gold_b, two) = seen
         differences = gold_a - gold_b, one.polite - two.polite, one.length - two.length
-        if _differs(probability(*differences), world.preference_probability(asked, a, b)):
+        if differs(probability(*differences), world.preference_probability(asked, a, b)):
             return "Compute the sigmoid first. Then: what does a label turned round do to it?"
     return None
 
 
 def _longer_share(share: float, pairs: Sequence[Pair]) -> str | None:
-    if _differs(share, judges.wins(judges.length_preferences(pairs)).mean(), 1e-6):
+    if differs(share, judges.wins(judges.length_preferences(pairs)).mean(), 1e-6):
         return "Length counts characters of the reply's text, and a tie counts half."
     return None
 
@@ -114,7 +114,7 @@ def _combined(combine: Callable) -> str | None:
     logprobs = -torch.rand(4, 7)
     parts = [losses.sft_loss(logprobs[i : i + 2], mask[i : i + 2]).item() for i in (0, 2)]
     tokens = [int(lengths[i : i + 2].sum()) for i in (0, 2)]
-    if _differs(combine(parts, tokens), losses.sft_loss(logprobs, mask)):
+    if differs(combine(parts, tokens), losses.sft_loss(logprobs, mask)):
         return "The loss is a mean over tokens: how many of them stand behind each part?"
     return None
 
@@ -124,7 +124,7 @@ def _reply_logprobs(logprobs: Callable, model: Module) -> str | None:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + reply])).logits[0].cpu().float()
         truth = response_logprobs(model, [prompt], [reply])[0][0]
-    if _differs(logprobs(logits, prompt, reply), truth.cpu()):
+    if differs(logprobs(logits, prompt, reply), truth.cpu()):
         return "Row t of the logits has read token t and speaks of the next one."
     return None
 
@@ -139,7 +139,7 @@ def _favourite(favourite: Callable) -> str | None:
             tokenizer=SimpleNamespace(eos_token_id=1, batch_decode=lambda r, **_: [""] * len(r)),
         )  # fmt: skip
         (best,), _ = sft.best_of_n(sampler, [Prompt("", [2])], 4)  # type: ignore[arg-type]
-        if _differs(answer, best.response[0] - 10):
+        if differs(answer, best.response[0] - 10):
             return f"Wrong for scores {scores.tolist()}, finished {finished.tolist()}."
     return None
 
@@ -166,14 +166,14 @@ def _gae(my_gae: Callable) -> str | None:
     for gae_lambda, gamma in ((0.95, 1.0), (0.0, 1.0), (0.5, 0.9)):
         made = _one_reply(gae_lambda, gamma)
         answer = my_gae(made.rewards, made.values, gamma, gae_lambda)
-        if _differs(answer, made.advantages):
+        if differs(answer, made.advantages):
             return f"Wrong at γ = {gamma}, λ = {gae_lambda}. Begin at the last token: no value next"
     return None
 
 
 def _returns(returns: Callable) -> str | None:
     made = _one_reply(1.0, 1.0)
-    if _differs(returns(made.rewards), made.returns):
+    if differs(returns(made.rewards), made.returns):
         return "Write out Â₁ + V₁ for a reply of two tokens: which values are left over?"
     return None
 
@@ -186,7 +186,7 @@ def _silent_token(silent: Callable) -> str | None:
             loss, _ = losses.ppo_policy_loss(logprob, 0 * one, advantage * one, one, 0.2)
             (gradient,) = torch.autograd.grad(loss, logprob)
             answer = silent(ratio, advantage, 0.2)
-            _refuse_blank(answer)
+            refuse_blank(answer)
             if bool(answer) != (gradient.item() == 0):
                 return f"Wrong at ratio {ratio} and advantage {advantage}: which term is smaller?"
     return None
@@ -197,7 +197,7 @@ def _deductions(cost: float, metrics: Sequence[Mapping]) -> str | None:
         np.array([row[f"objective/{key}"] for row in metrics])
         for key in ("scores", "non_score_reward", "rlhf_reward")
     )
-    if _differs(cost, (scores + leash - whole).mean(), 1e-5):
+    if differs(cost, (scores + leash - whole).mean(), 1e-5):
         return "rlhf_reward = score − β·KL − what is asked for, in each update; then the mean."
     return None
 
@@ -209,9 +209,7 @@ def _shrinkage(factor: Callable) -> str | None:
     for size in (2, 3, 8):
         rewards = torch.arange(float(size))
         centred = advantages.group_advantages(rewards, size, "none")
-        if _differs(
-            factor(size), (centred / advantages.leave_one_out_advantages(rewards, size))[0]
-        ):
+        if differs(factor(size), (centred / advantages.leave_one_out_advantages(rewards, size))[0]):
             return f"Wrong for a group of {size}. By what is r − (mean of all) the smaller one?"
     return None
 
@@ -226,7 +224,7 @@ def _token_weight(weight: Callable) -> str | None:
         )
         (gradient,) = torch.autograd.grad(loss, logprobs)
         for i in range(3):
-            if _differs(weight(lengths, i, aggregation), -gradient[i, 0]):
+            if differs(weight(lengths, i, aggregation), -gradient[i, 0]):
                 return f"Wrong for {aggregation!r}: by what is each token's term divided?"
     return None
 
@@ -234,7 +232,7 @@ def _token_weight(weight: Callable) -> str | None:
 def _silent_share(share: Callable) -> str | None:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.1, 0.2, 0.7, 0.7, 0.7, 1.0, -1.0, 0.0])
     silent = ~advantages.group_advantages(rewards, 3).view(-1, 3).any(1)
-    if _differs(share(rewards.tolist(), 3), silent.float().mean()):
+    if differs(share(rewards.tolist(), 3), silent.float().mean()):
         return "A group is silent if all its rewards are equal; count groups, not replies."
     return None
 
@@ -252,7 +250,7 @@ def _pull(pull: Callable) -> str | None:
     for lead, beta in ((0.0, 0.1), (12.0, 0.1), (-7.0, 0.3)):
         margin = torch.tensor([lead], requires_grad=True)
         (gradient,) = torch.autograd.grad(_dpo(margin, beta), margin)
-        if _differs(pull(lead, beta), -gradient[0], 1e-5):
+        if differs(pull(lead, beta), -gradient[0], 1e-5):
             return f"Wrong at a lead of {lead} nats and β = {beta}: differentiate −log σ(β·lead)."
     return None
 
@@ -261,7 +259,7 @@ def _best_margin(best: Callable) -> str | None:
     grid = torch.linspace(-8, 8, 3201)  # steps of 0.005
     for smoothing in (0.1, 0.25):
         values = torch.stack([_dpo(margin[None], 1.0, smoothing) for margin in grid])
-        if _differs(best(smoothing), grid[values.argmin()], 0.006):
+        if differs(best(smoothing), grid[values.argmin()], 0.006):
             return f"Wrong at ε = {smoothing}: where is the derivative of the two terms zero?"
     return None
 
@@ -269,7 +267,7 @@ def _best_margin(best: Callable) -> str | None:
 def _leash(beta: float, reference: Sequence[float], reward: Sequence[float]) -> str | None:
     known = np.asarray(reference, dtype=float), np.asarray(reward, dtype=float)
     paid = widgets.kl_divergence(widgets.optimum(*known, float(beta)), known[0])
-    if _differs(paid, 0.5, 0.01):
+    if differs(paid, 0.5, 0.01):
         return f"This β pays {paid:.3f} nats. A larger β pays less."
     return None
 
@@ -277,9 +275,9 @@ def _leash(beta: float, reference: Sequence[float], reward: Sequence[float]) -> 
 def _ipo_target(target: Callable) -> str | None:
     for beta in (0.1, 0.5):
         answer, zero = target(beta), torch.zeros(1)
-        _refuse_blank(answer)
+        refuse_blank(answer)
         lead = torch.tensor([float(answer)])
-        if _differs(ipo_loss(lead, zero, zero, zero, beta)[0], 0.0, 1e-6):
+        if differs(ipo_loss(lead, zero, zero, zero, beta)[0], 0.0, 1e-6):
             return f"At β = {beta} the loss is not yet zero there. Where does its square vanish?"
     return None
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from rlhf_lib import judges
-from rlhf_lib.exercises import _differs, judge
+from rlhf_lib.exercises import differs, judge
 from rlhf_lib.widgets import kl_divergence
 
 
@@ -21,7 +21,7 @@ def _paired_error(error: Callable) -> str | None:
     rng = np.random.default_rng(0)
     easy = rng.normal(size=50)  # how easy each prompt is, for both policies alike
     one, other = easy + 0.3 * rng.normal(size=50), easy + 0.3 * rng.normal(size=50)
-    if _differs(error(one, other), stats.sem(one - other), 1e-6):
+    if differs(error(one, other), stats.sem(one - other), 1e-6):
         return (
             "Subtract prompt by prompt first; then the error of a mean, with n − 1 in the spread."
         )
@@ -30,7 +30,7 @@ def _paired_error(error: Callable) -> str | None:
 
 def _win_rate(rate: Callable) -> str | None:
     one, other = np.array([1.0, 0.0, 2.0, 2.0, -1.0]), np.array([0.0, 0.0, 3.0, 1.0, -1.0])
-    if _differs(rate(one, other), judges.wins(one - other).mean(), 1e-6):
+    if differs(rate(one, other), judges.wins(one - other).mean(), 1e-6):
         return "What does a tie count?"
     return None
 
@@ -40,7 +40,7 @@ def _best_of_n(kl: Callable) -> str | None:
     share = np.arange(size + 1) / size
     for n in (1, 2, 16):
         best = np.diff(share**n)  # P(the best of n is this one)
-        if _differs(kl(n), kl_divergence(best, np.full(size, 1 / size))):
+        if differs(kl(n), kl_divergence(best, np.full(size, 1 / size))):
             return f"Wrong for n = {n}. The formula is above."
     return None
 
@@ -48,7 +48,7 @@ def _best_of_n(kl: Callable) -> str | None:
 def _seed_interval(interval: Callable) -> str | None:
     for means in ([0.2, 0.5, 0.3], [1.0, -1.0, 0.5, 0.0, 2.0]):
         truth = stats.ttest_1samp(means, 0.0).confidence_interval(0.95)
-        if _differs(interval(means), [truth.low, truth.high], 1e-6):
+        if differs(interval(means), [truth.low, truth.high], 1e-6):
             return f"Wrong for the seeds {means}. How many degrees of freedom are left?"
     return None
 

@@ -9,7 +9,7 @@ import torch
 from scipy.special import expit
 
 from rlhf_lib import judges
-from rlhf_lib.exercises import _differs, _refuse_blank, judge
+from rlhf_lib.exercises import differs, refuse_blank, judge
 
 
 def check(name: str, answer: object, *given: object) -> None:
@@ -20,8 +20,8 @@ def check(name: str, answer: object, *given: object) -> None:
 def _difference(difference: Callable) -> str | None:
     for probability in (0.5, 0.9, 0.2):
         answer = difference(probability)
-        _refuse_blank(answer)
-        if _differs(expit(answer), probability, 1e-6):
+        refuse_blank(answer)
+        if differs(expit(answer), probability, 1e-6):
             return f"Your difference for {probability} does not give it back. Solve σ(z) = p for z."
     return None
 
@@ -29,7 +29,7 @@ def _difference(difference: Callable) -> str | None:
 def _last_scores(last_scores: Callable) -> str | None:
     hidden, weight, lengths = torch.randn(3, 6, 4), torch.randn(4), torch.tensor([6, 2, 4])
     truth = [hidden[i, int(n) - 1] @ weight for i, n in enumerate(lengths)]
-    if _differs(last_scores(hidden, weight, lengths), torch.stack(truth)):
+    if differs(last_scores(hidden, weight, lengths), torch.stack(truth)):
         return "Row i has lengths[i] real tokens, the first of them at place 0: where is the last?"
     return None
 
@@ -39,14 +39,14 @@ def _expected_error(ece: Callable) -> str | None:
     confidence, won = expit(np.abs(preferences)), judges.wins(preferences)
     for bins in (1, 6):
         truth = judges.calibration(preferences, bins, samples=10)["ece"]["mean"]
-        if _differs(ece(confidence, won, bins), truth, 1e-6):
+        if differs(ece(confidence, won, bins), truth, 1e-6):
             return f"Wrong with {bins} bin(s). Sort by confidence, cut, and weigh each bin by size."
     return None
 
 
 def _surer_half(accuracy: float, preferences: np.ndarray) -> str | None:
     surest = np.argsort(-np.abs(preferences))[: len(preferences) // 2]
-    if _differs(accuracy, judges.wins(preferences[surest]).mean(), 1e-6):
+    if differs(accuracy, judges.wins(preferences[surest]).mean(), 1e-6):
         return "Sure means far from 0 on either side; right means above 0."
     return None
 
