@@ -9,7 +9,7 @@ import torch
 from scipy.special import expit
 
 from rlhf_lib import judges
-from rlhf_lib.exercises import differs, refuse_blank, judge
+from rlhf_lib.exercises import differs, judge, refuse_blank
 
 
 def check(name: str, answer: object, *given: object) -> None:
