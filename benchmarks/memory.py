@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from benchmarks import library_worker
 from benchmarks.job import Job
 from benchmarks.prepare import fixed_rows, job_of, random_policy
 from benchmarks.saved import watch
+from rlhf_lib import cost_tables
+from rlhf_lib.config import as_dict
 from rlhf_lib.models import load_tokenizer
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runtime import environment
 
 FP32, HALF = 4, 2  # bytes of a number
 TRAINED = FP32 * 4  # weight, gradient and Adam's two averages
-# models that each stage trains, and those that it only reads (half precision)
-MODELS = {"sft": (1, 0), "reward_model": (1, 0), "dpo": (1, 2), "grpo": (1, 2), "ppo": (2, 2)}
+STAGES = ("sft", "reward_model", "dpo", "grpo", "ppo")
 
 
 def measure(cap_gb: float, say: Callable[[str], None]) -> dict:
@@ -38,7 +39,7 @@ def measure(cap_gb: float, say: Callable[[str], None]) -> dict:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap_gb * 1e9 / total)
     stages = {}
-    for stage in MODELS:
+    for stage in STAGES:
         with tempfile.TemporaryDirectory() as folder:
             job = t4_job(Path(folder), stage, GPT2Config())
             stages[stage] = capped_run(stage, job) if on_gpu else parts(stage, job)
@@ -87,13 +88,13 @@ def parts(stage: str, job: Job) -> dict:
     with watch(live) as kept:
         run(0)
     weights = job.sizes.trunk + job.sizes.head  # the output layer is the embedding
-    trained, frozen = MODELS[stage]
+    models = cost_tables.parts(as_dict(load_profile("t4")))[stage]
     # the backward pass makes a gradient of the largest saved tensor, the logits, beside it
     training = kept.peak + kept.largest
     sampling = sampling_bytes(stage, job)
     found = {
-        "weights_gradients_adam_gb": trained * TRAINED * weights / 1e9,
-        "frozen_models_gb": frozen * HALF * weights / 1e9,
+        "weights_gradients_adam_gb": models.learnt * TRAINED * weights / 1e9,
+        "frozen_models_gb": models.read * HALF * weights / 1e9,
         "saved_activations_gb": kept.peak / 1e9,
         "gradient_of_logits_gb": kept.largest / 1e9,
         "sampling_gb": sampling / 1e9,
@@ -114,11 +115,3 @@ def sampling_bytes(stage: str, job: Job) -> int:
     tokens = profile.data.max_prompt_tokens + profile.data.max_response_tokens
     cache = 2 * shape.n_layer * shape.n_embd * tokens * HALF
     return rows * (cache + shape.vocab_size * (FP32 + HALF))
-
-
-def as_text(results: Mapping) -> str:
-    lines = [f"Profile t4, {results['measured_on']}; the limit is {results['cap_gb']:g} GB."]
-    for stage, found in results["stages"].items():
-        verdict = "within" if found["total_gb"] <= results["cap_gb"] else "ABOVE"
-        lines.append(f"{stage}: {found['total_gb']:.1f} GB, {verdict} the limit")
-    return "\n".join(lines)

@@ -104,6 +104,12 @@ def table_bundle(frame: pd.DataFrame) -> dict[str, str]:
     return {"text/html": html, "text/plain": frame.to_string(index=False)}
 
 
+def markdown(frame: pd.DataFrame) -> str:
+    """The frame as a Markdown table."""
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
 def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -> str:
     """`0.52 [0.41, 0.63]`; a lone value without interval; a dash where nothing is known."""
     if estimate is None:
@@ -166,16 +172,6 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
         }
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def failure_table(modes: Mapping, descriptions: Mapping[str, str]) -> pd.DataFrame:
-    """Share of replies in each failure mode: one row a mode, one column a policy."""
-    policies = [p for p in POLICIES if p in modes]
-    return pd.DataFrame([
-        {"failure": mode, "what counts": descriptions[mode]}
-        | {NAMES[p]: interval(modes[p][mode], 0, percent=True) for p in policies}
-        for mode in modes["sft"]
-    ])  # fmt: skip
 
 
 def cost_table(results: Mapping) -> pd.DataFrame:

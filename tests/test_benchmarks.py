@@ -14,7 +14,7 @@ from scipy import stats
 
 from benchmarks import compare, ratios
 from benchmarks.protocol import Worker, WorkerError
-from rlhf_lib import readme
+from rlhf_lib import benchmark_text, readme
 
 # A worker whose "library" prints to stdout while it loads and computes.
 FAKE = """
@@ -143,7 +143,7 @@ def made_up(gpu: str | None = None) -> dict:
 
 
 def test_the_table_says_reached_only_where_the_interval_does() -> None:
-    table = readme.benchmark_table(made_up()).set_index("stage")
+    table = benchmark_text.benchmark_table(made_up()).set_index("stage")
     assert table["target"].to_dict() == {
         "dpo": "≥ 6: reached", "sft": "≥ 4: missed", "grpo": "≥ 4: undecided", "ppo": "–"
     }  # fmt: skip
@@ -153,15 +153,25 @@ def test_the_table_says_reached_only_where_the_interval_does() -> None:
 
 
 def test_a_gpu_has_its_own_targets() -> None:
-    table = readme.benchmark_table(made_up("a GPU")).set_index("stage")
+    table = benchmark_text.benchmark_table(made_up("a GPU")).set_index("stage")
     assert table.loc["sft", "target"] == "≥ 2: reached"
 
 
 def test_roof_and_memory_targets_are_judged_too() -> None:
-    text = readme.benchmark_summary(made_up())
+    text = benchmark_text.benchmark_summary(made_up())
     assert "roof in training steps: reached for dpo; missed for sft." in text
     assert "memory than the peer: reached for dpo, grpo, ppo; missed for sft." in text
     assert "950 GFLOP/s" in text
+
+
+def test_growth_and_memory_have_tables_of_their_own() -> None:
+    grown = {"axes": {"reply_tokens": {"values": [8, 128], "seconds": [1.0, 4.0], "slope": 0.5}}}
+    assert "| reply tokens | 8 | 128 | 1.00 | 4.00 | 0.50 |" in benchmark_text.summary(grown)
+    stages = {"sft": {"total_gb": 3.14}, "reward_model": {"total_gb": 12.5}}
+    capped = {"cap_gb": 12.0, "measured_on": "parts on a CPU", "stages": stages}
+    text = benchmark_text.summary(capped)
+    assert "| sft | 3.1 | yes |" in text
+    assert "| reward model | 12.5 | **no** |" in text
 
 
 def test_a_benchmark_block_is_filled_and_a_study_is_left_alone(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from benchmarks.job import STAGES, Job, Row, read_job
 from benchmarks.peer_worker import load as load_peer
 from benchmarks.saved import watch
 from benchmarks.work import PASSES, Sizes, count, sizes_of
-from rlhf_lib import readme
+from rlhf_lib import benchmark_text
 from rlhf_lib.config import SettingsError
 from rlhf_lib.models import load_tokenizer
 from rlhf_lib.profiles import PROFILES, load_profile
@@ -238,13 +238,13 @@ def test_no_rate_is_invented() -> None:
     del measured["stages"]["ppo"]
     found = predict.predict(measured, "full")
     assert found["hours"] is None
-    text = readme.prediction_summary(found)
+    text = benchmark_text.prediction_summary(found)
     assert text.count("not measured") == 4  # PPO at three KL coefficients, and the sum
     assert "No GPU was measured" in text
 
 
 def test_a_gpu_is_named() -> None:
     measured = {**MEASURED, "environment": {"gpu": "made-up GPU"}}
-    text = readme.prediction_summary(predict.predict(measured, "full"))
+    text = benchmark_text.prediction_summary(predict.predict(measured, "full"))
     assert "made-up GPU" in text
     assert "No GPU was measured" not in text

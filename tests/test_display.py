@@ -139,15 +139,6 @@ def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None
     assert table.loc["PPO", rewards[0]] == display.interval(ppo[rewards[0]])
 
 
-def test_the_failure_table_explains_every_mode(results: dict) -> None:
-    modes = results["failure_modes"]
-    table = display.failure_table(modes, DESCRIPTIONS).set_index("failure")
-    assert list(table.index) == list(modes["sft"])
-    assert table.loc["refusal", "what counts"] == DESCRIPTIONS["refusal"]
-    assert table.loc["refusal", "PPO"] == display.interval(modes["ppo"]["refusal"], 0, percent=True)
-    assert "SFT, second draw" not in table.columns
-
-
 def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands(results: dict) -> None:
     table = display.cost_table(results).set_index("stage")
     assert len(table) == len(results["cost"])

@@ -58,7 +58,15 @@ LAYERS: dict[int, tuple[str, ...]] = {
         *("display", "result_tables", "cost_tables", "verdict", "choices"),
         *("widgets", "exercises", "exercises_reward", "exercises_evaluation"),
     ),
-    7: ("report", "study", "schedule", "book", "readme", "__main__"),  # and report_*
+    7: (
+        "report",
+        "benchmark_text",
+        "study",
+        "schedule",
+        "book",
+        "readme",
+        "__main__",
+    ),  # and report_*
 }
 METHODS = frozenset(LAYERS[5])
 # Pure functions of tensors. The standard library lends them words for types and records, no more.
