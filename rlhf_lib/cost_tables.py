@@ -43,6 +43,19 @@ class Parts(NamedTuple):
     backward: int
 
 
+def cost_table(results: Mapping) -> pd.DataFrame:
+    """Minutes, peak memory and tokens of each stage, per seed."""
+    return pd.DataFrame([
+        {
+            "stage": NAMES.get(name, name.upper()),
+            "minutes": f"{cost['seconds']['mean'] / 60:.2f}",
+            "peak memory (GB)": f"{cost['peak_memory_gb']['mean']:.2f}",
+            "tokens (thousands)": f"{cost['num_tokens']['mean'] / 1000:.0f}",
+        }
+        for name, cost in results["cost"].items()
+    ])  # fmt: skip
+
+
 def phase_table(results: Mapping) -> pd.DataFrame:
     """Minutes of each stage by phase; phases that no stage spent time in are left out."""
     rows = []

@@ -174,19 +174,6 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def cost_table(results: Mapping) -> pd.DataFrame:
-    """Minutes, peak memory and tokens of each stage, per seed."""
-    return pd.DataFrame([
-        {
-            "stage": NAMES.get(name, name.upper()),
-            "minutes": f"{cost['seconds']['mean'] / 60:.2f}",
-            "peak memory (GB)": f"{cost['peak_memory_gb']['mean']:.2f}",
-            "tokens (thousands)": f"{cost['num_tokens']['mean'] / 1000:.0f}",
-        }
-        for name, cost in results["cost"].items()
-    ])  # fmt: skip
-
-
 def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float | str]:
     """Means of two sets of training steps, and what their difference allows to say.
 

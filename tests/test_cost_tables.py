@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_lib.config import as_dict
-from rlhf_lib.cost_tables import memory_table, parts, phase_table, price_table, update_table
+from rlhf_lib.cost_tables import (
+    cost_table,
+    memory_table,
+    parts,
+    phase_table,
+    price_table,
+    update_table,
+)
 from rlhf_lib.profiles import load_profile
 
 MADE_UP = Path(__file__).parent / "made_up"
@@ -51,6 +58,15 @@ def test_a_gain_is_divided_by_minutes_and_by_tokens(results: dict) -> None:
     assert "0.75" in ppo["gain a million tokens"]
     dpo = price_table(results).set_index("policy").loc["DPO"]
     assert dpo["gain a minute"].startswith("2.00"), "no interval, and still a mean"
+
+
+def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands() -> None:
+    made_up = json.loads((MADE_UP / "gold.json").read_text())
+    table = cost_table(made_up).set_index("stage")
+    assert len(table) == len(made_up["cost"])
+    assert table.loc["PPO", "minutes"] == "2.50"
+    assert table.loc["PPO", "peak memory (GB)"] == "1.20"
+    assert table.loc["PPO", "tokens (thousands)"] == "400"
 
 
 def settings(*overrides: str) -> dict:

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from rlhf_lib import display, kl
 from rlhf_lib.data import Pair
-from rlhf_lib.probes import DESCRIPTIONS
 
 MADE_UP = Path(__file__).parent / "made_up"
 
@@ -137,14 +136,6 @@ def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None
     assert list(table.columns) == [*rewards, "KL", "wins vs SFT"]
     ppo = results["policies"]["ppo"]
     assert table.loc["PPO", rewards[0]] == display.interval(ppo[rewards[0]])
-
-
-def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands(results: dict) -> None:
-    table = display.cost_table(results).set_index("stage")
-    assert len(table) == len(results["cost"])
-    assert table.loc["PPO", "minutes"] == "2.50"
-    assert table.loc["PPO", "peak memory (GB)"] == "1.20"
-    assert table.loc["PPO", "tokens (thousands)"] == "400"
 
 
 # -------------------------------------------------------------------------- change in training
