@@ -175,6 +175,7 @@ for _name, _summary in {
     "ppo": "Train with PPO (SFT and reward model first, if missing).",
     "grpo": "Train with GRPO (SFT and reward model first, if missing).",
     "dpo": "Train with DPO (SFT first, if missing).",
+    "probes": "Ask every policy of one seed the probes in data/probes.",
     "evaluate": "Measure every policy of one seed on held-out prompts.",
 }.items():
     _add_stage(_name, _summary)

@@ -17,7 +17,8 @@ from rlhf_lib import book, schedule
 from rlhf_lib.__main__ import app, main
 
 MADE_UP = Path(__file__).parent / "made_up"
-STAGES = ("dataset", "reward-model", "sft", "rejection-sft", "ppo", "grpo", "dpo", "evaluate")
+STAGES = ("dataset", "reward-model", "sft", "rejection-sft", "ppo", "grpo", "dpo", "probes",
+          "evaluate")  # fmt: skip
 COMMANDS = ("run", "report", "status", "export", "readme", "proofs", *STAGES)
 
 
