@@ -69,6 +69,13 @@ def swept(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(by=["method", "coefficient"], ignore_index=True)
 
 
+def logged(ends: pd.DataFrame, judge: str) -> list[str]:
+    """Of the proxy and the deciding reward, those that training logged: a held-out judge is asked
+    at the end alone.
+    """
+    return [r for r in dict.fromkeys(("proxy", judge)) if r in ends and ends[r].notna().all()]
+
+
 def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:
     """What one run had used up at each step that sampled: tokens in thousands, minutes.
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rlhf_lib import frontier as frontier_module
 from rlhf_lib import plots_frontier
 from rlhf_lib.frontier import at_equal_budget, early_stops, frontier, method, spent, swept
 from rlhf_lib.profiles import load_profile
@@ -71,6 +72,14 @@ def test_runs_are_read_where_the_thriftiest_ended() -> None:
     figure = plots_frontier.budgets(runs, "proxy")
     assert [text.get_text() for text in figure.axes[0].texts] == ["PPO", "DPO"]
     assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [5.0, 2.5]
+
+
+def test_training_logs_no_held_out_judge() -> None:
+    ends = swept(points())
+    assert frontier_module.logged(ends, "gold") == ["proxy", "gold"]
+    assert frontier_module.logged(ends, "judge") == ["proxy"]
+    assert frontier_module.logged(ends.assign(gold=None), "gold") == ["proxy"]
+    assert frontier_module.logged(ends, "proxy") == ["proxy"]
 
 
 def logged(gold: list[float] | None) -> Any:
