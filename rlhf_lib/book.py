@@ -176,7 +176,7 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
         "calibration": plots_reward.reliability(
             {"as trained": results["reward_model"]["calibration"]}
         ),
-        "best_of_n": plots.best_of_n(results["best_of_n"], results["judge"] == "gold"),
+        "best_of_n": plots.best_of_n(results["best_of_n"], results["judge"]),
     }
     paths = [target / "results.json", target / "frontier.csv"]
     for name, figure in figures.items():

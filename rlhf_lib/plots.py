@@ -97,9 +97,9 @@ def histograms(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     return figure
 
 
-def reward_distributions(samples: Mapping[str, pd.DataFrame], gold: bool) -> Figure:
-    """Box of each policy's rewards over the evaluation prompts: proxy, and gold where known."""
-    kinds = ["proxy", "gold"] if gold else ["proxy"]
+def reward_distributions(samples: Mapping[str, pd.DataFrame], judge: str) -> Figure:
+    """Box of each policy's rewards over the evaluation prompts: proxy, and what decides."""
+    kinds = list(dict.fromkeys(("proxy", judge)))
     figure = _figure(7.2, 2.8)
     for axis, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
         names = list(samples)
@@ -201,9 +201,9 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
     return figure
 
 
-def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], gold: bool) -> Figure:
-    """Proxy and gold reward of best-of-n, picked by each reward model; bands over seeds."""
-    keys = ["proxy", "gold"] if gold else ["proxy"]
+def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], judge: str) -> Figure:
+    """Proxy and deciding reward of best-of-n, picked by each reward model; bands over seeds."""
+    keys = list(dict.fromkeys(("proxy", judge)))
     figure = _figure(7.2, 2.8)
     for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys, strict=True):
         for kind, rows in curves_by_kind.items():
@@ -222,8 +222,8 @@ def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], gold: bool) -> Fi
 
 
 def gains(results: Mapping) -> Figure:
-    """The study in one picture: gain over SFT in proxy and in gold, with every seed's point."""
-    keys = ["proxy", "gold"] if results["judge"] == "gold" else ["proxy"]
+    """The study in one picture: gain over SFT in proxy and in what decides; a tick each seed."""
+    keys = list(dict.fromkeys(("proxy", results["judge"])))
     names = [name for name in GAINERS if name in results["policies"]]
     figure = _figure(7.2, 2.7)
     axes: list[Axes] = list(np.atleast_1d(figure.subplots(1, len(keys), sharey=True)))

@@ -89,16 +89,16 @@ def test_histograms_share_one_grid() -> None:
     assert axis.get_xlabel() == "reward"
 
 
-@pytest.mark.parametrize("gold", [True, False])
-def test_reward_distributions_have_a_box_a_policy(gold: bool) -> None:
+@pytest.mark.parametrize("judge", ["gold", "proxy"])
+def test_reward_distributions_have_a_box_a_policy(judge: str) -> None:
     frame = pd.DataFrame({"proxy": [0.0, 1.0, 2.0], "gold": [3.0, 4.0, 5.0]})
-    figure = plots.reward_distributions({"sft": frame, "ppo": frame + 1}, gold)
-    assert len(figure.axes) == 1 + gold
+    figure = plots.reward_distributions({"sft": frame, "ppo": frame + 1}, judge)
+    shown = [axis.get_xlabel().split()[0] for axis in figure.axes]
+    assert shown == list(dict.fromkeys(("proxy", judge)))
     for axis in figure.axes:
         faces = [to_hex(patch.get_facecolor()) for patch in axis.patches]
         assert faces == [plots.COLORS["sft"], plots.COLORS["ppo"]]
     assert ticks(figure.axes[0]) == ["SFT", "PPO"]
-    assert figure.axes[-1].get_xlabel() == f"{'gold' if gold else 'proxy'} reward of a reply"
 
 
 @pytest.fixture
@@ -161,12 +161,12 @@ def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
 
 
 def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dict) -> None:
-    proxy, gold = plots.best_of_n(results["best_of_n"], gold=True).axes
+    proxy, gold = plots.best_of_n(results["best_of_n"], judge="gold").axes
     assert len(gold.lines) == len(gold.collections) == 2, "two curves, two bands"
     default = [row["gold"]["mean"] for row in results["best_of_n"]["default"]]
     assert list(gold.lines[0].get_ydata()) == default
     assert list(proxy.lines[0].get_xdata()) == [1, 2, 4, 8]
-    (only,) = plots.best_of_n(real_results["best_of_n"], gold=False).axes
+    (only,) = plots.best_of_n(real_results["best_of_n"], judge="proxy").axes
     assert len(only.lines) == 1
     assert not only.collections, "a lone seed has no band"
 
@@ -183,6 +183,11 @@ def test_gains_have_a_row_a_policy_and_a_tick_a_seed(results: dict, real_results
     assert only.get_xlabel() == "proxy reward gained over SFT"
     caps = {len(line.get_xdata()) for line in only.lines if line.get_marker() == "|"}
     assert 3 not in caps, "one seed has no ticks"
+    for policy in real_results["policies"].values():
+        if "proxy_gain" in policy:
+            policy["judge_gain"] = policy["proxy_gain"]
+    both = plots.gains(real_results | {"judge": "judge"}).axes
+    assert [axis.get_xlabel().split()[0] for axis in both] == ["proxy", "judge"]
 
 
 def test_categories_keep_their_order(results: dict) -> None:
@@ -210,7 +215,7 @@ def test_figures_are_the_same_files_each_time(results: dict) -> None:
         record = results["reward_model"]
         return [
             plots.gains(results), plots.accuracy_bars(record["accuracy"], record["ceiling"]),
-            plots.best_of_n(results["best_of_n"], gold=True),
+            plots.best_of_n(results["best_of_n"], judge="gold"),
         ]  # fmt: skip
 
     one, other = ([figure_bundle(figure) for figure in draw()] for _ in range(2))
