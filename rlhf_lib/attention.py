@@ -41,13 +41,13 @@ def by_products(
     rows, heads, length, width = query.shape
     groups = key.shape[1]
     if visible is None:
-        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[
-            None, None
-        ]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    else:
+        hidden = ~visible[:, :, None]
     scaled = query * (width**-0.5 if scaling is None else scaling)
     scores = scaled.reshape(rows, groups, -1, width) @ key.transpose(-1, -2)
     scores = scores.view(rows, groups, -1, length, length)
-    weights = scores.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return (weights.view(rows, groups, -1, length) @ value).view(rows, heads, length, width)
 
 

@@ -137,23 +137,6 @@ COMPARISON_CAPTION = (
 )
 
 
-def headline_table(results: Mapping) -> pd.DataFrame:
-    """The study in five columns, for the first page."""
-    rows = []
-    for name in (p for p in POLICIES if p in results["policies"]):
-        policy = results["policies"][name]
-        rewards = dict.fromkeys((results["judge"], "proxy"))
-        rows.append(
-            {"policy": NAMES[name]}
-            | {key: interval(policy[key]) for key in rewards}
-            | {
-                "KL": interval(policy["kl"], 1),
-                "wins vs SFT": interval(policy.get("win_rate_vs_sft"), 0, percent=True),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 def comparison_table(results: Mapping) -> pd.DataFrame:
     """The study's main table: one row a policy; what its columns mean: COMPARISON_CAPTION."""
     rows = []
@@ -172,6 +155,12 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
         }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def headline_table(results: Mapping) -> pd.DataFrame:
+    """The study's main table for the first page: fewer columns, the reward that decides first."""
+    shown = dict.fromkeys(("policy", results["judge"], "proxy", "KL", "wins vs SFT"))
+    return comparison_table(results).loc[:, list(shown)]
 
 
 def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float | str]:

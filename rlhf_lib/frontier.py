@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from rlhf_lib.policy_summary import rewards
 from rlhf_lib.runs import Run, Stage
 
 # which setting of a method holds its policy near SFT
@@ -73,7 +74,7 @@ def logged(ends: pd.DataFrame, judge: str) -> list[str]:
     """Of the proxy and the deciding reward, those that training logged: a held-out judge is asked
     at the end alone.
     """
-    return [r for r in dict.fromkeys(("proxy", judge)) if r in ends and ends[r].notna().all()]
+    return [r for r in rewards(judge) if r in ends and ends[r].notna().all()]
 
 
 def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf_lib.display import GAINERS, NAMES
+from rlhf_lib.policy_summary import rewards
 
 COLORS = {
     "base": "#8c8c8c", "sft": "#4d4d4d", "ppo": "#0072b2", "ppo_low_kl": "#d55e00",
@@ -99,7 +100,7 @@ def histograms(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
 
 def reward_distributions(samples: Mapping[str, pd.DataFrame], judge: str) -> Figure:
     """Box of each policy's rewards over the evaluation prompts: proxy, and what decides."""
-    kinds = list(dict.fromkeys(("proxy", judge)))
+    kinds = rewards(judge)
     figure = _figure(7.2, 2.8)
     for axis, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds))), kinds, strict=True):
         names = list(samples)
@@ -203,7 +204,7 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
 
 def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], judge: str) -> Figure:
     """Proxy and deciding reward of best-of-n, picked by each reward model; bands over seeds."""
-    keys = list(dict.fromkeys(("proxy", judge)))
+    keys = rewards(judge)
     figure = _figure(7.2, 2.8)
     for axis, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys, strict=True):
         for kind, rows in curves_by_kind.items():
@@ -223,7 +224,7 @@ def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], judge: str) -> Fi
 
 def gains(results: Mapping) -> Figure:
     """The study in one picture: gain over SFT in proxy and in what decides; a tick each seed."""
-    keys = list(dict.fromkeys(("proxy", results["judge"])))
+    keys = rewards(results["judge"])
     names = [name for name in GAINERS if name in results["policies"]]
     figure = _figure(7.2, 2.7)
     axes: list[Axes] = list(np.atleast_1d(figure.subplots(1, len(keys), sharey=True)))

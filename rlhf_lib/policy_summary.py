@@ -60,6 +60,11 @@ class Samples:
         return self.estimate(self.difference(one, other, key))
 
 
+def rewards(judge: str) -> list[str]:
+    """The proxy and the reward that decides, once where they are one."""
+    return list(dict.fromkeys(("proxy", judge)))
+
+
 def policies(samples: Samples) -> dict[str, dict]:
     """All measures of every policy; gains over SFT with one family's correction a measure."""
     table = {name: _measures(samples, name) for name in samples.rows}
@@ -69,7 +74,7 @@ def policies(samples: Samples) -> dict[str, dict]:
                 table[name] |= _wins(samples, name, other)
         if name != NULL:
             table[name] |= _wins_against_chosen(samples, name)
-    for key in dict.fromkeys(("proxy", samples.judge)):
+    for key in rewards(samples.judge):
         for name, record in _gains(samples, key).items():
             table[name][f"{key}_gain"] = record
     _add_heldout(samples, table)
@@ -226,5 +231,5 @@ def overoptimisation(samples: Samples) -> dict | None:
     """
     if "ppo_low_kl" not in samples.rows:
         return None
-    keys = dict.fromkeys(("proxy", samples.judge))
+    keys = rewards(samples.judge)
     return {key: compare({key: samples.compare("ppo_low_kl", "ppo", key)})[key] for key in keys}

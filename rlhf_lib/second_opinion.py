@@ -23,27 +23,27 @@ from rlhf_lib.runtime import make_accelerator
 WATCHED = ("sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 
 
-def measure(run: Run, evaluated: Stage, own: Stage, other: Stage) -> Stage:
+def measure(run: Run, evaluate: Stage, reward_model: Stage, rival: Stage) -> Stage:
     """Score the replies of the stage `evaluate`, one a prompt, by two reward models.
 
-    `own`: the one that the policies of this seed were trained on; `other`: another seed's. Both
-    read the reply's text, tokenised again. `samples.jsonl` has a row for each reply: policy, prompt
-    and the two normalised rewards.
+    `reward_model`: the one that the policies of this seed were trained on; `rival`: another seed's.
+    Both read the reply's text, tokenised again. `samples.jsonl` has a row for each reply: policy,
+    prompt and the normalised rewards, `own` and the `other`.
     """
-    upstream = {"evaluate": evaluated.hash, "own": own.hash, "other": other.hash}
+    upstream = {"evaluate": evaluate.hash, "own": reward_model.hash, "other": rival.hash}
     stage = run.stage("second_opinion", {"policies": WATCHED}, upstream, "second_opinion")
 
     def build(work: Work) -> dict:
         accelerator = make_accelerator(run.profile.model.precision)
-        tokenizer, limits = load_tokenizer(str(own.model_path)), run.profile.data
+        tokenizer, limits = load_tokenizer(str(reward_model.model_path)), run.profile.data
         encoder = Encoder(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
         models = {
-            name: freeze(accelerator, load_reward_model(folder.model_path, tokenizer, run.seed)[0])
-            for name, folder in (("own", own), ("other", other))
+            name: freeze(accelerator, load_reward_model(judge.model_path, tokenizer, run.seed)[0])
+            for name, judge in (("own", reward_model), ("other", rival))
         }
         rows = []
         for policy in WATCHED:
-            sampled = read_jsonl(evaluated.path / "samples" / f"{policy}.jsonl")
+            sampled = read_jsonl(evaluate.path / "samples" / f"{policy}.jsonl")
             sampled = sampled[: len(sampled) // run.profile.evaluation.samples_per_prompt]
             texts = encoder.demonstrations([(row["prompt"], row["response"]) for row in sampled])
             sides = [text.prompt for text in texts], [text.response for text in texts]
@@ -83,7 +83,6 @@ def summarise(stages: Sequence[Mapping[str, Stage]], samples: int) -> dict[str, 
             {k: part[policy][k].to_numpy() - part["sft"][k].to_numpy() for k in ("own", "other")}
             for part in parts
         ]
-
         table[policy] = {
             k: estimate([gain[k] for gain in gains], samples, units) for k in ("own", "other")
         }

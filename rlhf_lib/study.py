@@ -143,9 +143,12 @@ class Study:
         if name not in known:
             raise unknown("stage", name, known)
         needed = {other: self.stage(other) for other in needs(self.run.profile, name)}
+        run, data = self.run, self.data
+        if name == "second_opinion":
+            rival = replace(run, seed=next_seed(run.profile, run.seed))
+            return second_opinion.measure(run, **needed, rival=reward_model.train(rival, data))
         if name in MEASURED:
             return self._measure(name, needed)
-        run, data = self.run, self.data
         if name == "dataset":
             return self._dataset()
         if name == "reward_model":
@@ -174,12 +177,8 @@ class Study:
         return stage.ensure(build)
 
     def _measure(self, name: str, needed: dict[str, Stage]) -> Stage:
-        """What is asked of all policies, or of their replies."""
+        """`evaluate` or `probes`: what is asked of all policies."""
         run, reward = self.run, needed["reward_model"]
-        if name == "second_opinion":
-            other = replace(run, seed=next_seed(run.profile, run.seed))
-            rival = Study(other).stage("reward_model")
-            return second_opinion.measure(run, needed["evaluate"], reward, rival)
         upstream = {other: stage.hash for other, stage in needed.items()}
         upstream |= {"data": self.data.hash, "model": fingerprint(run.profile.model.name)}
         folders = {policy: str(needed[policy].model_path) for policy in POLICIES}
