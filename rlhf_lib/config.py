@@ -170,7 +170,7 @@ class EvaluationConfig:
     batch_size: int = 32  # of scoring; sampling takes more at once
     temperature: float = 1.0
     best_of_n: int = 64  # largest n; smaller powers of two come from the same samples
-    best_of_n_prompts: int = 192
+    best_of_n_prompts: int = 128
     samples_per_prompt: int = 2  # replies of each policy to each of data.evaluation_prompts
     heldout_texts: int = 256  # on which perplexity is measured
     bootstrap_samples: int = 2000

@@ -213,7 +213,10 @@ def train(
         # a list of all replies, which only one loss reads
         unrelated = unrelated_replies(pairs) if config.loss == "kto" else []
         with accelerator.autocast(), adapters_off(sampler.reference):
-            table = reference_table(sampler.reference, pairs, unrelated, config)
+            table = work.kept(
+                "reference",
+                lambda: reference_table(sampler.reference, pairs, unrelated, config),
+            )
         batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, run.seed)
         learner = Learner(
             accelerator, model, learning_rate=config.learning_rate, steps=len(batches),

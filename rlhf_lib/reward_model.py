@@ -67,7 +67,7 @@ def update(
 @phase("scoring")
 @torch.no_grad()
 def score_pairs(
-    model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int = 64
+    model: PreTrainedModel, pairs: Sequence[Pair], batch_size: int = 32
 ) -> tuple[Tensor, Tensor]:
     """Raw scores of both sides of each pair: (chosen (N,), rejected (N,)) on the CPU."""
     chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
@@ -79,7 +79,7 @@ def score_pairs(
 
 @torch.no_grad()
 def measure_scale(
-    model: PreTrainedModel, data: PreferenceData, batch_size: int = 64
+    model: PreTrainedModel, data: PreferenceData, batch_size: int = 32
 ) -> tuple[float, float]:
     """Mean and standard deviation of the raw score over demonstrations: reward 0 and reward 1."""
     sample = data.demonstrations[:NORMALISATION_SAMPLE]

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlhf_lib.config import Profile, as_dict, content_hash
 from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
@@ -129,6 +131,7 @@ class Work:
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
         self._checkpoint = self.path / "checkpoint"
+        self._kept: list[Path] = []
         self._started = self._saved = self._logged = time.perf_counter()
         self._earlier = {"seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}}
         self._phases = phase_seconds()
@@ -220,6 +223,16 @@ class Work:
         accelerator.load_state(str(self._checkpoint))
         return step
 
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, on disk until the stage is done: a resumed stage reads it instead."""
+        path = self.path / f"{name}.safetensors"
+        if not path.exists():
+            fresh = path.with_suffix(".new")
+            save_file({name: make()}, fresh)
+            fresh.rename(path)
+        self._kept.append(path)
+        return load_file(path)[name]
+
     def write_samples(self, rows: Sequence[Mapping]) -> None:
         write_jsonl(self.path / "samples.jsonl", rows)
 
@@ -235,6 +248,8 @@ class Work:
         write_json(self.path / "result.json", result)
         for name in ("checkpoint", "checkpoint.old", "checkpoint.new"):
             shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in self._kept:
+            path.unlink()
         (self.path / "DONE").write_text(self.stage.hash + "\n")
         if self.stage.path.exists():  # a folder that lost its DONE: whatever it holds is not whole
             shutil.rmtree(self.stage.path)

@@ -153,9 +153,22 @@ def test_the_reward_model_gives_no_gradient(
 
 
 def test_killed_and_resumed_ends_like_never_killed(
-    check_resume: Callable, finished: Any, tiny_data: Any
+    check_resume: Callable, finished: Any, tiny_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_resume(lambda run: dpo.train(run, tiny_data, finished.sft, finished.reward_model))
+    passes, reference_logprobs, stages = [], dpo.reference_logprobs, []
+
+    def count(reference: Any, pairs: Any, batch_size: int) -> Any:
+        passes.append(len(pairs))
+        return reference_logprobs(reference, pairs, batch_size)
+
+    def train(run: Any) -> Any:
+        stages.append(dpo.train(run, tiny_data, finished.sft, finished.reward_model))
+        return stages[-1]
+
+    monkeypatch.setattr(dpo, "reference_logprobs", count)
+    check_resume(train)
+    assert passes == [24, 24], "one pass over the pairs a run, whether it was killed or not"
+    assert not list(stages[-1].path.glob("*.safetensors")), "the log-probs outlived their use"
 
 
 # -------------------------------------------------------------------------------- the whole family
