@@ -34,6 +34,10 @@ MEMORY_CAPTION = (
 )
 
 
+# what a comparison of the methods cannot do without; the other stages say how far to trust it
+CORE = ("dataset", "judge", "reward_model", "sft", "ppo", "grpo", "dpo", "evaluate")
+
+
 class Parts(NamedTuple):
     """What a method holds and does: models, and passes over the tokens of one update."""
 
@@ -86,6 +90,18 @@ def parts(settings: Mapping) -> dict[str, Parts]:
         "grpo": Parts(1, copies, 4 + grpo["iterations"], grpo["iterations"]),
         "dpo": Parts(1, 2, 1, 1),  # the reference's log-probs are taken once, before training
     }
+
+
+def total_sentence(results: Mapping) -> str:
+    """Minutes of all stages of all seeds, and of one seed's methods with their evaluation."""
+    cost = results["cost"]
+    everything = sum(sum(stage["seconds"]["per_seed"]) for stage in cost.values()) / 60
+    core = sum(cost[name]["seconds"]["mean"] for name in CORE if name in cost) / 60
+    judge = ", held-out judge" if "judge" in cost else ""
+    return (
+        f"Time in stages, added up over all jobs: {everything:.1f} minutes. One seed's reward "
+        f"model, SFT, PPO, GRPO, DPO{judge} and evaluation take {core:.1f} of them."
+    )
 
 
 def update_table(results: Mapping, updates: Mapping[str, int]) -> pd.DataFrame:

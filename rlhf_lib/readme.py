@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from rlhf_lib import benchmark_text, verdict
+from rlhf_lib.cost_tables import total_sentence
 from rlhf_lib.display import comparison_table, interval, markdown
 
 LINK = re.compile(r"\]\(([^)]+)\)")
@@ -47,10 +48,9 @@ def fill(text: str, figures: Path, benchmarks: Path | None = None) -> str:
 
 
 def summary(results: Mapping) -> str:
-    """Verdict, judges of pairs, and policies of one study, as Markdown."""
-    parts = [*verdict.sentences(results), markdown(_judges(results))]
-    parts.append(markdown(comparison_table(results)))
-    return "\n\n".join(parts)
+    """Verdict, judges of pairs, policies and time of one study, as Markdown."""
+    tables = markdown(_judges(results)), markdown(comparison_table(results))
+    return "\n\n".join([*verdict.sentences(results), *tables, total_sentence(results)])
 
 
 def _judges(results: Mapping) -> pd.DataFrame:

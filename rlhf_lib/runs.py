@@ -131,7 +131,6 @@ class Work:
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
         self._checkpoint = self.path / "checkpoint"
-        self._kept: list[Path] = []
         self._started = self._saved = self._logged = time.perf_counter()
         self._earlier = {"seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}}
         self._phases = phase_seconds()
@@ -225,12 +224,12 @@ class Work:
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, on disk until the stage is done: a resumed stage reads it instead."""
-        path = self.path / f"{name}.safetensors"
+        path = self.path / "kept" / f"{name}.safetensors"
         if not path.exists():
+            path.parent.mkdir(exist_ok=True)
             fresh = path.with_suffix(".new")
             save_file({name: make()}, fresh)
             fresh.rename(path)
-        self._kept.append(path)
         return load_file(path)[name]
 
     def write_samples(self, rows: Sequence[Mapping]) -> None:
@@ -246,10 +245,8 @@ class Work:
             "num_tokens": self.num_tokens,
         }
         write_json(self.path / "result.json", result)
-        for name in ("checkpoint", "checkpoint.old", "checkpoint.new"):
+        for name in ("checkpoint", "checkpoint.old", "checkpoint.new", "kept"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in self._kept:
-            path.unlink()
         (self.path / "DONE").write_text(self.stage.hash + "\n")
         if self.stage.path.exists():  # a folder that lost its DONE: whatever it holds is not whole
             shutil.rmtree(self.stage.path)

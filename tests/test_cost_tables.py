@@ -14,6 +14,7 @@ from rlhf_lib.cost_tables import (
     parts,
     phase_table,
     price_table,
+    total_sentence,
     update_table,
 )
 from rlhf_lib.profiles import load_profile
@@ -48,6 +49,25 @@ def test_phases_and_the_rest_add_up_to_all(results: dict) -> None:
     assert parts.tolist() == pytest.approx(numbers["all"].tolist()) == [4.0, 0.5, 4.5]
     assert numbers.loc["DPO"].tolist() == [0.0, 0.25, 0.25, 0.5]
     assert numbers.loc["sum"].tolist() == [2.0, 1.25, 1.25, 4.5]
+
+
+def test_all_seeds_count_in_the_sum_and_one_in_the_methods() -> None:
+    def stage(*minutes: float) -> dict:
+        spent = [60 * each for each in minutes]
+        return {"seconds": {"mean": sum(spent) / len(spent), "per_seed": spent}}
+
+    cost = {
+        "sft": stage(2, 4),
+        "dpo": stage(1, 1),
+        "dpo_strong": stage(10),
+        "evaluate": stage(5, 5),
+    }
+    assert total_sentence({"cost": cost}) == (
+        "Time in stages, added up over all jobs: 28.0 minutes. One seed's reward model, SFT, PPO, "
+        "GRPO, DPO and evaluation take 9.0 of them."
+    )
+    judged = total_sentence({"cost": cost | {"judge": stage(3)}})
+    assert "DPO, held-out judge and evaluation take 12.0" in judged
 
 
 def test_a_gain_is_divided_by_minutes_and_by_tokens(results: dict) -> None:
