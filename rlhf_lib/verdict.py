@@ -133,7 +133,11 @@ def _best_of_n(results: Mapping) -> str:
     text = f"Best-of-n, which trains nothing, peaks at n = {best['n']} with {judge} reward "
     text += f"{interval(best[judge])}"
     if judge != "proxy" and best["n"] < curve[-1]["n"]:
-        text += f" and falls to {interval(curve[-1][judge])} at n = {curve[-1]['n']}"
+        last, n = curve[-1][judge], curve[-1]["n"]
+        if last["high"] is not None and last["high"] < best[judge]["low"]:
+            text += f" and falls to {interval(last)} at n = {n}"
+        else:
+            text += f" ({interval(last)} at n = {n}, not clearly less)"
     peak = best[judge]["mean"] if best[judge]["high"] is None else best[judge]["high"]
     ahead = [n for n in METHODS if results["policies"][n][judge]["low"] > peak]
     if not ahead:

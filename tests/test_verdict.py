@@ -150,6 +150,19 @@ def test_best_of_n_best_of_all(results: dict) -> None:
 
 
 @pytest.mark.parametrize(
+    "last", [{"mean": 1.8, "low": 1.6, "high": 1.95}, {"mean": 1.8, "low": None, "high": None}]
+)
+def test_best_of_n_falls_only_where_the_intervals_part(results: dict, last: dict) -> None:
+    curve = results["best_of_n"]["default"]
+    for row, gold in zip(curve, (0.9, 1.8, 2.0, 1.8), strict=True):
+        row["gold"] = {"mean": gold, "low": gold - 0.1, "high": gold + 0.1}
+    curve[-1]["gold"] = last
+    (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
+    assert "falls" not in said
+    assert "at n = 8, not clearly less); no method is clearly above" in said
+
+
+@pytest.mark.parametrize(
     ("ppo", "grpo", "end"),
     [
         (interval(1.3, 1.6), interval(0.8, 1.0), "; PPO is clearly above that peak."),
