@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -42,12 +41,11 @@ def train(run: Run, data: PreferenceData, reward_model: Stage) -> Stage:
     stage = run.stage("reward_model_curve", run.profile.reward_model, upstream, "learning_curve")
 
     def build(work: Work) -> dict:
-        # in a store of their own within this stage's folder, so that a killed run resumes them
-        points = work.path / "points"
         rows, seconds = [], {}
+        # each in a store of its own within this stage's folder, so that a killed run resumes it
         for size in sizes(total, run.profile.reward_model.curve_points):
             part = train_reward_model(
-                replace(run, root=points), _smaller(data, size, run.seed), f"reward_model_{size}"
+                replace(run, root=work.keep), _smaller(data, size, run.seed), f"reward_model_{size}"
             )
             rows += [{"train_pairs": size, "split": "test", **row} for row in part.samples()]
             seconds[str(size)] = part.result()["seconds"]
@@ -66,7 +64,6 @@ def train(run: Run, data: PreferenceData, reward_model: Stage) -> Stage:
                 "chosen_score": chosen, "rejected_score": rejected,
             })  # fmt: skip
         work.write_samples(rows)
-        shutil.rmtree(points, ignore_errors=True)  # there is none without smaller models
         return {"sizes": [int(size) for size in seconds], "training_seconds": seconds}
 
     return stage.ensure(build)

@@ -131,6 +131,7 @@ class Work:
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
         self._checkpoint = self.path / "checkpoint"
+        self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
         self._started = self._saved = self._logged = time.perf_counter()
         self._earlier = {"seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}}
         self._phases = phase_seconds()
@@ -224,9 +225,9 @@ class Work:
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, on disk until the stage is done: a resumed stage reads it instead."""
-        path = self.path / "kept" / f"{name}.safetensors"
+        path = self.keep / f"{name}.safetensors"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
+            self.keep.mkdir(exist_ok=True)
             fresh = path.with_suffix(".new")
             save_file({name: make()}, fresh)
             fresh.rename(path)

@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rlhf_lib import frontier as frontier_module
 from rlhf_lib import plots_frontier
-from rlhf_lib.frontier import at_equal_budget, early_stops, frontier, method, spent, swept
+from rlhf_lib.frontier import at_equal_budget, early_stops, frontier, logged, method, spent, swept
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Run
 from tests.made_up_study import STRONG, stages_of
@@ -76,13 +75,13 @@ def test_runs_are_read_where_the_thriftiest_ended() -> None:
 
 def test_training_logs_no_held_out_judge() -> None:
     ends = swept(points())
-    assert frontier_module.logged(ends, "gold") == ["proxy", "gold"]
-    assert frontier_module.logged(ends, "judge") == ["proxy"]
-    assert frontier_module.logged(ends.assign(gold=None), "gold") == ["proxy"]
-    assert frontier_module.logged(ends, "proxy") == ["proxy"]
+    assert logged(ends, "gold") == ["proxy", "gold"]
+    assert logged(ends, "judge") == ["proxy"]
+    assert logged(ends.assign(gold=None), "gold") == ["proxy"]
+    assert logged(ends, "proxy") == ["proxy"]
 
 
-def logged(gold: list[float] | None) -> Any:
+def run_logging(gold: list[float] | None) -> Any:
     count = 11 if gold is None else len(gold)
     rows: list[dict] = [
         {"reward": float(s), "kl": 2.0 * s, "completions/mean_length": 10.0} for s in range(count)
@@ -94,7 +93,7 @@ def logged(gold: list[float] | None) -> Any:
 
 def test_gold_stops_a_run_at_its_smoothed_best() -> None:
     gold = [6.0, 0, 0, 0, 3, 3, 3, 3, 3, 0, 0]  # a lucky first batch is not the best step
-    (stop,) = early_stops([SimpleNamespace(seed=4)], [{"ppo_low_kl": logged(gold)}])  # type: ignore
+    (stop,) = early_stops([SimpleNamespace(seed=4)], [{"ppo_low_kl": run_logging(gold)}])  # type: ignore
     assert (stop["seed"], stop["step"], stop["steps"]) == (4, 6, 11)
     assert stop["gold_there"] == pytest.approx(3.0)
     assert (stop["proxy_there"], stop["kl_there"]) == pytest.approx((6.0, 12.0))
@@ -105,7 +104,7 @@ def test_gold_stops_a_run_at_its_smoothed_best() -> None:
 
 def test_without_gold_nothing_says_where_to_stop() -> None:
     run: Any = SimpleNamespace(seed=0)
-    assert early_stops([run], [{"ppo_low_kl": logged(None)}]) is None  # type: ignore[dict-item]
+    assert early_stops([run], [{"ppo_low_kl": run_logging(None)}]) is None  # type: ignore[dict-item]
 
 
 def test_each_point_has_the_coefficient_of_its_method(tmp_path: Path) -> None:
