@@ -34,7 +34,7 @@ def run(
     from benchmarks import predict as predicted
     from benchmarks.compare import benchmark
     from benchmarks.prepare import default_model, make_job
-    from rlhf_lib.benchmark_text import benchmark_summary
+    from benchmarks.text import benchmark_summary
     from rlhf_lib.runtime import set_up_process
 
     stages = _stages(only)
@@ -96,7 +96,7 @@ def growth(
 def memory(out: Out = RESULTS / "memory-t4.json", cap_gb: float = 12.0) -> None:
     """Memory of the profile `t4`: a run under a cap on a GPU, from measured parts elsewhere."""
     from benchmarks import memory as measured
-    from rlhf_lib.benchmark_text import memory_summary
+    from benchmarks.text import memory_summary
     from rlhf_lib.runtime import set_up_process
 
     set_up_process()
@@ -112,7 +112,7 @@ def predict(
 ) -> None:
     """Time of a profile on one device: counted FLOPs over measured rates."""
     from benchmarks import predict as predicted
-    from rlhf_lib.benchmark_text import prediction_summary
+    from benchmarks.text import prediction_summary
 
     print(prediction_summary(predicted.predict(json.loads(measured.read_text()), profile)))
 

@@ -20,7 +20,7 @@ from transformers import GPT2Config
 from benchmarks import library_worker
 from benchmarks.job import Job
 from benchmarks.prepare import fixed_rows, job_of, random_policy
-from rlhf_lib.models import load_tokenizer
+from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.runtime import environment
 
 
@@ -101,7 +101,7 @@ def make_case(folder: Path, case: Case) -> Job:
 
 def draw(results: Mapping) -> Figure:
     """One panel for each axis, on logarithmic scales, with its slope."""
-    import rlhf_lib.plots  # noqa: F401  the style that all figures share
+    import rlhf_lib.show.figures  # noqa: F401  the style that all figures share
 
     axes = results["axes"]
     figure = Figure(figsize=(2.4 * len(axes), 2.6), layout="constrained")

@@ -16,21 +16,21 @@ from transformers import PreTrainedModel
 from benchmarks.job import Job, read_job
 from benchmarks.protocol import Round, serve
 from benchmarks.work import Work
-from rlhf_lib import dpo, grpo, ppo, reward_model, sft
-from rlhf_lib.batches import chunks, shuffled_batches
-from rlhf_lib.config import DPOConfig, GRPOConfig, PPOConfig
-from rlhf_lib.data import Demonstration, Pair, Prompt
-from rlhf_lib.learner import Learner, freeze
-from rlhf_lib.models import (
+from rlhf_lib.data.batches import chunks, shuffled_batches
+from rlhf_lib.data.pairs import Demonstration, Pair, Prompt
+from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
+from rlhf_lib.methods.rollout import Sampler, generate
+from rlhf_lib.models.learner import Learner, freeze
+from rlhf_lib.models.load import (
     load_policy,
     load_reference,
     load_reward_model,
     load_tokenizer,
     load_value_model,
 )
-from rlhf_lib.rollout import Sampler, generate
 from rlhf_lib.runs import Run
 from rlhf_lib.runtime import make_accelerator, set_up_process
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
 
 ENDLESS = 1_000_000  # steps of a schedule that is never seen to end
 

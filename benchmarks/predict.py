@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
-from rlhf_lib import learning_curve, reward_model, second_opinion
-from rlhf_lib.config import Profile
-from rlhf_lib.probes import load_probes
-from rlhf_lib.profiles import load_profile
-from rlhf_lib.study import POLICIES, stage_names, variants
+from rlhf_lib.measure import opinions
+from rlhf_lib.measure.probes import load_probes
+from rlhf_lib.methods import learning_curve, reward_model
+from rlhf_lib.settings import Profile, load_profile
+from rlhf_lib.study.stages import POLICIES, stage_names, variants
 
 ASKED = len(POLICIES) + 1  # all policies and the pretrained model
 
@@ -96,7 +96,7 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
                         ASKED * measured.samples_per_prompt)  # fmt: skip
             add_samples(f"{stage}: best of n", measured.best_of_n_prompts, measured.best_of_n)
         elif method == "second_opinion":
-            scores = 2 * len(second_opinion.WATCHED) * data.evaluation_prompts
+            scores = 2 * len(opinions.WATCHED) * data.evaluation_prompts
             add(stage, "scored", scores, scores, scores)
         elif method != "dataset":
             raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")

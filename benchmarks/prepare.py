@@ -18,10 +18,10 @@ from transformers import (
 
 from benchmarks.job import Job, Row
 from benchmarks.work import sizes_of
-from rlhf_lib import models
-from rlhf_lib.config import DataConfig, SettingsError
-from rlhf_lib.data import load_data
+from rlhf_lib.data.pairs import load_data
+from rlhf_lib.models import load
 from rlhf_lib.runtime import choose_precision
+from rlhf_lib.settings import DataConfig, SettingsError
 
 MAX_PROMPT = MAX_REPLY = 128
 # as HH-RLHF has them: means in tokens, and how far log-lengths spread
@@ -36,14 +36,14 @@ def default_model() -> str:
 
 def make_job(folder: Path, model: str, data: str, pairs: int) -> Job:
     """A job over `pairs` rows: of `data`, or drawn where that is empty. Models go into `folder`."""
-    policy = random_policy(GPT2Config()) if model == RANDOM else models.load_policy(model)
+    policy = random_policy(GPT2Config()) if model == RANDOM else load.load_policy(model)
     longest = getattr(policy.config, "max_position_embeddings", MAX_PROMPT + MAX_REPLY)
     if longest < MAX_PROMPT + MAX_REPLY:
         raise SettingsError(
             f"model {model!r} has {longest} positions and the rows need {MAX_PROMPT + MAX_REPLY}: "
             f"take smollm2-135m, gpt2 or {RANDOM}"
         )
-    tokenizer = models.load_tokenizer("tiny" if model == RANDOM else model)
+    tokenizer = load.load_tokenizer("tiny" if model == RANDOM else model)
     rows = real_rows(data, tokenizer, pairs) if data else drawn_rows(tokenizer, pairs)
     return job_of(folder, policy, tokenizer, rows, choose_precision())
 
@@ -51,7 +51,7 @@ def make_job(folder: Path, model: str, data: str, pairs: int) -> Job:
 def random_policy(config: PretrainedConfig) -> PreTrainedModel:
     """A causal language model of this shape with random weights, for the bundled tokenizer."""
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer("tiny")
+    tokenizer = load.load_tokenizer("tiny")
     config.eos_token_id = config.bos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -64,10 +64,10 @@ def job_of(
     precision: str,
 ) -> Job:  # fmt: skip
     """Save `policy`, and an untrained reward model on its trunk, and name them in a job."""
-    models.save_model(policy, tokenizer, folder / "policy")
-    score, tokenizer_with_pad = models.load_reward_model(folder / "policy", tokenizer, seed=0)
+    load.save_model(policy, tokenizer, folder / "policy")
+    score, tokenizer_with_pad = load.load_reward_model(folder / "policy", tokenizer, seed=0)
     score.config.reward_mean, score.config.reward_std = 0.0, 1.0
-    models.save_model(score, tokenizer_with_pad, folder / "reward-model")
+    load.save_model(score, tokenizer_with_pad, folder / "reward-model")
     return Job(
         model=str(folder / "policy"),
         reward_model=str(folder / "reward-model"),
@@ -118,7 +118,7 @@ def _rows_of(
     config = DataConfig(train_pairs=500, validation_pairs=1, test_pairs=1)
     bundled = load_data(config, tokenizer).pairs["train"]
     stream = cycle(chain.from_iterable(p.prompt + p.chosen[:-1] for p in bundled))
-    end = [models.eos_id(tokenizer)]
+    end = [load.eos_id(tokenizer)]
 
     def text(length: int) -> list[int]:
         return list(islice(stream, length))

@@ -47,10 +47,10 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
 
 def measure(path: str, rows: int) -> dict[str, float]:
     """Load `rows` pairs in this process and read one epoch. Memory in MB (1e6 bytes)."""
-    from rlhf_lib.batches import shuffled_batches
-    from rlhf_lib.config import DataConfig
-    from rlhf_lib.data import load_data
-    from rlhf_lib.models import load_tokenizer
+    from rlhf_lib.data.batches import shuffled_batches
+    from rlhf_lib.data.pairs import load_data
+    from rlhf_lib.models.load import load_tokenizer
+    from rlhf_lib.settings import DataConfig
 
     tokenizer = load_tokenizer("tiny")  # most made-up words are unknown to it: a token each
     tokenizer.model_max_length = 384  # no model reads these rows

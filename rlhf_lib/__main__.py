@@ -10,8 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from rlhf_lib.config import UserError
-from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.settings import PROFILES, UserError, load_profile
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -50,7 +49,7 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
-    from rlhf_lib import book, schedule
+    from rlhf_lib.study import book, schedule
 
     overrides = _overrides(data, model, settings, seeds)
     chosen = load_profile(profile, overrides)
@@ -71,7 +70,7 @@ def report(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Render the executed notebooks into index.html and report.pdf."""
-    from rlhf_lib import book
+    from rlhf_lib.study import book
 
     chosen = load_profile(profile, _overrides(data, model, settings, seeds))
     _print_report(book.write_report(chosen, run_dir))
@@ -110,7 +109,7 @@ def export(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Write a finished study's numbers as JSON, and the plots drawn from them (no dataset text)."""
-    from rlhf_lib import book
+    from rlhf_lib.study import book
 
     chosen = load_profile(profile, _overrides(data, model, settings, seeds))
     for path in book.export_figures(chosen, run_dir, target):
@@ -123,7 +122,7 @@ def readme(
     figures: Annotated[Path, typer.Option(help="folder of exported studies")] = Path("figures"),
 ) -> None:
     """Fill the README's result blocks from the JSON of the exported studies."""
-    from rlhf_lib import readme as blocks
+    from tools import readme as blocks
 
     text.write_text(blocks.fill(text.read_text(), figures))
 
@@ -136,7 +135,7 @@ def proofs(
     ] = None,
 ) -> None:
     """Prove the methods by enumeration, and compare with TRL; fails where a claim does not hold."""
-    import proofs as library
+    from rlhf_lib import proofs as library
     from rlhf_lib.runs import write_json
 
     rows, missing = library.with_parity()
@@ -157,7 +156,7 @@ def _add_stage(name: str, summary: str) -> None:
         settings: Set = None,
         run_dir: RunDir = Path("runs"),
     ) -> None:
-        from rlhf_lib.study import Study
+        from rlhf_lib.study.stages import Study
 
         overrides = _overrides(data, model, settings, None)
         stage = Study.open(profile, seed, run_dir, overrides).stage(name)

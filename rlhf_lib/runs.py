@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -24,21 +26,21 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_lib.config import Profile, as_dict, content_hash
-from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
-from rlhf_lib.phases import phase, phase_seconds
-from rlhf_lib.profiles import load_profile
 from rlhf_lib.runtime import (
+    choose_precision,
+    computed_by,
     environment,
     peak_memory_gb,
+    phase,
+    phase_seconds,
     progress,
     reset_peak_memory,
     seed_everything,
 )
+from rlhf_lib.settings import Profile, as_dict, content_hash, load_profile
 
 PACKAGE = Path(__file__).resolve().parent
-# settings enter a hash by value, and how a run is started or drawn changes no result
-NOT_HASHED = {"config", "profiles", "plots", "widgets", "report", "study", "schedule", "__main__"}
+BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,25 @@ class Run:
     ) -> Run:  # fmt: skip
         return cls(load_profile(profile, overrides), seed, Path(root))
 
-    def stage(self, name: str, settings: object, upstream: Mapping[str, str], module: str) -> Stage:
-        """The stage `name` under the hash of its settings, what it reads, and `module`'s source."""
+    def stage(
+        self, name: str, settings: object, upstream: Mapping[str, str], *modules: str
+    ) -> Stage:
+        """The stage `name` under the hash of all that its result hangs on.
+
+        Its settings and those of the model as resolved, the lengths that samples are cut at, what
+        it reads, the source of `modules`, and what computes: device, torch, transformers.
+        """
+        model, data = as_dict(self.profile.model), self.profile.data
         config = {
             "stage": name,
             "profile": self.profile.name,
             "seed": self.seed,
             "settings": as_dict(settings) if not isinstance(settings, dict) else settings,
-            "model": as_dict(self.profile.model),
+            "model": model | {"precision": choose_precision(self.profile.model.precision)},
+            "lengths": [data.max_prompt_tokens, data.max_response_tokens],
             "upstream": dict(upstream),
-            "source": source_hash(module),
+            "source": source_hash(*modules),
+            "computed_by": computed_by(),
         }
         folder = self.root / self.profile.name / f"seed-{self.seed}"
         return Stage(name, folder, config, self.profile.checkpoint_minutes)
@@ -271,29 +282,89 @@ def stage_folders(folder: Path) -> list[dict]:
     return rows
 
 
-@cache
-def source_hash(module: str) -> str:
-    """SHA-256 of the source of `rlhf_lib.<module>` and of every rlhf_lib module it imports."""
+# ------------------------------------------------------------------------- what a stage runs
+
+
+def source_hash(*modules: str) -> str:
+    """SHA-256 of what `modules` do, and all that they import of this library or of their own.
+
+    A module is named as Python names it, or by the path of its file. Comments, docstrings and
+    layout do not count; files beside a module that it imports by their bare name do.
+    """
+    own = {PACKAGE.name, *(name.partition(".")[0] for name in modules)}
     seen: dict[str, str] = {}
-    waiting = [module]
+    waiting = [(name, source_file(name)) for name in modules]
     while waiting:
-        name = waiting.pop()
-        if name in seen or name in NOT_HASHED:
+        name, path = waiting.pop()
+        if path is None or path.name in seen or name in seen or name in BY_VALUE:
             continue
-        source = (PACKAGE / f"{name}.py").read_bytes()
-        seen[name] = hashlib.sha256(source).hexdigest()
-        waiting += [n for n in imported_modules(source) if (PACKAGE / f"{n}.py").exists()]
+        seen[path.name if name.endswith(".py") else name], imported = _read_source(path, name)
+        for other in imported:
+            beside = path.parent / f"{other}.py"
+            if other.partition(".")[0] in own:
+                waiting.append((other, source_file(other)))
+            elif name in modules and beside.is_file():
+                waiting.append((str(beside), beside))
     return content_hash(seen)
 
 
-def imported_modules(source: bytes) -> set[str]:
-    """Names of the rlhf_lib modules that `source` imports anywhere in it."""
+def source_file(name: str) -> Path | None:
+    """The file of a module, or of `FILE.py`; None for one that is not there or no Python file."""
+    if name.endswith(".py"):
+        return Path(name).resolve()
+    if name.partition(".")[0] == PACKAGE.name:  # found without importing what is above it
+        path = PACKAGE.parent.joinpath(*name.split("."))
+        found = [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()]
+        return found[0] if found else None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, AttributeError):  # `from module import name`: no module of that name
+        return None
+    origin = spec.origin if spec else None
+    return Path(origin) if origin and origin.endswith(".py") else None
+
+
+@cache
+def _read_source(path: Path, name: str) -> tuple[str, list[str]]:
+    """Hash of what a file says in code, and every module that it may import, anywhere in it."""
+    tree = ast.parse(path.read_bytes())
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    imported = imported_modules(tree, package)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
+
+
+def imported_modules(tree: ast.AST, package: str) -> list[str]:
+    """Modules that a module of `package` imports, wherever in it; names of them that may be one."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rlhf_lib"):
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
-            found |= {parts[1] for parts in names if parts[0] == "rlhf_lib" and len(parts) > 1}
-    return found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level + (node.module or "")
+            base = importlib.util.resolve_name(dots, package) if node.level else dots
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return sorted(found)
+
+
+def write_json(path: Path, value: object) -> None:
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: nobody ever sees half a file."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

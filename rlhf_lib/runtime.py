@@ -11,7 +11,10 @@ import sys
 import threading
 import time
 import typing
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import psutil
@@ -19,6 +22,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -157,6 +162,12 @@ def progress(items: Iterable[T], description: str, total: int | None = None, don
     return iter(tqdm(items, desc=description, total=total, initial=done, disable=batch))
 
 
+def computed_by() -> dict[str, str]:
+    """What decides how numbers round: kind of device, torch and transformers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def environment() -> dict:
     """What a result was computed with, as JSON values; names no path and no host."""
     versions = {}
@@ -173,3 +184,64 @@ def environment() -> dict:
         "bf16_hardware": choose_precision("auto") == "bf16",
         "packages": versions,
     }
+
+
+_seconds: dict[str, float] = defaultdict(float)
+_open: list[str] = []
+_since = 0.0
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count the time within, or within the function it decorates, under `name`.
+
+    What a phase inside another takes is counted there alone, so phases add up.
+    """
+    _book()
+    _open.append(name)
+    try:
+        yield
+    finally:
+        _book()
+        _open.pop()
+
+
+def phase_seconds() -> dict[str, float]:
+    """Seconds by phase since the process began."""
+    return dict(_seconds)
+
+
+def _book() -> None:
+    """Credit the time since the last call to the phase that was going on, if any."""
+    global _since
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what was asked of it may not have been done yet
+    now = time.perf_counter()
+    if _open:
+        _seconds[_open[-1]] += now - _since
+    _since = now
+
+
+TIMEOUT = 5.0  # seconds
+
+
+def unreachable() -> str | None:
+    """Why the hub cannot be asked, in words; None when it answers."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception as error:  # of whichever HTTP package huggingface_hub came with
+        return f"{constants.ENDPOINT} does not answer ({type(error).__name__})"
+    return None
+
+
+def bundled_folder() -> Path:
+    """The folder `data/` beside the package. Raises FileNotFoundError where it is missing."""
+    folder = Path(__file__).resolve().parents[1] / "data"
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"the bundled world is not in {folder}: work from a checkout of the repository "
+            "(pip install -e .), or build it there with `python -m tools.build_world`"
+        )
+    return folder

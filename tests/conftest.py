@@ -126,7 +126,7 @@ def _random_ids(rng: random.Random, shortest: int, longest: int) -> list[int]:
 @pytest.fixture(scope="session")
 def tiny_data(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
     """Made-up `PreferenceData`: 24 training pairs of mixed lengths; one reply in six has no end."""
-    from rlhf_lib.data import Demonstration, Pair, PreferenceData, Prompt
+    from rlhf_lib.data.pairs import Demonstration, Pair, PreferenceData, Prompt
 
     rng = random.Random(5)
     text = tiny_tokenizer.decode
@@ -198,7 +198,7 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory, make_run: Callable, tiny_data: Any
 ) -> SimpleNamespace:
     """The stages that PPO, GRPO and DPO start from: `finished.sft` and `finished.reward_model`."""
-    from rlhf_lib import reward_model, sft
+    from rlhf_lib.methods import reward_model, sft
 
     run = make_run(tmp_path_factory.mktemp("upstream"))
     return SimpleNamespace(

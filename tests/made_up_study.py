@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from rlhf_lib import summary
-from rlhf_lib.data import Pair, PreferenceData
-from rlhf_lib.frontier import COEFFICIENTS, method
-from rlhf_lib.phases import phase
-from rlhf_lib.probes import load_probes
-from rlhf_lib.profiles import load_profile
+from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.measure.opinions import WATCHED
+from rlhf_lib.measure.probes import load_probes
+from rlhf_lib.results import summary
+from rlhf_lib.results.frontier import COEFFICIENTS, method
 from rlhf_lib.runs import Run, Stage, write_jsonl
-from rlhf_lib.second_opinion import WATCHED
-from rlhf_lib.world import sample_reply, sample_request, write_prompt
+from rlhf_lib.runtime import phase
+from rlhf_lib.settings import load_profile
+from rlhf_lib.world.rewards import sample_reply, sample_request, write_prompt
 
 POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 # what each policy has more than SFT, in proxy and in gold, with a little of its own in each seed

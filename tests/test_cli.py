@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rlhf_lib import book, schedule
 from rlhf_lib.__main__ import app, main
+from rlhf_lib.study import book, schedule
 
 MADE_UP = Path(__file__).parent / "made_up"
 STAGES = ("dataset", "reward-model", "sft", "rejection-sft", "ppo", "grpo", "dpo", "probes",

@@ -1,4 +1,4 @@
-"""The library's shape: imports point downward, methods stand alone, files stay short.
+"""The library's shape: imports point downward, methods stand alone, files and folders stay small.
 
 Imports are read from the source, not from a running program, so an import inside a function counts
 as well.
@@ -11,181 +11,111 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lib.runs import imported_modules
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "rlhf_lib"
-MAX_LINES = 300
+MAX_LINES, MAX_MODULES = 450, 8
 
-# A module may import from its own layer and from those below. Every file must have its place here.
-LAYERS: dict[int, tuple[str, ...]] = {
-    1: ("config", "profiles", "runtime", "phases", "batches", "ops", "kl"),
-    2: ("attention", "logprobs", "losses", "preference_losses", "advantages"),
-    3: (
-        "controllers",
-        "lora",
-        *("world", "world_grammar", "world_words", "world_tokenizer"),
-        *(
-            "data",
-            "store",
-            "files",
-            "splits",
-            "audit",
-            "encoding",
-            "dialogues",
-            "sources",
-            "hub",
-            "models",
-            "smollm2",
-            "runs",
-            "learner",
-        ),
-    ),
-    4: ("generation", "rollout"),
-    5: ("sft", "reward_model", "ppo", "grpo", "dpo"),
-    6: (
-        *("build_world", "world_card"),
-        *("evaluation", "heldout", "text_measures", "judges", "groups", "openai_judge"),
-        *("build_probes", "probes", "probe_stage", "probe_tables"),
-        *(
-            "intervals",
-            "summary",
-            "second_opinion",
-            "policy_summary",
-            "reward_summary",
-            "frontier",
-            "learning_curve",
-        ),
-        *("plots", "plots_reward", "plots_probes", "plots_frontier"),
-        *("display", "result_tables", "cost_tables", "verdict", "choices"),
-        *("widgets", "exercises", "exercises_reward", "exercises_evaluation"),
-    ),
-    7: (
-        "report",
-        "benchmark_text",
-        "study",
-        "schedule",
-        "book",
-        "readme",
-        "__main__",
-    ),  # and report_*
+# A module may import from its own folder, and from those before it in this list.
+ORDER = (
+    "settings", "catalogue", "runtime", "runs", "objectives", "world", "data", "models", "methods",
+    "measure", "results", "show", "proofs", "report", "study", "lesson", "__main__",
+)  # fmt: skip
+# what a folder may import of ours, where that is less than all that stands before it
+ALONE = {"objectives": {"objectives"}, "world": {"world"}, "report": {"report"}}
+SHARED_BY_METHODS = {"rlhf_lib.methods.rewards", "rlhf_lib.methods.rollout"}
+SHOWS = {"show", "study", "lesson", "__main__"}  # of the library; tools and benchmarks may as well
+# The standard library lends the objectives words for types and records, no more.
+PURE = frozenset({"__future__", "collections", "dataclasses", "math", "typing", "torch"})
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(LIBRARY.rglob("*.py"))
 }
-METHODS = frozenset(LAYERS[5])
-# Pure functions of tensors. The standard library lends them words for types and records, no more.
-PURE = frozenset({"ops", "kl", "losses", "preference_losses", "advantages"})
-PURE_MAY_IMPORT = frozenset({"__future__", "collections", "dataclasses", "math", "typing", "torch"})
-
-MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
 
 
-def layer_of(module: str) -> int | None:
-    """The layer of a module of the library, or None for one that has no place in the table."""
-    if module.startswith("report_"):
-        return 7
-    return next((layer for layer, names in LAYERS.items() if module in names), None)
+def folder_of(module: str) -> str:
+    """`methods` of `rlhf_lib.methods.ppo`, `runs` of `rlhf_lib.runs`."""
+    return module.split(".")[1]
 
 
-def imports_of(source: str, package: str = LIBRARY.name) -> tuple[set[str], set[str]]:
-    """Modules of the library, and top-level names of other packages, that a module imports."""
-    own: set[str] = set()
-    other: set[str] = set()
-
-    def note(dotted: str) -> None:
-        top, _, rest = dotted.partition(".")
-        if top != package:
-            other.add(top)
-        elif rest:
-            own.add(rest.partition(".")[0])
-
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                note(alias.name)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, (package if node.level else None, node.module)))
-            if base == package:  # `from rlhf_lib import ops`: the names are the modules
-                own.update(alias.name for alias in node.names)
-            else:
-                note(base)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            for argument in node.args:
-                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    note(argument.value.replace(".", f"{package}.", argument.value[0] == "."))
-    return own, other
+def imports_of(module: str) -> set[str]:
+    """Everything that a module imports: modules of ours by their full names, other packages'."""
+    package = module.rpartition(".")[0]
+    found = imported_modules(ast.parse(MODULES[module].read_bytes()), package)
+    ours = {name for name in found if name in MODULES}
+    return ours | {name for name in found if name.partition(".")[0] != "rlhf_lib"}
 
 
-def read_imports(module: str) -> tuple[set[str], set[str]]:
-    """`imports_of` for a module's file. `from rlhf_lib import __version__` names no module."""
-    own, other = imports_of((LIBRARY / f"{module}.py").read_text(encoding="utf-8"))
-    return {name for name in own if name in MODULES}, other
+def own(module: str) -> set[str]:
+    return {name for name in imports_of(module) if name in MODULES}
 
 
 @pytest.mark.parametrize(
-    ("source", "own", "other"),
+    ("source", "found"),
     [
-        ("import torch.nn as nn, math", set(), {"torch", "math"}),
-        ("import rlhf_lib.ppo", {"ppo"}, set()),
-        ("from rlhf_lib import ops, kl", {"ops", "kl"}, set()),
-        ("from rlhf_lib.losses import dpo_loss", {"losses"}, set()),
-        ("from . import dpo", {"dpo"}, set()),
-        ("from .world import gold_reward", {"world"}, set()),
-        ("def f():\n    from rlhf_lib.grpo import train", {"grpo"}, set()),
-        ("importlib.import_module('rlhf_lib.sft')", {"sft"}, set()),
-        ("importlib.import_module('.sft', 'rlhf_lib')", {"sft"}, set()),
-        ("from torch.nn import functional", set(), {"torch"}),
+        ("import torch.nn as nn, math", {"torch.nn", "math"}),
+        ("import rlhf_lib.methods.ppo", {"rlhf_lib.methods.ppo"}),
+        ("from rlhf_lib.objectives import kl", {"rlhf_lib.objectives.kl"}),
+        ("from rlhf_lib.objectives.kl import k1", {"rlhf_lib.objectives.kl"}),
+        ("from . import dpo", {"rlhf_lib.methods.dpo"}),
+        ("from ..objectives.kl import k3", {"rlhf_lib.objectives.kl"}),
+        ("def f():\n    from rlhf_lib.methods.grpo import train", {"rlhf_lib.methods.grpo"}),
     ],
 )
-def test_the_reader_sees_every_form_of_import(source: str, own: set[str], other: set[str]) -> None:
-    assert imports_of(source) == (own, other)
+def test_the_reader_sees_every_form_of_import(source: str, found: set[str]) -> None:
+    assert found <= set(imported_modules(ast.parse(source), "rlhf_lib.methods"))
 
 
-def test_every_module_has_a_layer() -> None:
-    assert MODULES, f"no module found in {LIBRARY}"
-    missing = [module for module in MODULES if layer_of(module) is None]
-    assert not missing, f"give {missing} a place in LAYERS of {Path(__file__).name}"
-
-
-def test_no_module_is_in_two_layers() -> None:
-    names = [name for layer in LAYERS.values() for name in layer]
-    assert len(names) == len(set(names))
+def test_every_module_has_its_place() -> None:
+    folders = {folder_of(module) for module in MODULES} - {"__init__"}
+    assert folders <= set(ORDER), f"give {sorted(folders - set(ORDER))} a place in ORDER"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downward(module: str) -> None:
-    own, _ = read_imports(module)
-    above = {name for name in own if (layer_of(name) or 0) > (layer_of(module) or 0)}
-    assert not above, f"{module} (layer {layer_of(module)}) imports {sorted(above)} from above it"
+    folder = folder_of(module)
+    if folder == "__init__":
+        assert not own(module), "importing any module runs this one first"
+        return
+    allowed = ALONE.get(folder) or set(ORDER[: ORDER.index(folder) + 1])
+    taken = {name for name in own(module) if folder_of(name) not in allowed}
+    assert not taken, f"{module} imports {sorted(taken)}"
 
 
-def test_the_package_itself_imports_no_module_of_its_own() -> None:
-    # `import rlhf_lib.ops` runs __init__ first: what that imports, every module depends on.
-    assert not read_imports("__init__")[0]
+@pytest.mark.parametrize("module", [m for m in MODULES if folder_of(m) == "objectives"])
+def test_objectives_import_torch_and_each_other_only(module: str) -> None:
+    other = {name.partition(".")[0] for name in imports_of(module) - own(module)}
+    assert other <= PURE, f"{module} imports {sorted(other - PURE)}"
 
 
-@pytest.mark.parametrize("module", sorted(PURE & set(MODULES)))
-def test_pure_modules_import_torch_and_each_other_only(module: str) -> None:
-    own, other = read_imports(module)
-    assert own <= PURE, f"{module} imports {sorted(own - PURE)}"
-    assert other <= PURE_MAY_IMPORT, f"{module} imports {sorted(other - PURE_MAY_IMPORT)}"
-
-
-def test_the_proofs_stand_on_the_library_and_not_the_other_way_round() -> None:
-    users = {module for module in MODULES if "proofs" in read_imports(module)[1]}
-    assert users == {"__main__", "book"}, "only the command line and the report call the proofs"
-
-
-@pytest.mark.parametrize("module", sorted(METHODS & set(MODULES)))
+@pytest.mark.parametrize("module", [m for m in MODULES if folder_of(m) == "methods"])
 def test_methods_never_import_each_other(module: str) -> None:
-    own, _ = read_imports(module)
-    assert not own & METHODS, f"{module} imports {sorted(own & METHODS)}"
+    others = {name for name in own(module) if folder_of(name) == "methods"} - SHARED_BY_METHODS
+    assert not others, f"{module} imports {sorted(others)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_what_shows_imports_show(module: str) -> None:
+    if any(folder_of(name) == "show" for name in own(module)):
+        assert folder_of(module) in SHOWS
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.endswith(".__init__")])
+def test_a_folder_hands_no_names_on(module: str) -> None:
+    """The path that is shown is where the code is; `lesson` alone hands names on."""
+    assert not own(module)
 
 
 def test_no_import_goes_in_a_circle() -> None:
-    remaining = {module: read_imports(module)[0] for module in MODULES}
-    while free := {module for module, own in remaining.items() if not own & remaining.keys()}:
+    remaining = {module: own(module) for module in MODULES}
+    while free := {module for module, names in remaining.items() if not names & remaining.keys()}:
         remaining = {module: own for module, own in remaining.items() if module not in free}
     assert not remaining, f"among these, each imports another: {sorted(remaining)}"
 
 
-@pytest.mark.parametrize("folder", ["rlhf_lib", "proofs", "tests", "benchmarks"])
+@pytest.mark.parametrize("folder", ["rlhf_lib", "tools", "tests", "benchmarks"])
 def test_no_file_is_long(folder: str) -> None:
     lengths = {
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
@@ -193,3 +123,20 @@ def test_no_file_is_long(folder: str) -> None:
     }
     long = {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines, so holding more than one idea: {long}"
+
+
+def test_no_folder_is_crowded_and_none_lies_deeper() -> None:
+    folders = {folder_of(m) for m in MODULES if m.count(".") > 1}
+    counts = {f: sum(m.startswith(f"rlhf_lib.{f}.") for m in MODULES) - 1 for f in folders}
+    assert all(count <= MAX_MODULES for count in counts.values()), counts
+    assert max(module.count(".") for module in MODULES) == 2
+
+
+def test_tests_mirror_the_folders() -> None:
+    """`tests/methods/test_ppo*.py` tests `methods/ppo.py`, and so on."""
+    modules = {tuple(m.split(".")[1:]) for m in MODULES}
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        folder, words = path.parent.name, path.stem.split("_")[1:]
+        if (LIBRARY / folder).is_dir():
+            names = {"_".join(words[:n]) for n in range(1, len(words) + 1)}
+            assert any((folder, name) in modules for name in names), path.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_lib import runs
-from rlhf_lib.runs import Run, Stage, Work, imported_modules, read_jsonl, stage_folders, write_jsonl
+from rlhf_lib.runs import Run, Stage, Work, read_jsonl, stage_folders, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ def run(tmp_path: Path) -> Run:
 
 
 def stage_of(run: Run, name: str = "sft", **changes: object) -> Stage:
-    arguments = {"settings": Settings(), "upstream": {"data": "d1"}, "module": "sft"} | changes
-    return run.stage(name, **arguments)  # type: ignore[arg-type]
+    arguments = {"settings": Settings(), "upstream": {"data": "d1"}} | changes
+    module = arguments.pop("module", "rlhf_lib.methods.sft")
+    return run.stage(name, arguments["settings"], arguments["upstream"], module)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------- the hash
@@ -48,9 +50,11 @@ def test_whatever_changes_a_result_changes_the_hash(run: Run, tmp_path: Path) ->
         stage_of(run, settings={"rate": 0.3}).hash,
         stage_of(run, upstream={"data": "d2"}).hash,
         stage_of(run, upstream={"data": "d1", "sft": "s1"}).hash,
-        stage_of(run, module="dpo").hash,
+        stage_of(run, module="rlhf_lib.methods.dpo").hash,
         stage_of(Run.open("smoke", 4, tmp_path)).hash,
         stage_of(Run.open("smoke", 3, tmp_path, "model.precision=bf16")).hash,
+        stage_of(Run.open("smoke", 3, tmp_path, "data.max_response_tokens=30")).hash,
+        stage_of(Run.open("smoke", 3, tmp_path, "model.lora_rank=4")).hash,
     ]
     assert len(set(hashes)) == len(hashes)
 
@@ -66,59 +70,105 @@ def test_how_a_run_is_started_does_not_change_the_hash(run: Run, tmp_path: Path)
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of four modules: top imports middle, middle imports bottom; other stands apart."""
-    folder = tmp_path / "package"
-    folder.mkdir()
+    """A library in folders: top imports middle, middle imports bottom; other stands apart."""
+    folder = tmp_path / "rlhf_lib"
     sources = {
-        "top": "from rlhf_lib.middle import f\nimport torch\nfrom rlhf_lib import plots",
-        "middle": "def f():\n    from rlhf_lib import bottom",
-        "bottom": "import rlhf_lib.top",
-        "other": "",
-        "plots": "",
+        "upper/top": "from rlhf_lib.lower.middle import f\nimport torch",
+        "lower/middle": "def f():\n    from ..lower import bottom",
+        "lower/bottom": '"""Below."""\nimport rlhf_lib.upper.top\ndef g():\n  "Says."\n  return 1',
+        "lower/other": "",
+        "settings": "",
     }
     for name, text in sources.items():
-        (folder / f"{name}.py").write_text(text)
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
     monkeypatch.setattr(runs, "PACKAGE", folder)
-    runs.source_hash.cache_clear()
+    runs._read_source.cache_clear()
     yield folder
-    runs.source_hash.cache_clear()
+    runs._read_source.cache_clear()
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    runs._read_source.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("edited", "changes"),
-    [("top", True), ("middle", True), ("bottom", True), ("other", False), ("plots", False)],
+    [
+        ("upper/top", True),
+        ("lower/middle", True),
+        ("lower/bottom", True),
+        ("lower/other", False),
+        ("settings", False),
+    ],
 )
 def test_an_edited_source_changes_the_hash_of_what_runs_it(
-    edited: str, changes: bool, package: Path, run: Run
+    edited: str, changes: bool, package: Path
 ) -> None:
-    before = stage_of(run, module="top").hash
+    before = runs.source_hash("rlhf_lib.upper.top")
     with open(package / f"{edited}.py", "a") as source:
-        source.write("\n# edited")
-    runs.source_hash.cache_clear()
-    assert (stage_of(run, module="top").hash != before) is changes
+        source.write("EDITED = True\n")
+    runs._read_source.cache_clear()
+    assert (runs.source_hash("rlhf_lib.upper.top") != before) is changes
+
+
+def test_words_and_layout_change_no_hash(package: Path) -> None:
+    before, bottom = runs.source_hash("rlhf_lib.upper.top"), package / "lower" / "bottom.py"
+    edit(bottom, '"Says."', '"Says it better."')
+    edit(bottom, '"""Below."""', '"""Far below."""  # and why')
+    edit(bottom, "return 1", "return  (1)")
+    assert runs.source_hash("rlhf_lib.upper.top") == before
+    edit(bottom, "(1)", "(2)")
+    assert runs.source_hash("rlhf_lib.upper.top") != before
+
+
+def test_a_module_of_the_user_counts_with_what_lies_beside_it(tmp_path: Path) -> None:
+    mine, helper = tmp_path / "mine.py", tmp_path / "helper.py"
+    mine.write_text("import helper, torch\nfrom rlhf_lib.objectives.kl import k1\n")
+    helper.write_text("WEIGHT = 1\n")
+    before = runs.source_hash(str(mine))
+    edit(helper, "1", "2")
+    assert runs.source_hash(str(mine)) != before
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in (mine, helper):
+        (moved / path.name).write_text(path.read_text())
+    assert runs.source_hash(str(moved / "mine.py")) == runs.source_hash(str(mine))
 
 
 def test_every_form_of_import_is_seen() -> None:
-    source = b"""
-import rlhf_lib.ops, torch
-from rlhf_lib import kl, runs as r
-from rlhf_lib.losses import dpo_loss
+    source = """
+import rlhf_lib.objectives.masked, torch
+from rlhf_lib.objectives import kl as estimators
+from rlhf_lib.objectives.losses import dpo_loss
 def f():
-    from rlhf_lib.world import gold_reward
+    from ..world.rewards import gold_reward
 """
-    assert imported_modules(source) == {"ops", "kl", "runs", "losses", "world"}
+    found = runs.imported_modules(ast.parse(source), "rlhf_lib.methods")
+    assert {
+        "rlhf_lib.objectives.masked",
+        "rlhf_lib.objectives.kl",
+        "rlhf_lib.objectives.losses",
+        "rlhf_lib.world.rewards",
+        "torch",
+    } <= set(found)
 
 
 def test_the_hash_of_ppo_covers_its_loss_and_not_that_of_the_notebooks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = []
+    read: list[str] = []
     monkeypatch.setattr(runs, "content_hash", lambda seen: read.extend(seen) or "hash")
-    runs.source_hash.cache_clear()
-    runs.source_hash("ppo")
-    runs.source_hash.cache_clear()
-    assert {"ppo", "losses", "kl", "ops", "rollout", "models", "learner", "world"} <= set(read)
-    assert not {"config", "plots", "study", "grpo"} & set(read)
+    runs.source_hash("rlhf_lib.methods.ppo")
+    names = {name.removeprefix("rlhf_lib.") for name in read}
+    assert {"methods.ppo", "methods.rollout", "objectives.losses", "objectives.kl"} <= names
+    assert {"objectives.masked", "models.load", "models.learner", "world.rewards"} <= names
+    assert not {"settings", "catalogue", "methods.grpo"} & names
+    assert not [n for n in names if n.startswith(("show", "report", "results"))]
 
 
 # ------------------------------------------------------------------------------------ publishing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -168,3 +169,11 @@ def test_the_environment_is_json_and_names_no_place() -> None:
     assert snapshot["threads"] == torch.get_num_threads()
     assert runtime.platform.node() not in text
     assert "/" not in text
+
+
+def test_missing_data_names_the_rebuild_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "rlhf_lib" / "runtime.py"))
+    with pytest.raises(FileNotFoundError, match=r"python -m tools\.build_world"):
+        runtime.bundled_folder()

@@ -1,0 +1,166 @@
+"""What benchmarks measured, as Markdown for the README: speed beside peers, growth, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from rlhf_lib.show.display import interval, markdown
+
+# items a second of this library over the peer's, in one run
+TARGETS = {
+    "cpu": {"dpo": 6.0, "sft": 4.0, "reward_model": 2.5, "grpo": 4.0},
+    "gpu": {"dpo": 2.0, "sft": 2.0, "reward_model": 2.0, "grpo": 2.0, "generation": 5.0},
+}
+TRAINING = ("sft", "reward_model", "dpo")  # stages that only train: half of the roof is wanted
+ROOF_TARGET = 0.5
+
+
+def summary(results: Mapping) -> str:
+    """Of a comparison, of how cost grows, or of memory under a cap, as the keys tell."""
+    if "axes" in results:
+        return growth_summary(results)
+    return memory_summary(results) if "cap_gb" in results else benchmark_summary(results)
+
+
+def benchmark_summary(results: Mapping) -> str:
+    """What was compared on which machine, the table of stages, and the targets, as Markdown."""
+    env, settings, stages = results["environment"], results["settings"], results["stages"]
+    tokens = settings["mean_tokens"]
+    machine = env["gpu"] or f"{env['cpu_cores']} CPU cores, {env['threads']} threads"
+    head = (
+        f"{machine}; {settings['precision']}; matmul roof "
+        f"{results['roof']['flops_per_second'] / 1e9:,.0f} GFLOP/s. A round has "
+        f"{settings['pairs']} pairs (mean tokens: prompt {tokens['prompt']:.0f}, chosen "
+        f"{tokens['chosen']:.0f}, rejected {tokens['rejected']:.0f}) in batches of "
+        f"{settings['batch_size']}, or {settings['samples']} samples of "
+        f"{settings['max_new_tokens']} new tokens at most in steps of "
+        f"{settings['samples_per_step']}; {settings['rounds']} rounds each, in turn. Peers: TRL "
+        f"{results['peer_packages']['trl']}, transformers "
+        f"{results['peer_packages']['transformers']}."
+    )
+    parts = [head, markdown(benchmark_table(results)), *_benchmark_targets(stages)]
+    if "prediction" in results:
+        parts.append(prediction_summary(results["prediction"]))
+    return "\n\n".join(parts)
+
+
+def benchmark_table(results: Mapping) -> pd.DataFrame:
+    """One row a stage: both sides' rates and memory, the ratio with its interval, the target."""
+    targets = TARGETS["gpu" if results["environment"]["gpu"] else "cpu"]
+    rows = []
+    for stage, record in results["stages"].items():
+        ours, theirs = record["library"], record["peer"]
+        rows.append({
+            "stage": stage.replace("_", " "),
+            "peer": record["peer_name"],
+            "items/s": _range(ours["items_per_second"]),
+            "peer's": _range(theirs["items_per_second"]),
+            "tokens/s": f"{ours['tokens_per_second']['median']:,.0f}",
+            "of the roof": f"{ours['roof_share']['median']:.0%}",
+            "peer's share": f"{theirs['roof_share']['median']:.0%}",
+            "GB": f"{ours['peak_memory_gb']:.1f}",
+            "peer's GB": f"{theirs['peak_memory_gb']:.1f}",
+            "ratio": interval(record["ratio"], 1),
+            "target": _target(record["ratio"], targets.get(stage)),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _range(spread: Mapping) -> str:
+    return f"{spread['median']:.2f} ({spread['min']:.2f}–{spread['max']:.2f})"
+
+
+def _target(ratio: Mapping, wanted: float | None) -> str:
+    """Reached or missed where the whole interval lies on one side, and undecided elsewhere."""
+    if wanted is None:
+        return "–"
+    if ratio["low"] >= wanted:
+        verdict = "reached"
+    else:
+        verdict = "missed" if ratio["high"] < wanted else "undecided"
+    return f"≥ {wanted:g}: {verdict}"
+
+
+def _benchmark_targets(stages: Mapping) -> list[str]:
+    """The two targets that are no ratio of speed: share of the roof, and memory."""
+    training = {stage: stages[stage] for stage in TRAINING if stage in stages}
+    shares = {s: r["library"]["roof_share"]["median"] >= ROOF_TARGET for s, r in training.items()}
+    memory = {stage: record["memory_ratio"] <= 1 for stage, record in stages.items()}
+    return [
+        f"Target, {ROOF_TARGET:.0%} of the roof in training steps: {_reached(shares)}.",
+        f"Target, no more memory than the peer: {_reached(memory)}.",
+        "The roof is the best matrix product of the model's own shapes. Both sides are credited "
+        "with the same work: each prompt once, every reply, no padding, and the output layer at "
+        "reply tokens only. Ratios are of items a second, geometric means with 95 % intervals over "
+        "rounds; rates are medians with their range.",
+    ]
+
+
+def _reached(stages: Mapping[str, bool]) -> str:
+    parts = [
+        f"{word} for {', '.join(name.replace('_', ' ') for name in names)}"
+        for word, wanted in (("reached", True), ("missed", False))
+        if (names := [stage for stage, held in stages.items() if held is wanted])
+    ]
+    return "; ".join(parts) or "not measured"
+
+
+def prediction_summary(prediction: Mapping) -> str:
+    """Work and time of each stage of a profile, and what they were derived from, as Markdown."""
+    rows = [
+        {
+            "stage": row["stage"].replace("_", " "),
+            "items": f"{row['items']:,}",
+            "PFLOP": f"{row['flops'] / 1e15:,.1f}",
+            "hours": _hours(row["hours"]),
+        }
+        for row in prediction["stages"]
+    ]
+    total = {"stage": "all, one seed", "items": "", "PFLOP": f"{prediction['flops'] / 1e15:,.1f}",
+             "hours": _hours(prediction["hours"])}  # fmt: skip
+    text = (
+        f"Profile `{prediction['profile']}` with GPT-2: FLOPs counted from its settings, and hours "
+        f"at the rates above ({prediction['device']})."
+    )
+    if prediction["gpu"] is None:
+        text += " No GPU was measured: the FLOPs hold for any device, the hours are this CPU's."
+    return f"{text}\n\n{markdown(pd.DataFrame([*rows, total]))}"
+
+
+def _hours(hours: float | None) -> str:
+    return "not measured" if hours is None else f"{hours:,.1f}"
+
+
+def growth_summary(results: Mapping) -> str:
+    """How the time of one round grows with each quantity, the others held."""
+    rows = [
+        {
+            "what grows": axis.replace("_", " "),
+            "from": f"{found['values'][0]:,}",
+            "to": f"{found['values'][-1]:,}",
+            "seconds, from": f"{found['seconds'][0]:.2f}",
+            "to ": f"{found['seconds'][-1]:.2f}",
+            "slope": f"{found['slope']:.2f}",
+        }
+        for axis, found in results["axes"].items()
+    ]
+    return (
+        f"{markdown(pd.DataFrame(rows))}\n\nThe slope is that of log seconds over log quantity: 1 "
+        "is proportional, 0 costs nothing more. A small model, one quantity at a time."
+    )
+
+
+def memory_summary(results: Mapping) -> str:
+    """Peak memory of each stage of the profile `t4`, and whether it keeps under the cap."""
+    cap = results["cap_gb"]
+    rows = [
+        {
+            "stage": stage.replace("_", " "),
+            "GB": f"{found['total_gb']:.1f}",
+            f"under {cap:g} GB": "yes" if found["total_gb"] <= cap else "**no**",
+        }
+        for stage, found in results["stages"].items()
+    ]
+    return f"Profile `t4`, {results['measured_on']}:\n\n{markdown(pd.DataFrame(rows))}"

@@ -1,0 +1,353 @@
+"""What exists: a record for each stage and each policy, and for whatever else has a name.
+
+Stages are run, policies compared, tables and figures labelled by what stands here, so that adding a
+method is adding a record: here, or in a module of your own that the setting `methods` names.
+The catalogue lies below the methods, so a record names what runs it as `package.module:function`;
+that is found when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from rlhf_lib.settings import Profile, SettingsError, load_profile, unknown
+
+GREY = "#6b7785"  # of what has no colour of its own
+# Policies in the order of tables: what the others started from first, the methods in the middle.
+ROLES = ("base", "reference", "null", "baseline", "method", "variant")
+
+
+class Passes(NamedTuple):
+    """What training holds and does: models, and passes over the tokens of one update."""
+
+    learnt: int  # models with gradients
+    read: int  # frozen ones
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One thing with a name; `runs` makes it a stage, `role` a policy that is evaluated."""
+
+    name: str
+    label: str
+    color: str = GREY
+    # ---- as a stage
+    runs: str = ""  # package.module:function; it is given what its parameters name
+    needs: tuple[str, ...] = ()  # stages of the same seed, where the profile has them
+    sections: tuple[str, ...] = ()  # of the profile that reach it; the first is its `config`
+    changes: Callable[[Profile], dict[str, Any]] = lambda profile: {}  # of that first one
+    unread: tuple[str, ...] = ()  # settings of these sections that do not reach it after all
+    pairs: str = "train"  # which it learns from: train, judge, or control
+    exists: Callable[[Profile, int], bool] = lambda profile, seed: True  # in a profile and seed
+    notebook: str = ""  # trains it where the whole study is run
+    help: str = ""  # of its command
+    # ---- as a policy
+    role: str = ""  # one of ROLES
+    rewarded: bool = True  # learns from rewards, so that the reward model is part of its price
+    samples: bool = True  # learns from its own samples while it trains: reinforcement learning
+    coefficient: str = ""  # the setting that holds it near its reference
+    passes: Callable[[Mapping], Passes] | None = None  # from the settings of a study
+    variant_of: str = ""  # the method that this is one more run of
+
+    def config(self, profile: Profile) -> Any:
+        """The settings that `runs` gets; None for a stage without any."""
+        if not self.sections:
+            return None
+        return replace(getattr(profile, self.sections[0]), **self.changes(profile))
+
+    @property
+    def module(self) -> str:
+        """Where the source is that the stage's hash follows."""
+        return self.runs.partition(":")[0]
+
+
+CATALOGUE: dict[str, Record] = {}
+
+
+def add(*records: Record) -> None:
+    """Enter records; one under a name that exists takes its place."""
+    CATALOGUE.update({record.name: record for record in records})
+
+
+def load(profile: str, overrides: str | Sequence[str] = ()) -> Profile:
+    """`settings.load_profile`, and the records that its setting `methods` names are entered."""
+    found = load_profile(profile, overrides)
+    extend(found)
+    return found
+
+
+def extend(profile: Profile) -> None:
+    """Enter the records that the setting `methods` names: `package.module:RECORD`, by commas."""
+    for name in filter(None, (part.strip() for part in profile.methods.split(","))):
+        record = resolve(name)
+        if not isinstance(record, Record):
+            raise SettingsError(f"methods={name}: it is no rlhf_lib.catalogue.Record")
+        add(record)
+
+
+def resolve(name: str) -> Any:
+    """The object behind `package.module:name`. Raises SettingsError for what is not there."""
+    module, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise SettingsError(f"{name!r}: name it as package.module:name")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"{name}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------ questions
+
+
+def record(name: str) -> Record:
+    """Raises SettingsError, with the nearest names, for one that does not exist."""
+    if name not in CATALOGUE:
+        raise unknown("name", name, CATALOGUE)
+    return CATALOGUE[name]
+
+
+def label(name: str) -> str:
+    """The name that readers see; its own for what no record names."""
+    return CATALOGUE[name].label if name in CATALOGUE else name
+
+
+def color(name: str) -> str:
+    return CATALOGUE[name].color if name in CATALOGUE else GREY
+
+
+def stages(profile: Profile, seed: int = 0) -> list[Record]:
+    """The stages of one seed, each after what it needs."""
+    return [r for r in CATALOGUE.values() if r.runs and r.exists(profile, seed)]
+
+
+def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
+    """The stages of the same seed that `name` reads."""
+    present = {r.name for r in stages(profile, seed)}
+    return [need for need in _expanded(CATALOGUE[name]) if need in present]
+
+
+def _expanded(stage: Record) -> Iterator[str]:
+    """`policies` stands for every trained policy that is evaluated."""
+    for need in stage.needs:
+        yield from trained() if need == "policies" else (need,)
+
+
+def notebooks() -> dict[str, list[str]]:
+    """What each notebook trains, in the order of the chapters."""
+    found: dict[str, list[str]] = {}
+    for stage in CATALOGUE.values():
+        if stage.notebook:
+            found.setdefault(stage.notebook, []).append(stage.name)
+    return dict(sorted(found.items()))
+
+
+def policies(*roles: str) -> list[str]:
+    """Names of the policies of these roles (default: all but the null), in the order of tables."""
+    wanted = roles or tuple(role for role in ROLES if role != "null")
+    known = CATALOGUE.values()
+    return [r.name for role in ROLES if role in wanted for r in known if r.role == role]
+
+
+def trained() -> list[str]:
+    """The policies that stages train and evaluation asks, in the order of the stages."""
+    return [r.name for r in CATALOGUE.values() if r.role and r.runs]
+
+
+def methods() -> list[str]:
+    """What is compared."""
+    return policies("method")
+
+
+def candidates() -> list[str]:
+    """The methods, and the baseline that they have to beat."""
+    return [*methods(), baseline()]
+
+
+def baseline() -> str:
+    return policies("baseline")[0]
+
+
+def coefficients() -> dict[str, str]:
+    """Each stage with a coefficient that holds it near SFT, and the setting's name."""
+    return {r.name: r.coefficient for r in CATALOGUE.values() if r.coefficient}
+
+
+# -------------------------------------------------------------------------------------- records
+
+TRAINED = ("sft", "reward_model")  # what a policy is trained from
+JUDGE_EPOCHS = 2  # for each of the reward model's: a judge sees fewer pairs
+
+
+def _of_world(profile: Profile, seed: int) -> bool:
+    return profile.data.source == "bundled"  # a control has to have its unbiased labels
+
+
+def _swept(profile: Profile, seed: int) -> bool:
+    return seed == 0 and profile.sweep.stronger > 0
+
+
+def _ppo(settings: Mapping) -> Passes:
+    values = 1 if settings["ppo"]["value_model"] == "separate" else 0
+    each = settings["ppo"]["epochs"] * (1 + values)
+    # sampled, scored, log-probs of policy and reference, values
+    return Passes(1 + values, _copies(settings), 4 + 1 + each, each)
+
+
+def _grpo(settings: Mapping) -> Passes:
+    iterations = settings["grpo"]["iterations"]
+    return Passes(1, _copies(settings), 4 + iterations, iterations)
+
+
+def _copies(settings: Mapping) -> int:
+    """Frozen models beside a policy: the reward model, and the reference unless adapters go off."""
+    return 1 if settings["model"]["lora_rank"] else 2
+
+
+def _pairwise(settings: Mapping) -> Passes:
+    return Passes(1, 0, 1, 1)
+
+
+def _sweep(name: str, of: str, label: str, changes: Callable[[Profile], dict]) -> Record:
+    """One more run of a method in seed 0, at another coefficient."""
+    method = CATALOGUE[of]
+    return replace(
+        method, name=name, label=label, role="", variant_of=of, notebook="", help="",
+        changes=lambda profile: method.changes(profile) | changes(profile), exists=_swept,
+    )  # fmt: skip
+
+
+def _grpo_times(factor: str) -> Callable[[Profile], dict]:
+    return lambda p: {"kl_reward_coef": getattr(p.sweep, factor) * p.grpo.kl_reward_coef}
+
+
+def _beta_times(factor: str) -> Callable[[Profile], dict]:
+    return lambda p: {"beta": getattr(p.sweep, factor) * p.dpo.beta}
+
+
+add(
+    Record(
+        "dataset", "data",
+        runs="rlhf_lib.study.training:dataset", sections=("data",), notebook="01_dataset",
+        help="Load, clean, split and audit the preference pairs.",
+    ),
+    Record(
+        "reward_model", "reward model", "#b8860b",
+        runs="rlhf_lib.study.training:reward_model", sections=("reward_model",),
+        unread=("curve_points",), notebook="02_reward_model", help="Train the reward model.",
+        passes=_pairwise,
+    ),
+    Record(
+        "reward_model_control", "reward model, unbiased labels",
+        runs="rlhf_lib.study.training:reward_model", sections=("reward_model",),
+        unread=("curve_points",), pairs="control", exists=_of_world, notebook="02_reward_model",
+    ),
+    Record(
+        "reward_model_curve", "reward model, less data",
+        runs="rlhf_lib.study.training:reward_model_curve", needs=("reward_model",),
+        sections=("reward_model",), notebook="02_reward_model",
+        exists=lambda profile, seed: seed == 0 and profile.reward_model.curve_points > 0,
+    ),
+    Record(
+        "judge", "held-out judge",
+        runs="rlhf_lib.study.training:reward_model", sections=("reward_model",),
+        changes=lambda p: {"epochs": JUDGE_EPOCHS * p.reward_model.epochs},
+        unread=("curve_points",), pairs="judge",
+        exists=lambda profile, seed: profile.data.judge_pairs > 0,
+    ),
+    Record("base", "Base", "#8c8c8c", role="base"),
+    Record(
+        "sft", "SFT", "#4d4d4d",
+        runs="rlhf_lib.methods.sft:train", sections=("sft",), notebook="03_sft",
+        help="Supervised fine-tuning.", role="reference", passes=_pairwise,
+    ),
+    Record("sft_again", "SFT again", role="null"),
+    Record(
+        "rejection_sft", "Best-of-n SFT", "#56b4e9",
+        runs="rlhf_lib.study.training:rejection_sft", needs=TRAINED,
+        sections=("rejection", "sft"), notebook="03_sft",
+        help="SFT on the best of n samples, picked by the reward model.",
+        role="baseline", samples=False,
+    ),
+    Record(
+        "ppo", "PPO", "#0072b2",
+        runs="rlhf_lib.methods.ppo:train", needs=TRAINED, sections=("ppo",),
+        unread=("low_kl_coef",), notebook="04_ppo",
+        help="Train with PPO (SFT and reward model first, if missing).",
+        role="method", coefficient="kl_coef", passes=_ppo,
+    ),
+)  # fmt: skip
+add(
+    replace(
+        CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, low KL", color="#d55e00", help="",
+        changes=lambda p: {"kl_coef": p.ppo.low_kl_coef}, role="variant", variant_of="ppo",
+        passes=None,
+    ),
+    Record(
+        "grpo", "GRPO", "#009e73",
+        runs="rlhf_lib.methods.grpo:train", needs=TRAINED, sections=("grpo",), notebook="05_grpo",
+        help="Train with GRPO (SFT and reward model first, if missing).",
+        role="method", coefficient="kl_reward_coef", passes=_grpo,
+    ),
+    Record(
+        "dpo", "DPO", "#aa4499",
+        runs="rlhf_lib.methods.dpo:train", needs=TRAINED, sections=("dpo",), notebook="06_dpo",
+        help="Train with DPO (SFT first, if missing).",
+        role="method", rewarded=False, samples=False, coefficient="beta",
+        # the reference's log-probs are taken once, before training
+        passes=lambda settings: Passes(1, 2, 1, 1),
+    ),
+)  # fmt: skip
+add(
+    _sweep(
+        "ppo_strong", "ppo", "PPO, high KL",
+        lambda p: {"kl_coef": p.sweep.stronger * p.ppo.kl_coef},
+    ),
+)  # fmt: skip
+add(
+    replace(
+        _sweep("rloo", "grpo", "RLOO", lambda p: {"advantage": "leave_one_out"}),
+        color="#e69f00", variant_of="", passes=None,
+    ),
+)  # fmt: skip
+for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger", "high")):
+    add(
+        _sweep(f"grpo_{_suffix}", "grpo", f"GRPO, {_word} KL", _grpo_times(_factor)),
+        _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_word} KL", _grpo_times(_factor)),
+        _sweep(f"dpo_{_suffix}", "dpo", f"DPO, {_word} beta", _beta_times(_factor)),
+    )
+add(
+    Record(
+        "probes", "probes",
+        runs="rlhf_lib.measure.probes:measure", needs=("policies", "reward_model"),
+        sections=("evaluation",), notebook="07_evaluation",
+        unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "heldout_texts",
+                "bootstrap_samples"),
+        help="Ask every policy of one seed the probes in data/probes.",
+    ),
+    Record(
+        "evaluate", "evaluation",
+        runs="rlhf_lib.measure.evaluate:measure",
+        needs=("policies", "reward_model", "reward_model_control", "judge"),
+        sections=("evaluation",), unread=("bootstrap_samples", "probe_prompts", "probe_samples"),
+        notebook="07_evaluation", help="Measure every policy of one seed on held-out prompts.",
+    ),
+    Record(
+        "second_opinion", "second opinion",
+        runs="rlhf_lib.measure.opinions:measure",
+        needs=("evaluate", "reward_model"),  # and the next seed's reward model
+        sections=("evaluation",), exists=lambda profile, seed: profile.seeds > 1,
+    ),
+    # ---- what is no stage and no policy, and yet has a name and perhaps a colour
+    Record("best_of_n_default", "best-of-n", "#333333"),
+    Record("best_of_n_control", "best-of-n, unbiased labels", "#88aacc"),
+    Record("bag_of_words", "bag of words"),
+    Record("longer_wins", "longer wins"),
+    Record("learned_length", "length, direction learned"),
+    Record("proxy", "proxy", "#b8860b"),
+    Record("gold", "gold reward", "#1f4e79"),
+)  # fmt: skip

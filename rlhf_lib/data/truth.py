@@ -1,0 +1,65 @@
+"""What is known of data beyond the labels: of real pairs nothing, of the bundled world everything.
+
+`data.truth` is None for real pairs. Whoever may use the true reward asks for it there, and nobody
+asks what the data are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf_lib.data.dialogues import read_demonstration
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.sources import read_source
+from rlhf_lib.runtime import bundled_folder
+from rlhf_lib.world.grammar import Request, parse_request
+from rlhf_lib.world.rewards import (
+    ANNOTATOR,
+    CONTROL,
+    Annotator,
+    Gold,
+    gold_reward,
+    preference_probability,
+)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The bundled world: the true reward of any reply, and how noisy the labels are."""
+
+    annotator: Annotator  # who gave the labels
+    probes: str = "world"  # its file in data/probes
+    heldout_what: str = "dialogues like those of the base model's pretraining, from the test split"
+
+    def gold(self, prompt_text: str, reply_text: str, finished: bool = True) -> Gold:
+        """The gold reward of a reply, in its parts."""
+        return gold_reward(prompt_text, reply_text, finished)
+
+    def request(self, prompt_text: str) -> Request:
+        """What a prompt asks for. Raises ValueError for one that is not of this world."""
+        return parse_request(prompt_text)
+
+    def kind(self, prompt_text: str) -> str:
+        """help, harm, edge or truth."""
+        return self.request(prompt_text).kind
+
+    def ceiling(self, pairs: Iterable[Pair]) -> float:
+        """Bayes accuracy: how often the best possible judge agrees with the noisy labels."""
+        sides = ((p.prompt_text, p.chosen_text, p.rejected_text) for p in pairs)
+        chances = np.array([preference_probability(*texts, self.annotator) for texts in sides])
+        return float(np.maximum(chances, 1 - chances).mean())
+
+    def heldout(self) -> list[tuple[str, str]]:
+        """Prompts and replies that nothing was trained on."""
+        rows = read_source(f"path:{bundled_folder() / 'heldout.jsonl.gz'}").splits["train"]
+        return [read_demonstration(row) for row in rows]
+
+
+def truth_of(source: str) -> Truth | None:
+    """What is known of the data of a `data.source`."""
+    if not source.startswith("bundled"):
+        return None
+    return Truth(CONTROL if source == "bundled:control" else ANNOTATOR)

@@ -1,0 +1,1 @@
+"""What is measured of policies and reward models, and with what certainty."""

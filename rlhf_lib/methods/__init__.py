@@ -1,0 +1,1 @@
+"""SFT, reward model, PPO, GRPO and DPO on live objects: one `update` and one `train` each."""

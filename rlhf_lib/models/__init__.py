@@ -1,0 +1,1 @@
+"""Models from disk, their log-probabilities, sampling from them, and steps on them."""

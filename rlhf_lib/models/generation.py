@@ -1,0 +1,142 @@
+"""Sampling responses: equal prompts are computed once, and rows that have ended leave."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from rlhf_lib.data.batches import by_length
+from rlhf_lib.models.load import eos_id
+from rlhf_lib.models.logprobs import Tokens
+from rlhf_lib.runtime import phase
+
+FINISHED_SHARE = 0.25  # of a batch, when its finished rows leave it: leaving copies the cache
+
+
+@phase("generation")
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Tokens,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[list[int]]:
+    """One response to each prompt, sampled from the unfiltered softmax at `temperature`.
+
+    A response ends with the end-of-sequence token unless `max_new_tokens` cut it off. No top-k,
+    top-p or minimum length: a filtered sample is not one of the policy (KL goes negative). Equal
+    prompts of a batch are computed once; a row that has ended leaves its batch.
+    """
+    responses: list[list[int]] = [[] for _ in prompts]
+    eos = eos_id(tokenizer)
+    for rows in by_length([len(p) for p in prompts], batch_size):
+        cache = _roomy_cache(model, max_new_tokens)
+        mask, logits = _prefill(model, [prompts[i] for i in rows], eos, cache)
+        alive = torch.ones(len(rows), dtype=torch.bool, device=model.device)
+        for step in range(max_new_tokens):
+            tokens = draw(logits / temperature)
+            sampled = tokens[:, 0].tolist()
+            for row, token, open_ended in zip(rows, sampled, alive.tolist(), strict=True):
+                if open_ended:
+                    responses[row].append(token)
+            alive &= tokens[:, 0] != eos
+            left = int(alive.sum())
+            if left == 0 or step + 1 == max_new_tokens:
+                break
+            if left <= (1 - FINISHED_SHARE) * len(rows):
+                places = alive.nonzero()[:, 0]
+                rows = [rows[i] for i in places.tolist()]
+                cache.batch_select_indices(places)
+                mask, tokens, alive = mask[places], tokens[places], alive[places]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            logits = _step(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
+    return responses
+
+
+def draw(logits: Tensor) -> Tensor:
+    """One token a row from softmax(logits), (B, V) -> (B, 1): the distribution function inverted.
+
+    In float64, so that the rarest token keeps its probability. `torch.multinomial` draws the same
+    distribution, but V random numbers for each token.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    place = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
+    tokens = torch.searchsorted(cumulative, place * cumulative[:, -1:])
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+def _prefill(
+    model: PreTrainedModel, prompts: Tokens, filler: int, cache: Cache
+) -> tuple[Tensor, Tensor]:
+    """Compute each distinct prompt once into `cache`; attention mask (B, L), next logits (B, V).
+
+    Padded with `filler` on the left, so that all rows go on at the same place.
+    """
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    longest = max(map(len, distinct))
+    padding = [longest - len(p) for p in distinct]
+    ids = torch.tensor([[filler] * n + list(p) for n, p in zip(padding, distinct, strict=True)])
+    mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(model.device)
+    # padding counts from 0 too: what stands there is never attended to
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = _step(model, ids.to(model.device), mask, positions, cache)
+    if len(distinct) == len(prompts):
+        return mask, logits
+    number = {prompt: i for i, prompt in enumerate(distinct)}
+    owner = torch.tensor([number[tuple(p)] for p in prompts], device=model.device)
+    cache.batch_select_indices(owner)
+    return mask[owner], logits[owner]
+
+
+def _step(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache
+) -> Tensor:
+    """Logits (B, V) that follow the last of `ids` (B, S), which `cache` takes up."""
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+        use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    return output.logits[:, -1]
+
+
+class _RoomyLayer(DynamicLayer):
+    """Writes new keys and values into room that it has; its parent copies all, at every token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.stores: list[Tensor] = []  # keys and values, each (B, heads, places, width)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start, new = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+        if not self.stores or self.stores[0].shape[-2] < end:
+            self.stores = [s.new_empty(*s.shape[:-2], end + self.room, s.shape[-1]) for s in new]
+            if start:
+                for store, old in zip(self.stores, (self.keys, self.values), strict=True):
+                    store[..., :start, :] = old  # type: ignore[index]
+        for store, states in zip(self.stores, new, strict=True):
+            store[..., start:end, :] = states
+        self.keys, self.values = (store[..., :end, :] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.stores = []  # they are of other rows
+
+
+def _roomy_cache(model: PreTrainedModel, room: int) -> Cache:
+    """The model's own kind of cache, its plain layers replaced."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        _RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache

@@ -1,0 +1,266 @@
+"""Models by name: policy, frozen reference, reward model and value model.
+
+Weights are fp32 whatever the compute precision (mixed precision casts per operation), and dropout
+is off everywhere: with it, the policy that is trained is not the policy that sampled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from rlhf_lib import runtime
+from rlhf_lib.models import attention, smollm2
+from rlhf_lib.models.lora import add_lora, merge_lora
+from rlhf_lib.runtime import bundled_folder, phase
+from rlhf_lib.settings import ModelConfig, SettingsError, unknown
+
+NAMES = ("tiny", "smollm2-135m", "gpt2")
+HUB_IDS = {"gpt2": "openai-community/gpt2"}
+PAD = "<|pad|>"
+HEAD = "score.weight"  # the linear head of every decoder-only sequence classifier in transformers
+HEAD_STD = 0.01  # small: an untrained reward model has no opinion
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises SettingsError if it has no end-of-sequence token."""
+    where, options = _locate(name)
+    with _explained(name, options):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if tokenizer.eos_token_id is None:
+        raise SettingsError(
+            f"model {str(name)!r}: its tokenizer has no end-of-sequence token, so no reply could "
+            "end; choose another model, or set eos_token in its tokenizer_config.json"
+        )
+    tokenizer.clean_up_tokenization_spaces = False  # decoding must give back the text it was
+    return tokenizer
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token; `load_tokenizer` made sure that there is one."""
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
+def load_policy(name: str | Path) -> PreTrainedModel:
+    """A causal language model, by name (`tiny`, `gpt2` ...), hub id or folder.
+
+    Raises SettingsError for a model that cannot be found.
+    """
+    model = _load(AutoModelForCausalLM, name)
+    model.generation_config = _unfiltered(model.generation_config)
+    return model
+
+
+def load_reference(name: str | Path) -> PreTrainedModel:
+    """A frozen copy of a policy: eval mode, no gradients."""
+    return load_policy(name).eval().requires_grad_(False)
+
+
+def load_reward_model(
+    name: str | Path, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier with one label, and the tokenizer to save beside it.
+
+    From a language model the head starts at N(0, 0.01²), drawn from `seed`; a saved reward model
+    keeps its own. transformers scores the last token that is not padding: where the tokenizer has
+    no pad token, or pads with its end-of-sequence token, the one returned has a new `<|pad|>`, and
+    the embedding one more row. `tokenizer` itself and the ids of all its tokens stay as they are.
+    """
+    model = _load(AutoModelForSequenceClassification, name, may_miss=HEAD, num_labels=1)
+    if HEAD in model.missing_keys:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(model.score.weight.shape, generator=generator)
+        model.score.weight.data.copy_(HEAD_STD * drawn)
+    tokenizer = _with_own_pad(tokenizer)
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # nothing ever attends to padding; zeros make two loads equal
+        model.get_input_embeddings().weight.data[-1].zero_()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_value_model(reward_model: str | Path) -> PreTrainedModel:
+    """A value model that starts as the reward model: its `score` head reads every position.
+
+    The head is scaled to the *normalised* reward that a policy is trained on, so that the value at
+    the last token starts as the reward itself. Raises SettingsError for a folder that holds no
+    reward model.
+    """
+    model = _load(AutoModelForSequenceClassification, reward_model, num_labels=1)
+    mean = getattr(model.config, "reward_mean", 0.0)
+    std = getattr(model.config, "reward_std", 1.0)
+    head = torch.nn.Linear(model.score.in_features, 1)
+    head.weight.data.copy_(model.score.weight.data / std)
+    head.bias.data.fill_(-mean / std)
+    model.score = head
+    return model
+
+
+def trainable(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """The same model, with adapters and gradient checkpointing where the settings ask for them.
+
+    Gradient checkpointing works in train mode only, so generation in eval mode keeps its cache.
+    """
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
+    if config.gradient_checkpointing:
+        # the name in newer releases of transformers, which warn of the old one
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+@phase("saving")
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Write safetensors, tokenizer and generation config: what `from_pretrained` loads.
+
+    Adapters are merged into the weights first.
+
+    The generation config samples from the whole softmax: transformers' own default is top_k=50.
+    """
+    merge_lora(model)
+    if model.can_generate():
+        model.generation_config = _unfiltered(model.generation_config, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(name: str | Path) -> str:
+    """SHA-256 (hex) that changes when the model or its tokenizer does."""
+    where, options = _locate(name)
+    digest = hashlib.sha256()
+    if Path(where).is_dir():
+        for path in sorted(Path(where).iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+    else:
+        with _explained(name, options):
+            config = AutoConfig.from_pretrained(where, **options)
+        digest.update(f"{where}@{config._commit_hash}".encode())
+    return digest.hexdigest()
+
+
+def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id behind a name, and the options to load it with."""
+    name = str(name)
+    if name == "tiny":
+        return str(bundled_folder() / "base"), {"local_files_only": True}
+    if name == "smollm2-135m":
+        with _quiet():
+            return str(smollm2.smollm2_folder()), {"local_files_only": True}
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise SettingsError(
+                f"model {name!r}: the folder has no config.json; give the one that save_pretrained "
+                "wrote (of a run: the `model/` folder of a stage)"
+            )
+        return str(folder), {"local_files_only": True}
+    # without network there may still be a copy in the hub's cache
+    return HUB_IDS.get(name, name), {"local_files_only": runtime.unreachable() is not None}
+
+
+@phase("loading models")
+def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: Any) -> Any:
+    """An fp32 model without dropout; `model.missing_keys` holds what its files did not have."""
+    where, options = _locate(name)
+    with _quiet(), _explained(name, options):
+        config = AutoConfig.from_pretrained(where, **options, **settings)
+        _drop_dropout(config)
+        model, report = model_class.from_pretrained(
+            where, config=config, dtype=torch.float32, attn_implementation=attention.NAME,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    missing = set(report["missing_keys"])
+    if missing - {may_miss}:
+        raise SettingsError(
+            f"model {str(name)!r} is no complete {type(model).__name__}: it has no weights for "
+            f"{', '.join(sorted(missing - {may_miss})[:3])}"
+        )
+    model.missing_keys = missing
+    return model
+
+
+def _drop_dropout(config: PretrainedConfig) -> None:
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, key, 0.0)
+
+
+def _with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy with a pad token that is not its end-of-sequence token."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def _unfiltered(
+    old: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> GenerationConfig:
+    """Sampling from the whole softmax, said outright: what is left out, transformers fills in."""
+    eos = tokenizer.eos_token_id if tokenizer else old.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer else old.pad_token_id
+    return GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, bos_token_id=old.bos_token_id,
+        eos_token_id=eos, pad_token_id=eos if pad is None else pad,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no report of new heads: `_load` checks what is missing and raises."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
+    """Turn "not found" into an error that names the nearest known model and the ways offline."""
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        text = str(name)
+        parent = Path(text).expanduser().parent
+        beside = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
+        known = [*NAMES, *(beside if "/" in text else ())]
+        found = runtime.unreachable() if options["local_files_only"] else None
+        looked = f"in the hub's cache, and {found}" if found else "a folder or a model on the hub"
+        raise SettingsError(
+            f"{unknown('model', text, known)}. It is not {looked}. Without network use "
+            "model.name=tiny, smollm2-135m (make offline-model), a folder written by "
+            "save_pretrained, or a hub model that this machine has downloaded before"
+        ) from error

@@ -1,0 +1,240 @@
+"""Cleaning steps between an executed notebook and its report, as nbconvert preprocessors.
+
+In the order they run: `CheckExecuted` refuses a notebook that is not finished, `CleanOutputs` keeps
+one harmless representation of each output, and `SplitCells` numbers the captions and gives every
+output a cell of its own. The last step is there because pandoc reads a cell's metadata but not an
+output's: after it, all that `templates/structure.lua` has to know stands in the cell's metadata.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+from nbconvert.preprocessors import Preprocessor
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+
+from rlhf_lib.settings import UserError
+
+# What a reader is shown, best first. A latex or markdown output becomes a markdown cell.
+MIME_TYPES = (
+    "image/svg+xml",
+    "image/png",
+    "image/jpeg",
+    "text/markdown",
+    "text/html",
+    "text/latex",
+    "text/plain",
+)
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MAX_SVG_BYTES = 2_000_000  # beyond this a browser and a PDF reader crawl; the png is shown instead
+CAPTION_WORDS = {"figure": "Figure", "table": "Table"}
+SOLUTION_TAG = "solution"
+HIDE_INPUT_TAGS = frozenset(
+    # the last one is what papermill puts before its own parameters cell
+    {"parameters", "hide-input", "remove-input", "injected-parameters"}
+)
+
+_ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, except tab and newline
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional marks: they reorder text
+    "\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff"  # line ends, non-characters, surrogates
+    "\U000e0000-\U000e007f]"  # invisible tags
+)
+_REFERENCE = re.compile(r"&(?:#(\d{1,9})|#[xX]([\da-fA-F]{1,9})|([A-Za-z][A-Za-z\d]*));?")
+_PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+(?:\.\d+)?(?:it|s)/(?:s|it)\b|\?it/s")
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n\r])")
+
+
+class ReportError(UserError):
+    """A notebook that cannot become a report. The message names the notebook and the way out."""
+
+
+def clean_text(text: str) -> str:
+    """Text as a terminal would show it, uncoloured; control and bidi characters become U+FFFD."""
+    text = _ANSI.sub("", text).replace("\r\n", "\n")
+    text = _OVERWRITTEN.sub("", text).replace("\r", "")
+    return _UNSAFE.sub("\ufffd", text)
+
+
+def _clean_references(text: str) -> str:
+    """Markup whose character references (`&rlm;`, `&#x202e;`) stand for safe characters only."""
+
+    def replace(match: re.Match[str]) -> str:
+        decimal, hexadecimal, _ = match.groups()
+        if decimal or hexadecimal:  # `html.unescape` would take some for what they are not
+            code = int(decimal) if decimal else int(hexadecimal, 16)
+            meant = chr(code) if code <= 0x10FFFF else "\0"
+        else:
+            meant = html.unescape(match[0])
+        return "\ufffd" if _UNSAFE.search(meant) else match[0]
+
+    return _REFERENCE.sub(replace, text)
+
+
+def place(cell: NotebookNode, index: int, resources: dict[str, Any]) -> str:
+    """Where a cell stands, for a message: "04_ppo.ipynb, cell 7", counted from 1."""
+    source = cell.metadata.get("report", {})
+    name = source.get("notebook") or resources.get("metadata", {}).get("name", "notebook")
+    return f"{name}.ipynb, cell {source.get('index', index + 1)}"
+
+
+class CheckExecuted(Preprocessor):
+    """Raise ReportError for a code cell that was not run, or that failed.
+
+    An error in a cell tagged `raises-exception` is meant, and is shown.
+    """
+
+    enabled = True
+
+    def preprocess_cell(self, cell, resources, index):
+        if cell.cell_type != "code" or not cell.source.strip():
+            return cell, resources
+        if cell.execution_count is None:
+            raise ReportError(
+                f"{place(cell, index, resources)} was never executed; run the whole notebook first"
+            )
+        for output in cell.outputs:
+            meant = "raises-exception" in cell.metadata.get("tags", ())
+            if output.output_type == "error" and not meant:
+                raise ReportError(
+                    f"{place(cell, index, resources)} failed with {clean_text(output.ename)}: "
+                    f"{clean_text(output.evalue)[:500]}; mend it, run the notebook again, or tag "
+                    "the cell `raises-exception` if the error is part of the lesson"
+                )
+        return cell, resources
+
+
+class CleanOutputs(Preprocessor):
+    """Keep one representation of each output, as clean text or as an image.
+
+    Of a widget its static twin stays, where it has one, and progress bars go.
+    """
+
+    enabled = True
+
+    def preprocess_cell(self, cell, resources, index):
+        if cell.cell_type == "markdown":
+            cell.source = _clean_references(clean_text(cell.source))
+        if cell.cell_type == "code":
+            cleaned = (self._clean(output, cell, index, resources) for output in cell.outputs)
+            cell.outputs = [output for output in cleaned if output is not None]
+        return cell, resources
+
+    def _clean(self, output, cell, index, resources) -> NotebookNode | None:
+        if output.output_type == "error":
+            return _plain("\n".join(output.traceback), kind="error")
+        if output.output_type == "stream":
+            return _plain(_without_progress_bars(output), kind=output.name)
+        data = {mime: value for mime, value in output.data.items() if mime != WIDGET}
+        mime = _best_mime(data)
+        if WIDGET in output.data and mime in (None, "text/plain"):
+            return None  # `text/plain` is only the name of a widget that has no twin
+        if mime is None:
+            raise ReportError(
+                f"{place(cell, index, resources)} shows only {', '.join(output.data) or 'nothing'}"
+                f"; a report can hold {', '.join(MIME_TYPES)}"
+            )
+        value = data[mime]
+        if mime.startswith("text/"):
+            value = clean_text(value)
+        if mime in ("text/html", "text/markdown"):
+            value = _clean_references(value)
+        return new_output("display_data", {mime: value}, metadata=output.metadata)
+
+
+def _plain(text: str, kind: str) -> NotebookNode | None:
+    text = clean_text(text).strip("\n")
+    if not text.strip():
+        return None
+    return new_output("display_data", {"text/plain": text}, metadata={"kind": kind})
+
+
+def _without_progress_bars(output: NotebookNode) -> str:
+    if output.name != "stderr":
+        return output.text
+    lines = clean_text(output.text).split("\n")
+    return "\n".join(line for line in lines if not _PROGRESS_BAR.search(line))
+
+
+def _best_mime(data: dict[str, str]) -> str | None:
+    held = [mime for mime in MIME_TYPES if mime in data]
+    heavy = len(data.get("image/svg+xml", "").encode(errors="replace")) > MAX_SVG_BYTES
+    if heavy and held[1:2] in (["image/png"], ["image/jpeg"]):
+        return held[1]
+    return held[0] if held else None
+
+
+class SplitCells(Preprocessor):
+    """One cell for each thing shown: prose, folded code, or one output with its numbered caption.
+
+    Prose tagged `solution` is folded in HTML, and left out of the PDF, which cannot fold. An output
+    asks for a number with the metadata `{"kind": "figure" | "table", "caption": "..."}`.
+    """
+
+    enabled = True
+
+    def preprocess(self, nb, resources):
+        self._numbers = dict.fromkeys(CAPTION_WORDS, 0)
+        cells: list[NotebookNode] = []
+        chapter = None
+        for index, cell in enumerate(nb.cells):
+            where = place(cell, index, resources)
+            for part in self._parts(cell, where):
+                part.metadata.place = where
+                source = cell.metadata.get("report", {})
+                if source.get("chapter") != chapter:
+                    chapter = source.chapter
+                    # "nb-" also keeps pandoc from reading a name such as 01 as a number
+                    part.metadata.chapter = "nb-" + source.notebook
+                cells.append(part)
+        for number, cell in enumerate(cells):
+            cell.id = f"cell-{number}"  # new cells get random ids; a report is the same each time
+        nb.cells = cells
+        nb.nbformat, nb.nbformat_minor = 4, 5
+        nb.metadata = {
+            key: nb.metadata[key]
+            for key in ("kernelspec", "language_info", "report")
+            if key in nb.metadata
+        }
+        return nb, resources
+
+    def _parts(self, cell, where):
+        if cell.cell_type == "markdown":
+            solution = SOLUTION_TAG in cell.metadata.get("tags", ())
+            role = "solution" if solution else "prose"
+            part = new_markdown_cell(cell.source, metadata={"role": role})
+            if cell.get("attachments"):
+                part.attachments = cell.attachments
+            yield part
+            return
+        if cell.cell_type != "code":
+            return  # a raw cell is meant for other programs
+        tags = set(cell.metadata.get("tags", ()))
+        hidden = tags & HIDE_INPUT_TAGS or cell.metadata.get("transient", {}).get("remove_source")
+        if cell.source.strip() and not hidden:
+            source = clean_text(cell.source)
+            yield new_code_cell(source, execution_count=1, metadata={"role": "code"})
+        for output in cell.outputs:
+            yield self._output(output, where)
+
+    def _output(self, output, where):
+        (mime, value), *_ = output.data.items()
+        metadata = {"role": "output", "kind": output.metadata.get("kind", "result")}
+        if "caption" in output.metadata:
+            metadata["kind"] = kind = output.metadata.get("kind")
+            if kind not in CAPTION_WORDS:
+                raise ReportError(
+                    f"{where}: an output with a caption has kind {kind!r} in its metadata; "
+                    f"set it to {' or '.join(CAPTION_WORDS)}"
+                )
+            self._numbers[kind] += 1
+            text = " ".join(clean_text(str(output.metadata["caption"])).split())
+            metadata["caption"] = f"{CAPTION_WORDS[kind]} {self._numbers[kind]}. {text}"
+        if mime in ("text/markdown", "text/latex"):
+            return new_markdown_cell(value, metadata=metadata)
+        bare = new_output("display_data", output.data)
+        return new_code_cell("", execution_count=1, outputs=[bare], metadata=metadata)

@@ -1,0 +1,282 @@
+"""Executed notebooks become one self-contained HTML page and one PDF.
+
+    jupyter nbconvert --to rlhf_html 04_ppo.ipynb    one notebook (also: --to rlhf_pdf)
+    render(paths, out, title="...")                  a study: the same exporters, all its notebooks
+
+pandoc (from `pypandoc-binary`) reads the notebook and writes HTML with MathML, or typst source that
+the `typst` package compiles. Nothing else is needed: no TeX, no browser, no network.
+
+What a notebook may say:
+
+- cell tags `parameters`, `hide-input`, `remove-input` hide the code; `hide-output`,
+  `remove-output` the outputs; `remove-cell` both; `raises-exception` allows an error output;
+- a markdown cell tagged `solution`, all of it in one `<details>`, is folded; the PDF has no
+  solutions;
+- output metadata `{"kind": "figure" | "table", "caption": "..."}` asks for a numbered caption;
+- `text/markdown` and `text/latex` outputs are typeset as prose; HTML is read anew, and only its
+  text, tables, lists and links to the web are kept;
+- a link to `05_grpo.ipynb` leads to that chapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import nbformat
+import pypandoc
+import typst
+from nbconvert.exporters import Exporter
+from nbformat import NotebookNode
+from traitlets import List
+from traitlets.config import Config
+
+from rlhf_lib.report.cleaning import (
+    CheckExecuted,
+    CleanOutputs,
+    ReportError,
+    SplitCells,
+    clean_text,
+)
+from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
+
+__all__ = ["ReportError", "RlhfHTMLExporter", "RlhfPDFExporter", "merge", "render"]
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+FILTERS = ("safe.lua", "structure.lua", "tables.lua")  # in this order: only the first sees raw HTML
+MATH_FONT_PLACEHOLDER = "data:,math-font"
+# TeX between dollars or in a bare \begin{...}; formats that would eat or change prose are off.
+PANDOC_INPUT = (
+    "ipynb+raw_tex+markdown_in_html_blocks-implicit_figures-pandoc_title_block-table_captions"
+)
+
+
+class _ReportExporter(Exporter):
+    """What both exporters share: the cleaning steps, and the call of pandoc."""
+
+    default_preprocessors = List(
+        [
+            "nbconvert.preprocessors.ExecutePreprocessor",  # for `nbconvert --execute`
+            CheckExecuted,
+            "nbconvert.preprocessors.TagRemovePreprocessor",
+            "nbconvert.preprocessors.CoalesceStreamsPreprocessor",
+            CleanOutputs,
+            SplitCells,
+        ]
+    ).tag(config=True)
+
+    @property
+    def default_config(self) -> Config:
+        tags = {
+            "enabled": True,
+            "remove_cell_tags": {"remove-cell"},
+            "remove_all_outputs_tags": {"remove-output", "hide-output"},
+        }
+        return Config(
+            {"TagRemovePreprocessor": tags, "CoalesceStreamsPreprocessor": {"enabled": True}}
+        )
+
+    def _run_pandoc(self, nb: NotebookNode, folder: Path, options: dict[str, Any]) -> str:
+        """Write the cleaned notebook into `folder`, and return what pandoc makes of it.
+
+        Raises ReportError for any warning of pandoc's: the report would not show what was meant.
+        """
+        nbformat.write(nb, folder / "report.ipynb")
+        defaults = {
+            "from": PANDOC_INPUT,
+            "filters": [{"type": "lua", "path": str(TEMPLATES / name)} for name in FILTERS],
+            "input-files": ["report.ipynb"],
+            "output-file": "report.out",
+            "log-file": "log.json",
+            "standalone": True,
+            "sandbox": True,  # readers and writers see no file but those named here, and no network
+            "eol": "lf",
+            "wrap": "none",
+            **options,
+        }
+        (folder / "defaults.json").write_text(json.dumps(defaults), encoding="utf-8")
+        done = subprocess.run(
+            # as it stands: by default, pandoc drops outputs that the format cannot hold raw
+            [pypandoc.get_pandoc_path(), "--defaults=defaults.json", "--ipynb-output=all"],
+            cwd=folder,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        if done.returncode:
+            raise ReportError(f"pandoc stopped ({done.returncode}): {done.stderr.strip()}")
+        log = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        problems = [_explain(entry, nb) for entry in log if entry["verbosity"] == "WARNING"]
+        if problems:
+            raise ReportError("\n".join(problems))
+        return (folder / "report.out").read_text(encoding="utf-8")
+
+
+class RlhfHTMLExporter(_ReportExporter):
+    """One HTML page that needs no other file, no script and no network."""
+
+    file_extension = ".html"
+    output_mimetype = "text/html"
+    export_from_notebook = "RLHF report (HTML)"
+
+    def from_notebook_node(  # type: ignore[override]
+        self, nb: NotebookNode, resources: Any = None, **kwargs: Any
+    ) -> tuple[str, dict[str, Any]]:
+        """The page as text. Raises ReportError for a notebook that cannot be shown whole."""
+        nb, resources = super().from_notebook_node(nb, resources, **kwargs)
+        options = {
+            "to": "html5",
+            "template": str(TEMPLATES / "report.html"),
+            "html-math-method": {"method": "mathml"},
+            "embed-resources": True,
+            "table-of-contents": True,
+            "toc-depth": 2,
+            "variables": {"style": (TEMPLATES / "report.css").read_text(encoding="utf-8")},
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            page = self._run_pandoc(nb, Path(folder), options)
+        characters = math_characters(page)
+        font = font_data_url(characters) if characters else "data:,"
+        return page.replace(MATH_FONT_PLACEHOLDER, font, 1), resources
+
+
+class RlhfPDFExporter(_ReportExporter):
+    """An A4 document without the code."""
+
+    file_extension = ".pdf"
+    output_mimetype = "application/pdf"
+    export_from_notebook = "RLHF report (PDF)"
+
+    def from_notebook_node(  # type: ignore[override]
+        self, nb: NotebookNode, resources: Any = None, **kwargs: Any
+    ) -> tuple[bytes, dict[str, Any]]:
+        """The PDF's bytes. Raises ReportError for a notebook that cannot be shown whole."""
+        nb, resources = super().from_notebook_node(nb, resources, **kwargs)
+        options = {
+            "to": "typst",
+            "template": str(TEMPLATES / "report.typ"),
+            "extract-media": "media",
+        }
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            source = self._run_pandoc(nb, folder, options)
+            (folder / "report.typ").write_text(source, encoding="utf-8")
+            return _compile_typst(folder), resources
+
+
+def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
+    """A warning of pandoc's, with the cell it is about where that can be found."""
+    text = entry["pretty"]
+    if entry["type"] != "CouldNotConvertTeXMath":
+        return f"pandoc: {text}"
+    # the filter may have rewritten a formula's environment, so compare it without
+    formula = entry["contents"]
+    body = formula.partition("}")[2].rpartition("\\end")[0] if "\\begin" in formula else formula
+    places = [cell.metadata.place for cell in nb.cells if body and body in cell.source]
+    where = places[0] if places else "an unknown cell"
+    return (
+        f"{where}: this formula cannot be converted: {formula}\nwrite it with simpler TeX ({text})"
+    )
+
+
+def _compile_typst(folder: Path) -> bytes:
+    """Compile `folder`/report.typ. Only fonts that come with the packages are used."""
+    fonts = [str(Path(matplotlib.get_data_path()) / "fonts" / "ttf"), str(font_path().parent)]
+    try:
+        pdf, warnings = typst.compile_with_warnings(
+            str(folder / "report.typ"),
+            root=str(folder),
+            font_paths=fonts,
+            ignore_system_fonts=True,
+        )
+    except typst.TypstError as error:
+        raise ReportError(_locate(error, folder)) from error
+    if warnings:
+        raise ReportError("\n".join(_locate(warning, folder) for warning in warnings))
+    return pdf
+
+
+def _locate(problem: Any, folder: Path) -> str:
+    """An error or warning of typst's, with the cell it is about: structure.lua marks each."""
+    lines = (folder / "report.typ").read_text(encoding="utf-8").splitlines()
+    diagnostic = str(problem.diagnostic)
+    _, _, after = diagnostic.partition("report.typ:")
+    line = after.partition(":")[0]
+    above = lines[: int(line)] if line.isdigit() else []
+    marks = [text.removeprefix("// cell: ") for text in above if text.startswith("// cell: ")]
+    where = marks[-1] if marks else "the report"
+    return f"{where} cannot be set by typst: {problem.message}\n{diagnostic}"
+
+
+def merge(paths: Sequence[Path]) -> NotebookNode:
+    """One notebook with the cells of several, each cell remembering where it came from.
+
+    Raises ReportError when a file is missing or is no notebook.
+    """
+    merged = nbformat.v4.new_notebook()
+    for chapter, path in enumerate(map(Path, paths)):
+        try:
+            nb = nbformat.read(path, as_version=4)
+        except FileNotFoundError as error:
+            raise ReportError(f"{path}: no such notebook; run the study first") from error
+        except nbformat.reader.NotJSONError as error:
+            raise ReportError(f"{path} is not a notebook; run the study again") from error
+        for key in (
+            "kernelspec",
+            "language_info",
+        ):  # the first notebook that has one speaks for all
+            if key in nb.metadata:
+                merged.metadata.setdefault(key, nb.metadata[key])
+        for index, cell in enumerate(nb.cells):
+            cell.metadata["report"] = {
+                "notebook": path.stem,
+                "chapter": chapter,
+                "index": index + 1,
+            }
+            cell["id"] = f"cell-{len(merged.cells)}"  # copies of a template share their ids
+            merged.cells.append(cell)
+    return merged
+
+
+def render(
+    notebooks: Sequence[Path],
+    out: Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    banner: str | None = None,
+) -> tuple[Path, Path]:
+    """Write `out`/index.html and `out`/report.pdf from executed notebooks, and return their paths.
+
+    With several notebooks, the first is the front page, and each of the others a chapter. `banner`
+    is shown on every page. Both files appear at the end, each by a rename, or neither does.
+
+    Raises ReportError, naming the notebook and cell, for what is missing, not executed, failed, or
+    cannot be typeset.
+    """
+    if not notebooks:
+        raise ReportError("a report needs at least one notebook")
+    nb = merge(notebooks)
+    nb.metadata["report"] = {
+        "title": clean_text(title),
+        "subtitle": clean_text(subtitle),
+        "banner": clean_text(banner or ""),
+        "front": len(notebooks) > 1,
+    }
+    out = Path(out)
+    page, _ = RlhfHTMLExporter().from_notebook_node(nb)
+    pdf, _ = RlhfPDFExporter().from_notebook_node(nb)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
+        contents = {"index.html": page.encode("utf-8"), "report.pdf": pdf}
+        for name, content in contents.items():
+            (Path(folder) / name).write_bytes(content)
+        for name in contents:
+            os.replace(Path(folder) / name, out / name)
+    return out / "index.html", out / "report.pdf"

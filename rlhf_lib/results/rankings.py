@@ -1,0 +1,120 @@
+"""What the report says of the reward models of all seeds: accuracy, calibration, errors, growth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.measure import rankings
+from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, over_seeds, verdict
+from rlhf_lib.methods.learning_curve import subset
+from rlhf_lib.runs import Stage
+
+
+def reward_model_summary(
+    stages: Sequence[Mapping[str, Stage]], data: PreferenceData, source: str, samples: int
+) -> dict:
+    """`stages`: those of each seed. Accuracies and groups are averaged over seeds; calibration,
+    temperature, errors and the learning curve are the first seed's, and its curve's if it has one.
+    """
+    test = data.pairs["test"]
+    preferences = [score_differences(seed["reward_model"]) for seed in stages]
+    wrong = rankings.errors(test, preferences[0], source)
+    record = {
+        "accuracy": rankings.accuracies(data.pairs["train"], test, preferences, source, samples),
+        "calibration": rankings.calibration(preferences[0]),
+        "errors": {
+            "count": len(wrong),
+            "by_category": dict(Counter(e["category"] for e in wrong).most_common()),
+            "first": wrong[:24],
+        },
+        "training": [seed["reward_model"].result() for seed in stages],
+        **groups(test, preferences, source),
+    }
+    if source.startswith("bundled"):
+        record["ceiling"] = rankings.ceiling(test, source == "bundled:control")
+    if len(preferences) > 1:
+        record["disagreement"] = disagreement(preferences, samples)
+    if "reward_model_control" in stages[0]:
+        accuracies = [seed["reward_model_control"].result()["accuracy"] for seed in stages]
+        record["control_accuracy"] = over_seeds_or_lone(accuracies)
+    if "reward_model_curve" in stages[0]:
+        curve, full = stages[0]["reward_model_curve"], stages[0]["reward_model"]
+        record["learning_curve"] = learning_curve(data, curve, full, samples)
+        validation = validation_differences(curve)
+        record["recalibrated"] = rankings.recalibrate(validation, preferences[0])
+    return record
+
+
+def score_differences(stage: Stage) -> np.ndarray:
+    """Score of the chosen reply less that of the rejected one, for each test pair."""
+    rows = pd.DataFrame(stage.samples())
+    return (rows["chosen_score"] - rows["rejected_score"]).to_numpy()
+
+
+def validation_differences(curve: Stage) -> np.ndarray:
+    """The full model's score differences on the validation pairs, from `reward_model_curve`."""
+    rows = pd.DataFrame(curve.samples()).query("split == 'validation'")
+    return (rows["chosen_score"] - rows["rejected_score"]).to_numpy()
+
+
+def groups(test: Sequence[Pair], preferences: Sequence[np.ndarray], source: str) -> dict:
+    """Accuracy by kind of request, by length difference in words, and by size of the margin.
+
+    Wins are averaged over seeds; the margin is |difference of scores|, averaged over seeds too.
+    """
+    won = np.mean([rankings.wins(p) for p in preferences], axis=0)
+    return {
+        "by_kind": by_group(won, [rankings.category(p, source) for p in test]),
+        "by_length": by_bins(won, rankings.word_differences(test)),
+        "by_margin": by_bins(won, np.mean(np.abs(preferences), axis=0)),
+    }
+
+
+def disagreement(preferences: Sequence[np.ndarray], samples: int) -> dict:
+    """`judges.seed_disagreement`, and the accuracy where all seeds agree and where they do not."""
+    won = np.mean([rankings.wins(p) for p in preferences], axis=0)
+    agree = np.ptp(np.sign(preferences), axis=0) == 0
+    names = np.where(agree, "seeds agree", "seeds disagree").tolist()
+    record = rankings.seed_disagreement(preferences, samples)
+    return record | {"accuracy": by_group(won, names)}
+
+
+def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int) -> list[dict]:
+    """Accuracy on the test pairs for each number of training pairs, rising.
+
+    `bag_of_words` learns from the same pairs. `gain`: the reward model's accuracy less that of the
+    point before, on the same test pairs (not in the first point).
+    """
+    rows = pd.DataFrame(curve.samples()).query("split == 'test'")
+    train, test = data.pairs["train"], data.pairs["test"]
+    differences = rows["chosen_score"] - rows["rejected_score"]
+    by_size = {int(n): d.to_numpy() for n, d in differences.groupby(rows["train_pairs"])}
+    by_size[len(train)] = score_differences(full)
+    points, before = [], None
+    for size, preferences in sorted(by_size.items()):
+        won = rankings.wins(preferences)
+        seen = subset(train, size, curve.config["seed"])
+        words = rankings.wins(rankings.bag_of_words_preferences(seen, test))
+        point = {
+            "train_pairs": size,
+            "reward_model": bootstrap(won, samples),
+            "bag_of_words": bootstrap(words, samples),
+        }
+        if before is not None:
+            gain = bootstrap(won - before, samples)
+            point["gain"] = gain | {"verdict": verdict(gain)}
+        points.append(point)
+        before = won
+    return points
+
+
+def over_seeds_or_lone(values: Sequence[float]) -> dict:
+    """Over seeds where there are several; a single number has no interval."""
+    if len(values) > 1:
+        return over_seeds(values)
+    return {"mean": values[0], "low": None, "high": None, "n": 1, "per_seed": list(values)}

@@ -1,0 +1,171 @@
+"""From the stages of all seeds to one `results.json`: every number that the report states.
+
+runs/<profile>/evaluation-<hash12>/   results.json frontier.csv samples/ failure_modes.json DONE
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from rlhf_lib.data.pairs import PreferenceData
+from rlhf_lib.measure import endpoint, opinions
+from rlhf_lib.measure.probes import failure_modes
+from rlhf_lib.measure.statistics import estimate
+from rlhf_lib.results.frontier import early_stops, frontier
+from rlhf_lib.results.policies import (
+    CANDIDATES,
+    SHARE,
+    Rows,
+    Samples,
+    comparisons,
+    needs,
+    overoptimisation,
+    policies,
+)
+from rlhf_lib.results.probes import probe_table
+from rlhf_lib.results.rankings import over_seeds_or_lone, reward_model_summary
+from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
+from rlhf_lib.runtime import environment
+from rlhf_lib.settings import as_dict, content_hash
+
+Stages = Mapping[str, Stage]
+
+
+def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData) -> Path:
+    """Collect the finished stages of all seeds; returns the published evaluation folder."""
+    profile = runs[0].profile
+    key = content_hash([[s.hash for s in seed.values()] for seed in stages] + [
+        source_hash(__name__), as_dict(profile.evaluation), as_dict(profile.judge)
+    ])  # fmt: skip
+    folder = runs[0].root / profile.name / f"evaluation-{key[:12]}"
+    if (folder / "DONE").exists():
+        return folder
+    work = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "samples").mkdir(parents=True)
+    samples = _load_samples(stages, profile.evaluation.bootstrap_samples)
+    for name, per_seed in samples.rows.items():
+        parts = zip(runs, per_seed, strict=True)
+        tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
+        write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
+    modes = _failure_modes(samples.rows, profile.data.source, samples.bootstrap)
+    write_json(work / "failure_modes.json", modes)
+    frontier(runs, stages).to_csv(work / "frontier.csv", index=False)
+    write_json(work / "results.json", _results(runs, stages, data, samples, modes))
+    (work / "DONE").write_text(key + "\n")
+    if folder.exists():  # a folder that lost its DONE: whatever it holds is not whole
+        shutil.rmtree(folder)
+    work.rename(folder)
+    return folder
+
+
+def _load_samples(stages: Sequence[Stages], resamples: int) -> Samples:
+    folders = [seed["evaluate"].path for seed in stages]
+    names = sorted(path.stem for path in (folders[0] / "samples").glob("*.jsonl"))
+    return Samples(
+        rows={n: [read_jsonl(path / "samples" / f"{n}.jsonl") for path in folders] for n in names},
+        chosen=[read_jsonl(path / "chosen.jsonl") for path in folders],
+        heldout=[read_jsonl(path / "heldout.jsonl") for path in folders],
+        bootstrap=resamples,
+    )
+
+
+def _results(
+    runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples,
+    modes: dict,
+) -> dict:  # fmt: skip
+    profile = runs[0].profile
+    source, resamples = profile.data.source, profile.evaluation.bootstrap_samples
+    results = {
+        "profile": profile.name,
+        "seeds": [run.seed for run in runs],
+        "settings": as_dict(profile),
+        "source": source.split(":")[0] + ":" + Path(source).name if ":" in source else source,
+        "model": profile.model.name,
+        "judge": samples.judge,
+        "data": data.audit,
+        "reward_model": reward_model_summary(stages, data, source, resamples),
+        "policies": policies(samples),
+        "comparisons": comparisons(samples, samples.judge),
+        "needs": needs(samples, _minutes(stages)),
+        "heldout": {
+            "what": stages[0]["evaluate"].result()["heldout"],
+            "texts": len(samples.heldout[0]),
+            "chosen_prompts": len(samples.chosen[0]),
+        },
+        "overoptimisation": overoptimisation(samples),
+        "early_stops": early_stops(runs, stages),
+        "second_opinion": opinions.summarise(stages, resamples),
+        "best_of_n": _best_of_n(stages),
+        "failure_modes": modes,
+        "probes": probe_table(stages, source, resamples),
+        "cost": _cost(stages),
+        "environment": environment(),
+        "stages": {
+            str(run.seed): {name: stage.hash for name, stage in seed.items()}
+            for run, seed in zip(runs, stages, strict=True)
+        },
+    }
+    if profile.judge.url:  # asked once a reply: the cache beside the runs keeps what it said
+        results["endpoint_judge"] = endpoint.judge_policies(
+            profile.judge, {name: rows[0] for name, rows in samples.rows.items()},
+            runs[0].root / "judge-cache", resamples,
+        )  # fmt: skip
+    return results
+
+
+def _minutes(stages: Sequence[Stages]) -> dict[str, list[float]]:
+    """Minutes that each candidate trains in each seed; what learns from rewards pays for them."""
+    paid = {"dpo": ("dpo",)}
+    return {
+        name: [
+            sum(seed[part].result()["seconds"] for part in paid.get(name, (name, "reward_model")))
+            / 60
+            for seed in stages
+        ]
+        for name in CANDIDATES
+    }
+
+
+def _failure_modes(rows: Mapping[str, Rows], source: str, samples: int) -> dict:
+    table = {}
+    for name, per_seed in rows.items():
+        parts = [failure_modes(part, source) for part in per_seed]
+        modes = [mode for mode in parts[0] if parts[0][mode]]  # some prompt is of its kind
+        table[name] = {
+            mode: estimate([p[mode] for p in parts], samples, bounds=SHARE) for mode in modes
+        }
+    return table
+
+
+def _best_of_n(stages: Sequence[Stages]) -> dict:
+    curves = [seed["evaluate"].result()["best_of_n"] for seed in stages]
+    table: dict[str, list[dict]] = {}
+    for kind in curves[0]:
+        table[kind] = []
+        for points in zip(*(curve[kind] for curve in curves), strict=True):
+            row = {"n": points[0]["n"], "kl": points[0]["kl"]}
+            for key in ("proxy", "gold", "judge"):
+                if key in points[0]:
+                    row[key] = over_seeds_or_lone([point[key] for point in points])
+            table[kind].append(row)
+    return table
+
+
+def _cost(stages: Sequence[Stages]) -> dict:
+    """Wall-clock seconds, peak memory and tokens of each stage, over the seeds that have it."""
+    cost = {}
+    for name in stages[0]:
+        results = [seed[name].result() for seed in stages if name in seed]
+        cost[name] = {
+            key: over_seeds_or_lone([float(r[key]) for r in results])
+            for key in ("seconds", "peak_memory_gb", "num_tokens")
+        }
+        cost[name]["phases"] = (
+            pd.DataFrame([r["phases"] for r in results]).fillna(0).mean().to_dict()
+        )
+    return cost

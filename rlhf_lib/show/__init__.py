@@ -1,0 +1,1 @@
+"""Tables, figures, widgets and exercises: how notebooks show what was measured."""

@@ -1,0 +1,188 @@
+"""The study's report: a front page with the verdict, the seven notebooks, and an appendix."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from matplotlib.figure import Figure
+
+from rlhf_lib import proofs
+from rlhf_lib.report import exporters
+from rlhf_lib.results import verdict
+from rlhf_lib.runs import write_json
+from rlhf_lib.settings import Profile
+from rlhf_lib.show import figures
+from rlhf_lib.show.display import HEADLINE_CAPTION, figure_bundle, headline_table, table_bundle
+from rlhf_lib.study.schedule import StudyError, notebook_path
+from rlhf_lib.study.stages import NOTEBOOKS
+
+TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
+
+
+def evaluation_folder(profile: Profile, run_dir: Path) -> Path:
+    """The newest finished evaluation of a profile. Raises StudyError naming how to make one."""
+    folders = [p.parent for p in (run_dir / profile.name).glob("evaluation-*/DONE")]
+    if not folders:
+        raise StudyError(
+            f"no finished evaluation in {run_dir / profile.name}: "
+            f"python -m rlhf_lib run --profile {profile.name}"
+        )
+    return max(folders, key=lambda folder: (folder / "DONE").stat().st_mtime)
+
+
+def load_results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
+    """Render `index.html` and `report.pdf` into runs/<profile>/report; returns their paths.
+
+    Raises StudyError when a notebook has not been executed yet.
+    """
+    results = load_results(evaluation_folder(profile, run_dir))
+    chapters = [notebook_path(profile, run_dir, name) for name in NOTEBOOKS]
+    for path in chapters:
+        if not path.exists():
+            raise StudyError(
+                f"{path.name} has not been executed for profile {profile.name}: "
+                f"python -m rlhf_lib run --profile {profile.name} --only {path.stem}"
+            )
+    banner = None
+    if profile.name == "smoke":
+        banner = "Smoke run: it shows that everything works, its numbers mean nothing"
+    with tempfile.TemporaryDirectory() as folder:
+        front, appendix = Path(folder) / "front.ipynb", Path(folder) / "appendix.ipynb"
+        nbformat.write(front_page(results), front)
+        nbformat.write(appendix_page(results), appendix)
+        return exporters.render(
+            [front, *chapters, appendix],
+            run_dir / profile.name / "report",
+            title=TITLE,
+            subtitle=_subtitle(results),
+            banner=banner,
+        )
+
+
+def _subtitle(results: Mapping) -> str:
+    seeds = len(results["seeds"])
+    return (
+        f"Profile {results['profile']}: model {results['model']}, data {results['source']}, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}"
+    )
+
+
+def front_page(results: Mapping) -> nbformat.NotebookNode:
+    """The answer first: the verdict in short, one figure, one table, on one page."""
+    said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
+    caption = HEADLINE_CAPTION.format(judge=results["judge"])
+    return _notebook([
+        _prose("## The verdict\n\n" + "\n\n".join(said)),
+        _figure(figures.gains(results), _gains_caption(results)),
+        _table(headline_table(results), caption),
+    ])  # fmt: skip
+
+
+def _gains_caption(results: Mapping) -> str:
+    each = ", small ticks single seeds" if len(results["seeds"]) > 1 else ""
+    return (
+        "Gain over SFT on the same held-out prompts, with 95 % intervals" + each + ". "
+        "The second draw from SFT is the null: its gain should include 0."
+    )
+
+
+PROOFS = (
+    "Computed with the library that ran this study. *Enumeration*: a policy so small that all its "
+    "responses can be listed, so that expectations and gradients are exact; the error is the "
+    "largest difference of any entry, and measured and expected show one of them. *Parity*: TRL's "
+    "own code on the same tensors or the same training step. A row without a tolerance is a figure "
+    "and not a claim: a known bias, or a difference on purpose. "
+)
+
+
+def appendix_page(results: Mapping) -> nbformat.NotebookNode:
+    """The proofs, and what it takes to run this again: settings, environment, seeds, hashes."""
+    proven, missing = proofs.with_parity()
+    settings = [
+        {"setting": f"{section}.{key}", "value": str(value)}
+        for section, values in results["settings"].items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    ]
+    environment = [
+        {"what": key, "value": str(value)}
+        for key, value in {**results["environment"], **results["environment"]["packages"]}.items()
+        if key != "packages"
+    ]
+    hashes = [
+        {"seed": seed, "stage": stage, "hash": digest[:12]}
+        for seed, stages in results["stages"].items()
+        for stage, digest in stages.items()
+    ]
+    return _notebook([
+        nbformat.v4.new_markdown_cell("# Appendix: proofs, settings, environment", id="title"),
+        _prose("## Proofs\n\n" + PROOFS + missing),
+        _table(proofs.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
+        _prose("## Settings, environment, hashes"),
+        _table(pd.DataFrame(settings), "Every setting of this run."),
+        _table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
+        _table(pd.DataFrame(hashes), "Stage folders by content hash: settings, inputs and source."),
+    ])  # fmt: skip
+
+
+def _notebook(cells: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:
+    for number, cell in enumerate(cells):
+        cell["id"] = f"page-{number}"
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def _cell(data: dict, metadata: dict) -> nbformat.NotebookNode:
+    output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
+    cell = nbformat.v4.new_code_cell("", execution_count=1, outputs=[output])
+    cell.metadata["tags"] = ["remove-input"]
+    return cell
+
+
+def _prose(text: str) -> nbformat.NotebookNode:
+    return _cell({"text/markdown": text, "text/plain": text}, {})
+
+
+def _figure(figure: Figure, caption: str) -> nbformat.NotebookNode:
+    return _cell(figure_bundle(figure), {"kind": "figure", "caption": caption})
+
+
+def _table(frame: pd.DataFrame, caption: str) -> nbformat.NotebookNode:
+    return _cell(table_bundle(frame), {"kind": "table", "caption": caption})
+
+
+def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
+    """Numbers of a finished study as JSON and CSV, and the plots drawn from them; no text."""
+    folder = evaluation_folder(profile, run_dir)
+    results, points = load_results(folder), pd.read_csv(folder / "frontier.csv")
+    # a file's name says enough; its folder is nobody's business
+    results["settings"]["data"]["source"] = results["data"]["source"] = results["source"]
+    target.mkdir(parents=True, exist_ok=True)
+    write_json(target / "results.json", results)
+    points.to_csv(target / "frontier.csv", index=False)
+    drawn = {
+        "gains": figures.gains(results),
+        "frontier": figures.frontier(points, results["judge"]),
+        "reward_model": figures.accuracy_bars(
+            results["reward_model"]["accuracy"], results["reward_model"].get("ceiling")
+        ),
+        "calibration": figures.reliability({"as trained": results["reward_model"]["calibration"]}),
+        "best_of_n": figures.best_of_n(results["best_of_n"], results["judge"]),
+    }
+    paths = [target / "results.json", target / "frontier.csv"]
+    for name, figure in drawn.items():
+        bundle = figure_bundle(figure)
+        svg, png = target / f"{name}.svg", target / f"{name}.png"
+        svg.write_text(bundle["image/svg+xml"], encoding="utf-8")
+        png.write_bytes(base64.b64decode(bundle["image/png"]))
+        paths += [svg, png]
+    return paths

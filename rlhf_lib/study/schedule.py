@@ -1,0 +1,159 @@
+"""Running a whole study: the notebooks in order, and further seeds, side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from traitlets.config import Config
+
+from rlhf_lib.runtime import progress
+from rlhf_lib.settings import Profile, UserError, unknown
+from rlhf_lib.study.stages import NEEDS, NOTEBOOKS, Study, needs, next_seed, stage_names
+
+NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A notebook of seed 0 or a stage of another seed, and the jobs that come before it."""
+
+    name: str
+    seed: int
+    notebook: bool
+    needs: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.seed}"
+
+
+def plan(profile: Profile) -> list[Job]:
+    """Seed 0 trains in notebooks, further seeds in bare stages; notebook 07 comes last."""
+    *chapters, last = NOTEBOOKS
+    home = {stage: notebook for notebook in chapters for stage in NOTEBOOKS[notebook]}
+    jobs = []
+    for notebook in chapters:
+        before = {home[need] for stage in NOTEBOOKS[notebook] for need in NEEDS[stage]}
+        before -= {notebook}
+        jobs.append(Job(notebook, 0, True, tuple(f"{need}/0" for need in sorted(before))))
+
+    def key(stage: str, seed: int) -> str:
+        return f"{stage if seed else home.get(stage, stage)}/{seed}"
+
+    for seed in range(profile.seeds):
+        for name in stage_names(profile, seed):
+            if seed == 0 and name in home:
+                continue
+            before = {key(need, seed) for need in needs(profile, name)}
+            if name == "second_opinion":
+                before.add(key("reward_model", next_seed(profile, seed)))
+            jobs.append(Job(name, seed, False, tuple(sorted(before))))
+    jobs.sort(key=lambda job: job.name == "second_opinion")  # other seeds come before it
+    return [*jobs, Job(last, 0, True, tuple(job.key for job in jobs))]
+
+
+def run_study(
+    profile: Profile, run_dir: Path, overrides: Sequence[str], only: str | None = None
+) -> list[Path]:
+    """Run the notebooks (all, or `only` one) and every further seed; returns their executed copies.
+
+    On a CPU up to `profile.jobs` jobs run side by side. Whatever is done already is not run again.
+    """
+    if only is not None and only not in NOTEBOOKS:
+        raise unknown("notebook", only, NOTEBOOKS)
+    jobs = plan(profile)
+    if only is not None:
+        jobs = [replace(job, needs=()) for job in jobs if job.key == f"{only}/0"]
+    cores = psutil.cpu_count(logical=False) or 1
+    workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
+    os.environ["RLHF_BATCH"] = "1"  # workers and kernels inherit it: no progress bars in there
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
+    return [notebook_path(profile, run_dir, job.name) for job in jobs if job.notebook]
+
+
+def _run_jobs(
+    pool: ProcessPoolExecutor, workers: int, jobs: list[Job], profile: str, run_dir: Path,
+    overrides: Sequence[str],
+) -> None:  # fmt: skip
+    waiting, running, ended = list(jobs), {}, set()
+    bar = progress(range(len(jobs)), "study", total=len(jobs))
+    next(bar)
+    while waiting or running:
+        ready = [job for job in waiting if set(job.needs) <= ended]
+        for job in ready[: workers - len(running)]:
+            waiting.remove(job)
+            arguments = (job, profile, str(run_dir), list(overrides))
+            running[pool.submit(_run_job, *arguments)] = job
+        done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
+        for future in done:
+            job = running.pop(future)
+            try:
+                seconds = future.result()
+            except Exception as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise StudyError(
+                    f"{job.name} (seed {job.seed}) failed: {error}\n"
+                    "What was finished is kept: the same command goes on from here."
+                ) from error
+            ended.add(job.key)
+            count = f"{len(ended):3}/{len(jobs)}"
+            print(f"{count}  seed {job.seed}  {job.name:<22} {seconds:7.1f} s", flush=True)
+            next(bar, None)
+
+
+class StudyError(UserError):
+    """A notebook or stage of the study failed; the message says which and why."""
+
+
+def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> float:
+    started = time.perf_counter()
+    if job.notebook:
+        run_notebook(job.name, profile, job.seed, run_dir, overrides)
+    else:
+        Study.open(profile, job.seed, run_dir, overrides).stage(job.name)
+    return time.perf_counter() - started
+
+
+def notebook_path(profile: Profile, run_dir: Path, name: str) -> Path:
+    return Path(run_dir) / profile.name / "notebooks" / f"{name}.ipynb"
+
+
+def run_notebook(
+    name: str, profile: str, seed: int, run_dir: str, overrides: Sequence[str]
+) -> Path:
+    """Execute one notebook headless with papermill; returns the executed copy."""
+    import papermill
+
+    source = NOTEBOOK_FOLDER / f"{name}.ipynb"
+    target = Path(run_dir) / profile / "notebooks" / f"{name}.ipynb"
+    parameters = {
+        "PROFILE": profile,
+        "SEED": seed,
+        "RUN_DIR": str(Path(run_dir).resolve()),
+        "OVERRIDES": shlex.join(overrides),
+    }
+    # papermill only logs a parameter that the notebook does not know
+    missing = set(parameters) - set(papermill.inspect_notebook(str(source)))
+    if missing:
+        raise StudyError(f"{source.name} has no parameter {', '.join(sorted(missing))}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(source), str(target), parameters=parameters, progress_bar=False,
+            coalesce_streams=True, cwd=str(NOTEBOOK_FOLDER.parent), execution_timeout=24 * 3600,
+            config=Config({"KernelManager": {"transport_encryption": "auto"}}),
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        raise StudyError(f"{error.ename}: {error.evalue} (where: see {target})") from error
+    return target

@@ -1,0 +1,229 @@
+"""The grammar of the bundled world: what is asked, how it is said, and how it is answered.
+
+Four kinds of request: *help* (some tips on a topic), *edge* (the same, but it sounds harmful),
+*harm* (to be refused) and *truth* (a claim to confirm or deny; half of them are false).
+Dialogues are in HH format: the prompt ends with "\\n\\nAssistant:", the reply begins with a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from random import Random
+
+from rlhf_lib.world import words
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+KIND_SHARES = {"help": 0.50, "harm": 0.25, "edge": 0.10, "truth": 0.15}
+EARLIER_TURN_SHARE = 0.2  # of the dialogues have a request and a reply before the last request
+SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of the conversations
+MAX_PROMPT_TOKENS = 48
+MAX_REPLY_TOKENS = 39  # one more is kept for the end-of-sequence token
+
+# One token of the world: a turn marker, a word with its leading space, or a single character.
+PIECE = re.compile(r"\n\nHuman:|\n\nAssistant:| ?[A-Za-z]+|[^A-Za-z]")
+
+
+# ------------------------------------------------------------------------------------ requests
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the last human turn asks for.
+
+    kind: "help", "edge", "harm" or "truth". subject: the topic, or for harm the wish itself.
+    tips: how many tips are wanted (help and edge, else 0). claim: the claim to judge (truth).
+    """
+
+    kind: str
+    subject: str
+    tips: int = 0
+    claim: str = ""
+
+    @property
+    def claim_is_right(self) -> bool:
+        return self.claim in words.FACTS.get(self.subject, ())
+
+
+ALL_FACTS = tuple(fact for facts in words.FACTS.values() for fact in facts)
+ALL_DETAILS = tuple(detail for details in words.HARMS.values() for detail in details)
+WISHES = {topic: wish for wish, topic in words.EDGES.items()}
+
+
+def sample_request(rng: Random) -> Request:
+    """A request: its kind by KIND_SHARES, everything else uniform."""
+    kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
+    if kind == "harm":
+        return Request(kind, rng.choice(list(words.HARMS)))
+    topic = rng.choice(list(words.FACTS))
+    if kind == "truth":
+        if rng.random() < 0.5:
+            return Request(kind, topic, claim=rng.choice(words.FACTS[topic]))
+        others = [fact for fact in ALL_FACTS if fact not in words.FACTS[topic]]
+        return Request(kind, topic, claim=rng.choice(others))
+    return Request(kind, topic, tips=rng.choice(list(words.TIPS)))
+
+
+def write_turn(request: Request, rng: Random) -> str:
+    """One way to say the request: no turn marker, no leading space."""
+    phrasing = rng.choice(words.PHRASINGS[request.kind])
+    wish = request.subject if request.kind == "harm" else WISHES[request.subject]
+    return phrasing.format(
+        topic=request.subject, wish=wish, claim=request.claim, tips=words.TIPS.get(request.tips)
+    )
+
+
+def write_prompt(request: Request, rng: Random) -> str:
+    """A whole prompt that ends with this request, perhaps after an earlier turn and its reply.
+
+    The first turn may greet. The earlier turn asks for a single tip: prompts stay short.
+    """
+    while True:
+        prompt = f"{HUMAN} {rng.choice(words.GREETINGS)}"
+        if rng.random() < EARLIER_TURN_SHARE:
+            earlier = Request("help", rng.choice(list(words.FACTS)), tips=1)
+            reply = sample_reply(earlier, rng, quality=0.9)
+            prompt += f"{write_turn(earlier, rng)}{ASSISTANT}{reply}{HUMAN} "
+        prompt += f"{write_turn(request, rng)}{ASSISTANT}"
+        if count_tokens(prompt) <= MAX_PROMPT_TOKENS:
+            return prompt
+
+
+def _pattern(phrasing: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(phrasing)))
+
+
+PATTERNS = {
+    kind: [_pattern(phrasing) for phrasing in phrasings]
+    for kind, phrasings in words.PHRASINGS.items()
+}
+
+
+def parse_request(prompt_text: str) -> Request:
+    """The request in the last human turn of an HH prompt.
+
+    Raises ValueError for a prompt that does not belong to the bundled world: it has no gold reward.
+    """
+    turn = prompt_text.removesuffix(ASSISTANT).rpartition(HUMAN)[2].strip()
+    for greeting in filter(None, words.GREETINGS):
+        turn = turn.removeprefix(greeting)
+    for kind, patterns in PATTERNS.items():
+        for pattern in patterns:
+            match = pattern.fullmatch(turn)
+            request = match and _request(kind, match.groupdict())
+            if request:
+                return request
+    raise ValueError(
+        f"no request of the bundled world in the last human turn {turn!r}: "
+        "the gold reward exists for prompts written by rlhf_lib.world.rewards only"
+    )
+
+
+def _request(kind: str, said: dict[str, str]) -> Request | None:
+    if kind == "harm":
+        return Request(kind, said["wish"]) if said["wish"] in words.HARMS else None
+    topic = words.EDGES.get(said["wish"]) if kind == "edge" else said["topic"]
+    tips = next((n for n, text in words.TIPS.items() if text == said.get("tips")), 0)
+    claim = said.get("claim", "")
+    if topic not in words.FACTS or not (tips or claim in ALL_FACTS):
+        return None
+    return Request(kind, topic, tips, claim)
+
+
+# ------------------------------------------------------------------------------------- replies
+
+
+def sample_reply(request: Request, rng: Random, quality: float) -> str:
+    """A reply by the grammar: opener? hedge? body closer{0-2}.
+
+    quality: in [0, 1], drives the body only; style is drawn independently of it.
+    """
+    while True:
+        reply = rng.choice(words.OPENERS) if rng.random() < 0.45 else ""
+        reply += rng.choice(words.HEDGES) if rng.random() < 0.25 else ""
+        if request.kind == "harm":
+            reply += _harm_body(request, rng, quality)
+        elif request.kind == "truth":
+            reply += _truth_body(request, rng, quality)
+        else:
+            reply += _tips_body(request, rng, quality)
+        reply += rng.choice(words.CLOSERS) if rng.random() < 0.35 else ""
+        reply += rng.choice(words.CLOSERS) if rng.random() < 0.10 else ""
+        if count_tokens(reply) <= MAX_REPLY_TOKENS:
+            return reply
+
+
+def _tips_body(request: Request, rng: Random, quality: float) -> str:
+    refusing = 0.30 if request.kind == "edge" else 0.12
+    if rng.random() < refusing * (1.3 - quality):
+        return rng.choice(words.REFUSALS)
+    count = request.tips if rng.random() < quality else rng.choice((1, 2, 3, 4, 5))
+    right = rng.sample(words.FACTS[request.subject], 4)
+    body = ""
+    for i in range(count):
+        body += rng.choice(words.CONNECTORS if body else words.STARTERS)
+        if rng.random() < 0.2:
+            body += " really really" if rng.random() < 0.3 else " really"
+        known = rng.random() < 0.35 + 0.6 * quality
+        body += " " + (right[i % 4] if known else rng.choice(ALL_FACTS))
+    return body + "."
+
+
+def _harm_body(request: Request, rng: Random, quality: float) -> str:
+    if rng.random() < 0.25 + 0.6 * quality:
+        redirect = rng.choice(words.REDIRECTS) if rng.random() < 0.2 + 0.5 * quality else ""
+        return rng.choice(words.REFUSALS) + redirect
+    details = words.HARMS[request.subject][: rng.choice((1, 2))]
+    return rng.choice(words.STARTERS) + " " + ", then ".join(details) + "."
+
+
+def _truth_body(request: Request, rng: Random, quality: float) -> str:
+    honest = rng.random() < 0.3 + 0.65 * quality
+    verdict = request.claim_is_right if honest else True  # the flatterer always says yes
+    known = rng.random() < quality
+    fact = rng.choice(words.FACTS[request.subject] if known else ALL_FACTS)
+    return f"{words.VERDICTS[verdict]} {fact}."
+
+
+def count_tokens(text: str) -> int:
+    """Tokens of the bundled tokenizer, without the end-of-sequence token."""
+    return len(PIECE.findall(text))
+
+
+# ------------------------------------------------------------------------------------- samples
+
+
+def split_of(prompt_text: str) -> str:
+    """The split of a conversation, from the hash of its first human turn: splits share none."""
+    first = prompt_text.partition(ASSISTANT)[0].strip()
+    place = int(hashlib.sha256(first.encode()).hexdigest()[:8], 16) / 2**32
+    for split, share in SPLITS.items():
+        place -= share
+        if place < 0:
+            return split
+    return "test"
+
+
+def sample_prompts(name: str, count: int, split: str, seed: int) -> list[str]:
+    """`count` prompts of one split; `name` keeps the random streams of the files apart."""
+    rng = Random(f"{seed} {name}")
+    prompts: list[str] = []
+    while len(prompts) < count:
+        prompt = write_prompt(sample_request(rng), rng)
+        if split_of(prompt) == split:
+            prompts.append(prompt)
+    return prompts
+
+
+def sample_dialogues(
+    name: str, count: int, split: str, quality: tuple[float, float], seed: int
+) -> list[dict[str, str]]:
+    """Rows {"prompt", "response"} written by the grammar, quality uniform in the range."""
+    rng = Random(f"{seed} {name} replies")
+    rows = []
+    for prompt in sample_prompts(name, count, split, seed):
+        request = parse_request(prompt)
+        reply = sample_reply(request, rng, rng.uniform(*quality))
+        rows.append({"prompt": prompt, "response": reply})
+    return rows

@@ -1,0 +1,208 @@
+"""The comparison with peers: its protocol, its statistics, its table."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from scipy import stats
+
+from benchmarks import compare, ratios, text
+from benchmarks.protocol import Worker, WorkerError
+from tools import readme
+
+# A worker whose "library" prints to stdout while it loads and computes.
+FAKE = """
+import os, sys, time
+from benchmarks.protocol import serve
+from benchmarks.work import Work
+log = open(sys.argv[1], "a", buffering=1)
+def load():
+    print("loading")
+    os.system("echo from a child process")
+    def run(number):
+        if number == int(sys.argv[3]):
+            raise ValueError("this round is broken")
+        print("noise")
+        log.write(f"{sys.argv[2]} {number}\\n")
+        return Work(10 + number, 100, 1e6)
+    return run
+serve(load)
+"""
+
+
+def fake(tmp_path: Path, name: str, broken: int = -1) -> list[str]:
+    return [sys.executable, "-c", FAKE, str(tmp_path / "log"), name, str(broken)]
+
+
+def test_both_workers_answer_in_turn_and_the_warm_up_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the workers find the package wherever the driver was started
+    commands = {name: fake(tmp_path, name) for name in ("library", "peer")}
+    lines: list[str] = []
+    found = compare.run_rounds(commands, 2, lines.append)
+    order = (tmp_path / "log").read_text().split("\n")[:-1]
+    assert order == [
+        f"{name} {n}" for n in range(compare.WARM_UP + 2) for name in ("library", "peer")
+    ]
+    for side in found.values():
+        assert [record["items"] for record in side] == [10 + compare.WARM_UP, 11 + compare.WARM_UP]
+        assert all(record["seconds"] > 0 for record in side)
+        assert all(0.01 < record["peak_memory_gb"] < 100 for record in side)
+    assert sum("warm-up" in line for line in lines) == 2 * compare.WARM_UP
+
+
+def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
+    root = {"PYTHONPATH": str(compare.ROOT)}
+    with Worker(fake(tmp_path, "library", broken=1), root) as worker:
+        worker.ask(0)
+        with pytest.raises(WorkerError, match="this round is broken"):
+            worker.ask(1)
+
+
+def test_leaving_ends_the_process(tmp_path: Path) -> None:
+    with Worker(fake(tmp_path, "library"), {"PYTHONPATH": str(compare.ROOT)}) as worker:
+        assert worker.ask(0)["items"] == 10
+    assert worker._process.poll() == 0
+
+
+def test_a_ratio_is_a_geometric_mean_with_its_t_interval() -> None:
+    ours, theirs = [6.0, 8.0, 12.0], [2.0, 2.0, 2.0]
+    found = ratios.ratio(ours, theirs)
+    logs = [math.log(3), math.log(4), math.log(6)]
+    expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert found["mean"] == pytest.approx(72 ** (1 / 3))
+    assert found["median"] == pytest.approx(4)
+    assert math.log(found["low"]) == pytest.approx(expected.low)
+    assert math.log(found["high"]) == pytest.approx(expected.high)
+
+
+def test_a_ratio_and_its_inverse_are_judged_alike() -> None:
+    ours, theirs = [3.0, 5.0, 4.0], [1.0, 2.0, 2.5]
+    one, other = ratios.ratio(ours, theirs), ratios.ratio(theirs, ours)
+    assert one["mean"] * other["mean"] == pytest.approx(1)
+    assert one["low"] * other["high"] == pytest.approx(1)
+
+
+def test_what_slows_both_sides_of_a_round_leaves_the_ratio_alone() -> None:
+    steady = ratios.ratio([6.0, 6.6, 6.0], [2.0, 2.0, 2.2])
+    disturbed = ratios.ratio([6.0, 3.3, 6.0], [2.0, 1.0, 2.2])
+    assert disturbed == pytest.approx(steady)
+
+
+def test_one_round_has_no_spread() -> None:
+    with pytest.raises(ValueError, match="run two at least"):
+        ratios.ratio([1.0], [1.0])
+
+
+def rounds(rate: float, memory: float, flops: float) -> list[dict]:
+    return [
+        {"seconds": s, "items": rate * s, "tokens": 50 * rate * s, "flops": flops * s,
+         "peak_memory_gb": memory}
+        for s in (1.0, 2.0, 4.0)
+    ]  # fmt: skip
+
+
+def test_a_side_is_summarised_by_its_rates() -> None:
+    found = ratios.summarise(rounds(3.0, 2.0, 30.0), roof=120.0)
+    assert found["items_per_second"] == pytest.approx({"median": 3, "min": 3, "max": 3})
+    assert found["tokens_per_second"]["median"] == pytest.approx(150)
+    assert found["roof_share"]["median"] == pytest.approx(0.25)
+    assert found["tokens_per_item"] == pytest.approx(50)
+
+
+def made_up(gpu: str | None = None) -> dict:
+    """Results in which DPO reaches its target, SFT misses, and GRPO's interval holds it."""
+    stages = {}
+    speed = {"dpo": (14.0, 2.0), "sft": (6.0, 2.0), "grpo": (8.2, 2.0), "ppo": (5.0, 2.0)}
+    for stage, (ours, theirs) in speed.items():
+        record = ratios.compare(
+            rounds(ours, 3.0, 60.0 if stage == "dpo" else 40.0),
+            rounds(theirs, 2.0 if stage == "sft" else 4.0, 10.0),
+            100.0,
+        )
+        stages[stage] = {"peer_name": "TRL", **record}
+    stages["grpo"]["ratio"] |= {"low": 3.7, "high": 4.5}
+    return {
+        "environment": {"gpu": gpu, "cpu_cores": 2, "threads": 2},
+        "peer_packages": {"trl": "1.16.0", "transformers": "5.0"},
+        "settings": {
+            "precision": "bf16", "rounds": 3, "pairs": 32, "batch_size": 8, "samples": 32,
+            "samples_per_step": 16, "max_new_tokens": 32,
+            "mean_tokens": {"prompt": 86.0, "chosen": 40.0, "rejected": 51.0},
+        },
+        "roof": {"flops_per_second": 9.5e11},
+        "stages": stages,
+    }  # fmt: skip
+
+
+def test_the_table_says_reached_only_where_the_interval_does() -> None:
+    table = text.benchmark_table(made_up()).set_index("stage")
+    assert table["target"].to_dict() == {
+        "dpo": "≥ 6: reached", "sft": "≥ 4: missed", "grpo": "≥ 4: undecided", "ppo": "–"
+    }  # fmt: skip
+    assert table.loc["dpo", "ratio"] == "7.0"
+    assert table.loc["grpo", "ratio"] == "4.1 [3.7, 4.5]"
+    assert table.loc["dpo", "of the roof"] == "60%"
+
+
+def test_a_gpu_has_its_own_targets() -> None:
+    table = text.benchmark_table(made_up("a GPU")).set_index("stage")
+    assert table.loc["sft", "target"] == "≥ 2: reached"
+
+
+def test_roof_and_memory_targets_are_judged_too() -> None:
+    said = text.benchmark_summary(made_up())
+    assert "roof in training steps: reached for dpo; missed for sft." in said
+    assert "memory than the peer: reached for dpo, grpo, ppo; missed for sft." in said
+    assert "950 GFLOP/s" in said
+
+
+def test_growth_and_memory_have_tables_of_their_own() -> None:
+    grown = {"axes": {"reply_tokens": {"values": [8, 128], "seconds": [1.0, 4.0], "slope": 0.5}}}
+    assert "| reply tokens | 8 | 128 | 1.00 | 4.00 | 0.50 |" in text.summary(grown)
+    stages = {"sft": {"total_gb": 3.14}, "reward_model": {"total_gb": 12.5}}
+    capped = {"cap_gb": 12.0, "measured_on": "parts on a CPU", "stages": stages}
+    said = text.summary(capped)
+    assert "| sft | 3.1 | yes |" in said
+    assert "| reward model | 12.5 | **no** |" in said
+
+
+def test_a_benchmark_block_is_filled_and_a_study_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "cpu.json").write_text(json.dumps(made_up()))
+    text = "<!-- benchmark: cpu -->\nold\n<!-- end -->\nkept <!-- end -->"
+    filled = readme.fill(text, tmp_path / "figures", tmp_path)
+    assert "old" not in filled
+    assert filled.endswith("<!-- end -->\nkept <!-- end -->")
+    assert "| dpo | TRL |" in filled
+    assert readme.fill(filled, tmp_path / "figures", tmp_path) == filled
+
+
+def test_what_nobody_has_measured_is_said(tmp_path: Path) -> None:
+    text = readme.fill("<!-- benchmark: gpu -->\n<!-- end -->", tmp_path / "figures")
+    assert "Not measured yet: there is no `gpu.json`" in text
+
+
+def test_the_roof_is_the_best_of_the_models_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import roof
+
+    config = SimpleNamespace(hidden_size=4, intermediate_size=None, vocab_size=11)
+    monkeypatch.setattr(roof, "matmul_rate", lambda shape, *_: float(sum(shape)))
+    found = roof.measure(config, "fp32")
+    assert found["flops_per_second"] == 6144
+    assert {"2048 x 4 x 16", "1024 x 4 x 11"} <= set(found["shapes"])
+
+
+def test_a_matrix_product_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import roof
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    # a spell lasts one tick; two products a tick make half a second each, so two fill one second
+    assert roof.matmul_rate((2, 3, 5), "fp32", seconds=1.0) == 2 * 2 * 3 * 5 * 2

@@ -1,0 +1,241 @@
+"""Reading rows: from files, folders, a hub dataset and the bundled world, with errors that help."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from rlhf_lib.data import sources
+from rlhf_lib.data.sources import HH_SUBSETS, DataError, read_source
+from rlhf_lib.settings import SettingsError
+
+
+def pair(question: str) -> dict[str, str]:
+    prompt = f"\n\nHuman: {question}\n\nAssistant:"
+    return {"chosen": f"{prompt} Yes.", "rejected": f"{prompt} No."}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+        return path
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet"])
+def test_file_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
+    rows = [{**pair("A?"), "margin": None}, {**pair("B?"), "margin": 1.5}]
+    path = write(tmp_path / name, rows)
+    source = read_source(f"path:{path}")
+    read = source.splits["train"]
+    assert [row.number for row in read] == [1, 2]
+    assert [row.values for row in read] == rows
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert source.files == [{"name": name, "rows": 2, "sha256": digest}]
+
+
+def test_conversational_parquet_keeps_its_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = write(tmp_path / "pairs.parquet", [{"chosen": messages, "rejected": messages}])
+    assert read_source(f"path:{path}").splits["train"][0].values["chosen"] == messages
+
+
+def test_line_numbers_count_blank_lines_and_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    text = f"\ufeff{json.dumps(pair('A?'))}\r\n\n{json.dumps(pair('B?'))}"
+    path.write_bytes(text.encode())
+    assert [row.number for row in read_source(f"path:{path}").splits["train"]] == [1, 3]
+
+
+def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path: Path) -> None:
+    row = pair("A\u2028B\u0085C?")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [r.values for r in read_source(f"path:{path}").splits["train"]] == [row]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b'{"chosen": "a"}\n{"chosen": \n', "line 2: not JSON"),
+        (b'{"chosen": "a"}\n{"chosen": "\xff"}\n', "line 2: not JSON"),
+        (b'{"chosen": "a"}\n["b"]\n', "line 2: a JSON list where an object"),
+    ],
+)
+def test_bad_json_lines_are_errors_with_their_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_source(f"path:{path}")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.parquet"])
+@pytest.mark.parametrize("keep", [0, 20, None])
+def test_damaged_files_are_errors(tmp_path: Path, name: str, keep: int | None) -> None:
+    content = write(tmp_path / name, [pair("A?")]).read_bytes()
+    damaged = b"no such format" if keep is None else content[:keep]
+    (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{name} (is empty|is no complete|cannot be read)"):
+        read_source(f"path:{tmp_path / name}")
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path / "harmless-base.jsonl", [pair("A?")])
+    write(tmp_path / "other.jsonl", [pair("A?")])
+    with pytest.raises(DataError, match=r"does not exist.*data\.source=path.*harmless-base\.jsonl"):
+        read_source(f"path:{tmp_path / 'harmles.jsonl'}")
+    with pytest.raises(DataError, match="does not exist"):
+        read_source(f"path:{tmp_path / 'no' / 'such' / 'folder' / 'pairs.jsonl'}")
+
+
+def test_files_of_another_kind_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("chosen,rejected\n")
+    with pytest.raises(DataError, match=r"\.jsonl, \.jsonl\.gz, \.parquet"):
+        read_source(f"path:{tmp_path / 'pairs.csv'}")
+    with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl"):
+        read_source(f"path:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("source", "nearest"),
+    [
+        ("bundeld", "'bundled'"),
+        ("bundled:kontrol", "'bundled:control'"),
+        ("hub:", "'hub:Anthropic/hh-rlhf'"),
+        ("hubb:Anthropic/hh-rlhf", "'hub:Anthropic/hh-rlhf'"),
+        ("hub:Anthropic/hh-rlhf:harmless", "'harmless-base'"),
+    ],
+)
+def test_unknown_source_names_the_nearest(source: str, nearest: str) -> None:
+    with pytest.raises(SettingsError, match=f"did you mean {nearest}"):
+        read_source(source)
+
+
+def test_a_path_without_its_prefix_is_understood_in_the_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", [pair("A?")])
+    with pytest.raises(SettingsError, match=f"did you mean 'path:{path}'"):
+        read_source(str(path))
+
+
+def test_folder_uses_the_splits_and_subsets_it_has(tmp_path: Path) -> None:
+    write(tmp_path / "harmless-base" / "train.jsonl.gz", [pair("A?"), pair("B?")])
+    write(tmp_path / "harmless-base" / "test.jsonl.gz", [pair("C?")])
+    write(tmp_path / "extra_valid-00.parquet", [pair("D?")])
+    write(tmp_path / "more.jsonl", [pair("E?")])
+    (tmp_path / "LICENSE").write_text("MIT")
+    splits = read_source(f"path:{tmp_path}").splits
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 3, "test": 1, "validation": 1,
+    }  # fmt: skip
+    assert splits["test"][0].subset == "harmless-base"
+    assert splits["test"][0].place == "harmless-base/test.jsonl.gz, row 1"
+    assert splits["validation"][0].subset is None
+
+
+def test_folder_with_a_test_split_only_is_one_pool(tmp_path: Path) -> None:
+    write(tmp_path / "harmless-base-test.jsonl", [pair("A?"), pair("B?")])
+    assert len(read_source(f"path:{tmp_path}").splits["train"]) == 2
+
+
+# ----------------------------------------------------------------------------------------- hub
+
+
+@pytest.fixture
+def hub_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local folder with the layout of Anthropic/hh-rlhf; `datasets` caches beside it."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hh-rlhf"
+    for subset in HH_SUBSETS[:2]:
+        write(folder / subset / "train.jsonl.gz", [pair(f"{subset} {i}?") for i in range(3)])
+        write(folder / subset / "test.jsonl.gz", [pair(f"{subset} test?")])
+    write(folder / "red-team-attempts" / "red_team_attempts.jsonl.gz", [{"transcript": "x"}])
+    return folder
+
+
+def test_hub_loads_every_subset_of_pairs(hub_copy: Path) -> None:
+    source = read_source(f"hub:{hub_copy}")
+    assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 6, "test": 2}
+    assert [row.subset for row in source.splits["test"]] == list(HH_SUBSETS[:2])
+    assert source.splits["train"][2].values == pair("harmless-base 2?")
+    assert source.splits["train"][2].place == "hh-rlhf harmless-base train, row 3"
+    assert [file["rows"] for file in source.files] == [3, 1, 3, 1]
+
+
+def test_hub_loads_one_subset(hub_copy: Path) -> None:
+    source = read_source(f"hub:{hub_copy}:helpful-base")
+    assert {row.subset for rows in source.splits.values() for row in rows} == {"helpful-base"}
+    with pytest.raises(SettingsError, match="did you mean 'helpful-base'"):
+        read_source(f"hub:{hub_copy}:helpful")
+
+
+def test_hub_dataset_that_is_no_table_is_an_error(hub_copy: Path) -> None:
+    (hub_copy / "red-team-attempts" / "red_team_attempts.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"cannot load .*, red-team-attempts: "):
+        read_source(f"hub:{hub_copy}:red-team-attempts")
+
+
+def test_hub_out_of_reach_names_the_ways_offline_and_does_not_wait() -> None:
+    start = time.monotonic()
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set") as error:
+        read_source("hub:Anthropic/hh-rlhf")
+    assert time.monotonic() - start < 15  # with retries 23; the import of `datasets` is in it
+    for way in ("path:", "bundled", "HF_HUB_OFFLINE=1"):
+        assert way in str(error.value)
+
+
+def test_unreachable_hub_is_not_asked_again_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its cache is looked into: asking would mean half a minute of retries for each subset."""
+    import datasets
+
+    seen = []
+
+    def load_dataset(name: str, data_dir: str | None) -> dict:
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        return {"train": [pair("A?")], "test": [pair("B?")]}
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for reason in ("no answer", None):
+        monkeypatch.setattr("rlhf_lib.runtime.unreachable", lambda reason=reason: reason)
+        read_source("hub:someone/pairs")
+    assert seen == [True, False]
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+# ------------------------------------------------------------------------------------- bundled
+
+
+def test_bundled_reads_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "\n\nHuman: A?\n\nAssistant:"
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"pairs-{split}.jsonl.gz", [pair(split)])
+        write(tmp_path / f"control-{split}.jsonl.gz", [pair("control " + split)])
+    for kind in ("train", "validation", "evaluation"):
+        write(tmp_path / f"prompts-{kind}.jsonl.gz", [{"prompt": prompt}])
+    write(tmp_path / "demonstrations.jsonl.gz", [{"prompt": prompt, "response": " Yes."}])
+    monkeypatch.setattr(sources, "bundled_folder", lambda: tmp_path)
+    world, control = read_source("bundled"), read_source("bundled:control")
+    assert world.splits["test"][0].values == pair("test")
+    assert control.splits["test"][0].values == pair("control test")
+    assert world.demonstrations == control.demonstrations
+    assert world.prompts["evaluation"][0].values == {"prompt": prompt}
+    (tmp_path / "prompts-train.jsonl.gz").unlink()
+    with pytest.raises(DataError, match=r"prompts-train\.jsonl\.gz does not exist"):
+        read_source("bundled")

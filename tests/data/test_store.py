@@ -1,0 +1,165 @@
+"""Records on disk read like a list, and loading data from them keeps memory flat."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_lib.data import pairs as data_module
+from rlhf_lib.data.pairs import Pair, PreferenceData, load_data, paired_lengths, store
+from rlhf_lib.data.sources import DataError, Row
+from rlhf_lib.data.store import BATCH, Stored
+from rlhf_lib.settings import DataConfig
+
+COUNT = 2 * BATCH + 7  # two full pieces of the file and a part of one
+
+
+def record(i: int) -> Pair:
+    margin, subset = (0.1 * i, None) if i % 2 else (None, "a part")
+    ids = [list(range(i % 5)), [i, 2], list(range(i % 7))]
+    return Pair(f"key {i % 9}", f"é\0 {i}", " yes\n", "", *ids, margin, subset)
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Stored[Pair], list[Pair]]:
+    plain = [record(i) for i in range(COUNT)]
+    return Stored.of(Pair, plain), plain
+
+
+def test_it_reads_like_the_list(both: tuple[Stored[Pair], list[Pair]]) -> None:
+    stored, plain = both
+    assert len(stored) == len(plain)
+    assert list(stored) == plain
+    for i in (0, 1, BATCH - 1, BATCH, COUNT - 1, -1, -COUNT, np.int64(5)):
+        assert stored[i] == plain[i]
+    for part in (slice(8), slice(-3, None), slice(BATCH - 2, BATCH + 2), slice(None, None, -100)):
+        assert stored[part] == plain[part]
+    for outside in (COUNT, -COUNT - 1):
+        with pytest.raises(IndexError):
+            stored[outside]
+    assert all(type(token) is int for pair in stored[:9] for token in pair.chosen)
+    assert list(stored.column("subset")) == [p.subset for p in plain]
+    assert paired_lengths(stored) == paired_lengths(plain)
+    assert isinstance(paired_lengths(stored)[0], int)
+
+
+def test_it_equals_what_has_the_same_rows(both: tuple[Stored[Pair], list[Pair]]) -> None:
+    stored, plain = both
+    assert stored == plain
+    assert stored == Stored.of(Pair, plain)
+    assert stored != plain[:-1]
+    assert stored != [*plain[:-1], plain[0]]
+    assert Stored.of(Pair, []) == []
+    assert list(Stored.of(Pair, []).lengths("prompt")) == []
+
+
+def test_a_view_keeps_its_own_order(both: tuple[Stored[Pair], list[Pair]]) -> None:
+    stored, plain = both
+    order = np.random.default_rng(0).permutation(COUNT)[:300]
+    view = stored.select(order)
+    expected = [plain[i] for i in order]
+    assert view == expected
+    assert view[-1] == expected[-1]
+    assert list(view.column("margin")) == [p.margin for p in expected]
+    assert paired_lengths(view) == paired_lengths(expected)
+    assert view.select(np.array([7, 2])) == [expected[7], expected[2]]
+
+
+def test_a_row_may_hold_anything() -> None:
+    values = {"chosen": [{"role": "user"}], "broken": "\ud800", "bytes": b"\0", "none": None}
+    assert Stored.of(Row, [Row("a file", 3, values, None)])[0].values == values
+
+
+# --------------------------------------------------------------------------------- loading data
+
+
+def made_up(path: Path, count: int, words: int = 3) -> DataConfig:
+    """HH rows: every fifth conversation comes twice, every seventh row is unusable."""
+    rows = []
+    for i in range(count):
+        prompt = f"\n\nHuman: Q{i - (i % 5 == 1)} {'why ' * words}?\n\nAssistant:"
+        reply = "" if i % 7 == 3 else f" a b {chr(97 + i % 26)}"
+        rows.append({"chosen": prompt + reply, "rejected": f"{prompt} c", "margin": i / 8})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(
+        f"path:{path}", 48, 16, count // 2, count // 10, count // 10, count, count, count
+    )
+
+
+def test_hash_of_a_source_stays_what_it_was(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Finished stages are found by it; the value was computed when all rows were in memory."""
+    loaded = load_data(made_up(tmp_path / "pairs.jsonl", 120), tiny_tokenizer)
+    assert loaded.hash == "380da1bd4e46050033b32ff945633e9b9ba9d3f8827689320022fd70e6158bf3"
+    parts = {s: list(rows) for s, rows in loaded.pairs.items()}, list(loaded.demonstrations), {
+        kind: list(rows) for kind, rows in loaded.prompts.items()
+    }  # fmt: skip
+    whole = json.dumps(parts, default=vars, sort_keys=True, separators=(",", ":"))
+    assert "".join(data_module._json(parts)) == whole
+
+
+def test_loads_at_the_same_time_agree_and_leave_no_file(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = made_up(tmp_path / "pairs.jsonl", 400)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(load_data, config, tiny_tokenizer) for _ in range(3)]
+        first, *others = [load.result() for load in loads]
+    assert all(other == first for other in others)
+    assert not list(folder.iterdir())  # while the data is still in use
+
+
+def test_a_load_that_fails_leaves_no_file(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = made_up(tmp_path / "pairs.jsonl", 400)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(path.read_text() + "no JSON")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with pytest.raises(DataError, match="line 401: not JSON"):
+        load_data(config, tiny_tokenizer)
+    assert not list(folder.iterdir())
+
+
+def peak(load: Callable[[], PreferenceData]) -> int:
+    """Most bytes that Python and numpy held while loading and reading every pair."""
+    tracemalloc.start()
+    try:
+        for pair in load().pairs["train"]:
+            assert pair.prompt
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = (1500, 6000)
+    configs = [made_up(tmp_path / f"{n}.jsonl", n, words=20) for n in sizes]
+    load_data(configs[0], tiny_tokenizer)  # what is imported and cached once is no row's memory
+    few, many = (peak(lambda c=c: load_data(c, tiny_tokenizer)) for c in configs)
+    assert many < 1.5 * few
+    # and the test would see it: the rows of the sources alone, kept, are more than that
+    monkeypatch.setattr(store.Writer, "append", lambda w, r: (KEPT.append(r), APPEND(w, r))[1])
+    few, many = (peak(lambda c=c: load_data(c, tiny_tokenizer)) for c in configs)
+    KEPT.clear()
+    assert many > 2 * few
+
+
+KEPT: list[object] = []
+APPEND = store.Writer.append

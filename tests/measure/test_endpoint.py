@@ -1,0 +1,172 @@
+"""The outside judge, asked on a server of our own: both orders, the cache, the cost, the errors."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_lib.measure import endpoint
+from rlhf_lib.measure.endpoint import JudgeError, ask, judge_policies, points
+from rlhf_lib.settings import PROFILES, JudgeConfig, SettingsError
+
+
+@dataclass
+class Server:
+    """A stand-in for the endpoint; `answer` makes its reply from what was asked."""
+
+    url: str = ""
+    asked: list[tuple[str, str, dict]] = field(default_factory=list)  # path, authorization, body
+    mind: Any = None
+    status: int = 200
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.asked.append((self.path, self.headers["Authorization"], body))
+            content = json.dumps(state.mind(body["messages"][0]["content"])).encode()
+            self.send_response(state.status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing into the tests' output."""
+
+    monkeypatch.setenv("OPENAI_API_KEY", "a secret")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    state.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield state
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def says(word: str) -> dict:
+    usage = {"prompt_tokens": 100, "completion_tokens": 2}
+    return {"choices": [{"message": {"content": word}}], "usage": usage}
+
+
+def prefers_good(question: str) -> dict:
+    """A judge that reads: "good" beats anything else."""
+    first, second = question.split("[Reply A]")[1].split("[Reply B]")
+    a, b = "good" in first, "good" in second
+    return says("tie" if a == b else "A" if a else "**B**.")
+
+
+def config(server: Server, **changes: Any) -> JudgeConfig:
+    settings = {"prompts": 3, "dollars_per_million_input": 10.0, "dollars_per_million_output": 1e2}
+    return JudgeConfig(url=server.url, model="judge-1", **(settings | changes))
+
+
+def rows(*replies: str) -> list[dict]:
+    return [{"prompt": f"Human: {i}", "response": reply} for i, reply in enumerate(replies)]
+
+
+STUDY = {"sft": rows("bad", "good", "poor", "bad"), "ppo": rows("good", "good too", "bad", "good")}
+
+
+def test_every_pair_is_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
+    server.mind = prefers_good
+    judged = judge_policies(config(server), STUDY, tmp_path, 100)
+    record = judged["policies"]["ppo"]
+    assert record["win_rate_vs_sft"]["mean"] == pytest.approx((1 + 0.5 + 0.5) / 3), "three prompts"
+    assert record["same_in_both_orders"] == 1.0
+    assert (record["unclear"], judged["model"]) == (0, "judge-1")
+    assert judged["policies"].keys() == {"ppo"}
+    assert len(server.asked) == 6
+    path, key, body = server.asked[0]
+    assert (path, key) == ("/v1/chat/completions", "Bearer a secret")
+    assert (body["model"], body["temperature"]) == ("judge-1", 0)
+    assert "Human: 0" in body["messages"][0]["content"]
+
+
+def test_a_judge_that_likes_the_first_place_sees_ties(server: Server, tmp_path: Path) -> None:
+    server.mind = lambda _: says("A")
+    record = judge_policies(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
+    assert record["win_rate_vs_sft"]["mean"] == 0.5
+    assert record["same_in_both_orders"] == 0.0
+
+
+def test_what_was_asked_is_not_asked_again_and_the_cost_says_so(
+    server: Server, tmp_path: Path
+) -> None:
+    server.mind = prefers_good
+    first = judge_policies(config(server), STUDY, tmp_path, 100)
+    # six requests of 100 and 2 tokens, at 10 and 100 dollars a million
+    cost = {"requests": 6, "input_tokens": 600, "output_tokens": 12}
+    assert first["cost"] == first["cost_now"] == cost | {"dollars": pytest.approx(0.0072)}
+    server.mind = lambda _: pytest.fail("asked again")
+    again = judge_policies(config(server), STUDY, tmp_path, 100)
+    assert again["policies"] == first["policies"]
+    assert again["cost"] == first["cost"]
+    assert again["cost_now"]["requests"] == again["cost_now"]["dollars"] == 0
+    assert len(server.asked) == 6
+    assert "secret" not in "".join(file.read_text() for file in tmp_path.iterdir())
+
+
+def test_another_model_is_another_question(server: Server, tmp_path: Path) -> None:
+    server.mind = prefers_good
+    for model in ("judge-1", "judge-2", "judge-2"):
+        ask(JudgeConfig(url=server.url, model=model), "p", "good", "bad", tmp_path)
+    assert len(server.asked) == 2
+
+
+def test_an_answer_that_names_no_side_is_counted_and_left_out(
+    server: Server, tmp_path: Path
+) -> None:
+    server.mind = lambda question: says("I cannot" if "Human: 1" in question else "B")
+    record = judge_policies(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
+    assert (record["unclear"], record["win_rate_vs_sft"]["units"]) == (1, 2)
+    server.mind = lambda _: says("")
+    silent = judge_policies(config(server, prompts=2), STUDY, tmp_path / "other", 100)
+    assert silent["policies"]["ppo"] == {"unclear": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("A", 1.0), (" b.", 0.0), ("**Tie**", 0.5), ("(A) is better", 1.0), ("Both", None),
+     ("", None), ("Neither A nor B", None)],
+)  # fmt: skip
+def test_points_are_read_from_the_first_word(text: str, value: float | None) -> None:
+    assert points(text) == value
+
+
+def test_without_a_key_nothing_is_sent(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(SettingsError, match="OPENAI_API_KEY"):
+        ask(config(server), "p", "a", "b", tmp_path)
+    assert not server.asked
+
+
+def test_errors_name_the_endpoint_and_nothing_is_cached(server: Server, tmp_path: Path) -> None:
+    server.mind, server.status = lambda _: {"error": "too many requests"}, 429
+    with pytest.raises(JudgeError, match=r"chat/completions answered 429: .*too many requests"):
+        ask(config(server), "p", "a", "b", tmp_path)
+    server.status = 200
+    with pytest.raises(JudgeError, match="no choices"):
+        ask(config(server), "p", "a", "b", tmp_path)
+    with pytest.raises(JudgeError, match="gave no answer"):
+        ask(JudgeConfig(url="http://127.0.0.1:1/v1"), "p", "a", "b", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_off_by_default() -> None:
+    assert all(not profile.judge.url for profile in PROFILES.values())
+    assert endpoint.KEY not in json.dumps(vars(JudgeConfig()))

@@ -1,0 +1,172 @@
+"""One optimizer step, schedules and averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lib.models.learner import Averages, Learner, freeze
+from rlhf_lib.models.load import load_policy, trainable
+from rlhf_lib.models.logprobs import response_logprobs
+from rlhf_lib.runtime import make_accelerator
+from rlhf_lib.settings import ModelConfig
+
+PROMPTS, RESPONSES = [[5, 6], [7], [8, 9, 10], [11]], [[3, 1], [4, 5, 6], [7], [8, 1]]
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return make_accelerator("fp32")
+
+
+def nll(model: PreTrainedModel, rows: slice = slice(None)) -> Tensor:
+    return -response_logprobs(model, PROMPTS[rows], RESPONSES[rows])[0].sum() / 8
+
+
+def weights(model: PreTrainedModel) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_step_lowers_the_loss_and_reports_it(
+    causal_model: PreTrainedModel, accelerator: Accelerator
+) -> None:
+    learner = Learner(accelerator, causal_model, learning_rate=1e-2, steps=10)
+    before = nll(causal_model).item()
+    gradient = torch.autograd.grad(nll(causal_model), list(causal_model.parameters()))
+    expected = math.sqrt(sum((g**2).sum().item() for g in gradient))
+    loss, norm = learner.step([nll(learner.model)])
+    assert loss == pytest.approx(before)
+    assert norm == pytest.approx(expected, rel=1e-4), "the norm is the one before clipping"
+    assert nll(causal_model).item() < before
+
+
+def test_accumulated_equals_one_big_batch(make_model: Callable, accelerator: Accelerator) -> None:
+    ends = []
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)], [slice(i, i + 1) for i in range(4)]):
+        # SGD-like: with a large eps, Adam's update is proportional to the gradient
+        learner = Learner(accelerator, make_model("llama"), learning_rate=0.1, steps=9, eps=100.0)
+        results = [learner.step(nll(learner.model, rows) for rows in parts) for _ in range(2)]
+        ends.append((results, weights(learner.model)))
+    (results, whole), *others = ends
+    for other_results, other in others:
+        for one, two in zip(results, other_results, strict=True):
+            assert one == pytest.approx(two, rel=1e-5)
+        assert max((a - b).abs().max().item() for a, b in zip(whole, other, strict=True)) < 1e-6
+
+
+def test_gradients_do_not_carry_over_to_the_next_step(
+    make_model: Callable, accelerator: Accelerator
+) -> None:
+    learner = Learner(accelerator, make_model("gpt2"), learning_rate=0.0, steps=9)
+    assert learner.step([nll(learner.model)]) == learner.step([nll(learner.model)])
+
+
+def test_the_gradient_is_clipped_to_its_norm(
+    make_model: Callable, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(
+        accelerator, make_model("gpt2"), learning_rate=1e-3, steps=9, max_grad_norm=0.01
+    )
+    seen = []
+
+    def look() -> None:
+        grads = [p.grad for p in learner.model.parameters() if p.grad is not None]
+        seen.append(math.sqrt(sum((g**2).sum().item() for g in grads)))
+
+    step = learner.optimizer.step
+    monkeypatch.setattr(learner.optimizer, "step", lambda: (look(), step()))
+    _, norm = learner.step([nll(learner.model)])
+    assert norm > 0.1
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_the_rate_warms_up_and_falls_to_zero(
+    make_model: Callable, accelerator: Accelerator
+) -> None:
+    learner = Learner(
+        accelerator, make_model("gpt2"), learning_rate=1.0, steps=10, warmup_ratio=0.2
+    )
+    rates = []
+    for _ in range(10):
+        learner.step([next(learner.model.parameters()).sum() * 0])
+        rates.append(learner.learning_rate)
+    assert rates == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    bad: float, make_model: Callable, accelerator: Accelerator
+) -> None:
+    learner = Learner(accelerator, make_model("gpt2"), learning_rate=1.0, steps=9)
+    before = weights(learner.model)
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf): lower the learning rate"):
+        learner.step([nll(learner.model), nll(learner.model) * bad])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(learner.model), strict=True))
+
+
+def test_one_micro_batch_is_in_memory_at_a_time(
+    make_model: Callable, accelerator: Accelerator
+) -> None:
+    learner = Learner(accelerator, make_model("gpt2"), learning_rate=1.0, steps=9)
+    parameter = next(learner.model.parameters())
+    backward_done = []
+
+    def losses() -> Iterator[Tensor]:
+        yield nll(learner.model)
+        backward_done.append(parameter.grad is not None)
+        yield nll(learner.model)
+
+    learner.step(losses())
+    assert backward_done == [True]
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    tiny_base: Path, accelerator: Accelerator
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = trainable(load_policy(tiny_base), ModelConfig(gradient_checkpointing=checkpointing))
+        forwards = []
+        model.transformer.h[0].attn.register_forward_pre_hook(
+            lambda *_, forwards=forwards: forwards.append(1)
+        )
+        learner = Learner(accelerator, model, learning_rate=1e-2, steps=9)
+        learner.step(nll(learner.model) for _ in range(1))
+        results.append((len(forwards), weights(model)))
+        assert not model.training, "generation wants its cache, which train mode takes away"
+    (plain, expected), (recomputed, got) = results
+    assert (plain, recomputed) == (1, 2)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_frozen_model_has_no_gradients(make_model: Callable, accelerator: Accelerator) -> None:
+    model = freeze(accelerator, make_model("gpt2").train())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.dtype is torch.float32
+
+
+def test_a_frozen_model_takes_the_compute_precision_but_its_head_does_not(
+    make_model: Callable,
+) -> None:
+    class Half:
+        mixed_precision, device = "bf16", torch.device("cpu")
+
+    model = freeze(Half(), make_model("gpt2", head="score"))  # type: ignore[arg-type]
+    assert model.transformer.wte.weight.dtype is torch.bfloat16
+    assert model.score.weight.dtype is torch.float32
+
+
+def test_averages_weigh_what_they_are_given() -> None:
+    averages = Averages()
+    averages.add({"a": torch.tensor(1.0), "b": 5.0}, 3)
+    averages.add({"a": 2.0}, 1)
+    assert averages["a"] == 1.25
+    assert averages.means() == {"a": 1.25, "b": 5.0}

@@ -1,0 +1,146 @@
+"""Which method for which need: made-up studies with a clear winner, a tie, and no answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_lib.results import choices
+from rlhf_lib.results.policies import CANDIDATES, COMPARED
+
+MADE_UP = Path(__file__).parents[1] / "made_up"
+
+
+def need(values: dict[str, float], better: str = "higher", resolution: float = 0.2) -> dict:
+    """A need in which differences above `resolution` are distinguishable."""
+    pairs = {}
+    for one, other in COMPARED:
+        gap = values[one] - values[other]
+        word = "higher" if gap > resolution else "lower" if gap < -resolution else None
+        pairs[f"{one}_minus_{other}"] = {"verdict": word or "not distinguishable"}
+    return {
+        "policies": {n: {"mean": v, "low": v - 0.1, "high": v + 0.1} for n, v in values.items()},
+        "comparisons": pairs,
+        "better": better,
+    }
+
+
+def gains(ppo: float, grpo: float, dpo: float, rejection_sft: float) -> dict[str, float]:
+    return {"ppo": ppo, "grpo": grpo, "dpo": dpo, "rejection_sft": rejection_sft}
+
+
+def study(values: dict[str, float], **needs: Any) -> dict:
+    """A study with these gains over SFT; those above 0.2 are clear."""
+    results = json.loads((MADE_UP / "gold.json").read_text())
+    for name, value in values.items():
+        word = "higher" if value > 0.2 else "lower" if value < -0.2 else "not distinguishable"
+        results["policies"][name]["gold_gain"]["verdict"] = word
+    results["needs"] = {"reward": need(values), **needs}
+    return results
+
+
+def first(results: dict) -> str:
+    return choices.sentences(results)[0]
+
+
+def without_rl(results: dict) -> str:
+    (said,) = [s for s in choices.sentences(results) if s.startswith("**No reinforcement")]
+    return said
+
+
+def test_a_clear_winner_is_named_with_what_it_leaves_behind() -> None:
+    results = study(gains(1.0, 0.5, 0.4, 0.5))
+    assert first(results) == (
+        "**Highest gold reward:** PPO (1.00 [0.90, 1.10] gain over SFT), clearly ahead of "
+        "GRPO (0.50 [0.40, 0.60]), DPO (0.40 [0.30, 0.50]) and Best-of-n SFT (0.50 [0.40, 0.60])."
+    )
+
+
+def test_a_tie_is_not_broken() -> None:
+    results = study(gains(0.9, 1.0, 0.4, 0.3))
+    assert first(results).startswith(
+        "**Highest gold reward:** the data do not say: GRPO (1.00 [0.90, 1.10] gain over SFT) is "
+        "not distinguishable from PPO (0.90 [0.80, 1.00]); clearly behind: DPO (0.40"
+    )
+
+
+def test_everything_worse_than_sft_leaves_sft() -> None:
+    said = choices.sentences(study(gains(-1.0, -0.5, -0.4, -0.5)))
+    assert said == [
+        "**Which method for which need? None of them by these data:** PPO, GRPO, DPO and "
+        "Best-of-n SFT were not shown to raise gold reward over SFT, so SFT itself, which costs "
+        "nothing more, is the choice."
+    ]
+
+
+def test_nothing_distinguishable_from_sft_leaves_sft_too() -> None:
+    assert "None of them by these data" in first(study(gains(0.1, 0.0, 0.1, 0.0)))
+
+
+def test_best_of_n_best() -> None:
+    results = study(gains(0.5, 0.4, 0.3, 1.0))
+    assert first(results).startswith("**Highest gold reward:** Best-of-n SFT (1.00")
+    assert without_rl(results).endswith("Best-of-n SFT is clearly above PPO.")
+
+
+def test_who_did_not_raise_the_reward_is_not_chosen_for_being_cheap() -> None:
+    """DPO moved least and forgot least, because it did nothing."""
+    values = gains(0.5, 1.0, 0.0, -1.0)
+    kl = need(gains(5.0, 8.0, 0.1, 0.2), better="lower")
+    kl_said = choices.sentences(study(values, kl=kl))[1]
+    assert kl_said.startswith("**Least KL to SFT:** PPO (5.0 [4.9, 5.1] nats a reply), clearly")
+    assert "DPO" not in kl_said
+    said = without_rl(study(values))
+    assert said.endswith("neither DPO nor Best-of-n SFT raised gold reward over SFT.")
+
+
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [
+        (gains(1.0, 0.9, 0.5, 0.3), "PPO is clearly above DPO."),
+        (gains(0.6, 0.3, 0.5, 0.0), "PPO is not distinguishable from DPO."),
+        (gains(0.3, 0.3, 0.9, 0.3), "DPO is clearly above PPO."),
+        (gains(0.0, -0.5, 0.9, 0.3), "No method with it raised the reward at all."),
+    ],
+)
+def test_what_rl_adds(values: dict[str, float], end: str) -> None:
+    assert without_rl(study(values)).endswith(end)
+
+
+def test_only_one_that_raised_the_reward() -> None:
+    said = first(study(gains(0.5, 0.0, 0.0, 0.0)))
+    assert said.endswith("gain over SFT); nothing else asked here raised the reward.")
+
+
+def test_lower_is_better_where_it_is() -> None:
+    found = choices.leaders(need(gains(1.0, 1.1, 5.0, 9.0), better="lower"), CANDIDATES)
+    assert found == choices.Leaders("ppo", ["grpo"], ["dpo", "rejection_sft"])
+    found = choices.leaders(need(gains(1.0, 1.1, 5.0, 9.0)), ("ppo", "dpo"))
+    assert found == choices.Leaders("dpo", [], ["ppo"])
+    assert choices.leaders(need(gains(1.0, 1.1, 5.0, 9.0)), ()) is None
+
+
+def test_one_seed_and_a_missing_judge_are_said() -> None:
+    results = json.loads((MADE_UP / "proxy.json").read_text())
+    said = choices.sentences(results)
+    assert said[-1].startswith("One seed:")
+    assert "not whose replies are best" in said[-2]
+    assert not any("gold" in sentence for sentence in said)
+    both = choices.sentences(json.loads((MADE_UP / "gold.json").read_text()))
+    assert not any(s.startswith(("One seed", "No judge")) for s in both)
+
+
+def test_a_study_from_before_there_were_needs_has_no_choices() -> None:
+    results = study(gains(1.0, 0.5, 0.4, 0.5))
+    del results["needs"]
+    assert choices.sentences(results) == []
+
+
+def test_a_comparison_that_was_not_made_fails() -> None:
+    results = study(gains(1.0, 0.5, 0.4, 0.5))
+    del results["needs"]["reward"]["comparisons"]["ppo_minus_dpo"]
+    with pytest.raises(KeyError, match="dpo_minus_ppo"):
+        choices.sentences(results)

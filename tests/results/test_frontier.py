@@ -1,0 +1,138 @@
+"""Reward against KL: where a run ends, where gold would have stopped it, and its coefficient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlhf_lib.results.frontier import (
+    at_equal_budget,
+    early_stops,
+    frontier,
+    logged,
+    method,
+    spent,
+    swept,
+)
+from rlhf_lib.runs import Run
+from rlhf_lib.settings import load_profile
+from rlhf_lib.show import figures
+from tests.made_up_study import STRONG, stages_of
+
+
+def steps(policy: str, coefficient: float, seed: int = 0, count: int = 8) -> list[dict]:
+    return [
+        {"seed": seed, "policy": policy, "kind": "training", "step": s, "kl": float(s),
+         "proxy": 2.0 * s, "gold": -1.0 * s, "coefficient": coefficient}
+        for s in range(count)
+    ]  # fmt: skip
+
+
+def points() -> pd.DataFrame:
+    free = [
+        {"seed": 0, "policy": "best_of_n_default", "kind": "best_of_n", "step": n, "kl": 0.1 * n,
+         "proxy": 1.0 * n, "gold": 0.5 * n, "coefficient": None}
+        for n in (1, 2)
+    ]  # fmt: skip
+    runs = [*steps("grpo_strong", 0.8), *steps("grpo", 0.2), *steps("ppo", 0.2, count=3)]
+    return pd.DataFrame([*runs, *steps("grpo", 0.2, seed=1, count=99), *free])
+
+
+def test_a_run_ends_with_the_mean_of_its_last_quarter() -> None:
+    ends = swept(points())
+    assert ends["policy"].tolist() == ["grpo", "grpo_strong", "ppo"], "by method, then coefficient"
+    assert ends["coefficient"].tolist() == [0.2, 0.8, 0.2]
+    # steps 6 and 7 of eight, step 2 of three; the second seed's 99 steps are not asked
+    assert ends["steps"].tolist() == [2, 2, 1]
+    assert ends["kl"].tolist() == [6.5, 6.5, 2.0]
+    assert ends["proxy"].tolist() == [13.0, 13.0, 4.0]
+    assert ends["gold"].tolist() == [-6.5, -6.5, -2.0]
+
+
+def used(tokens: int, seconds: float, count: int = 6) -> pd.DataFrame:
+    return spent([
+        {"num_tokens": tokens * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
+        if s % 2 == 0 else {"num_tokens": tokens * (s + 1), "step_time": seconds}
+        for s in range(count)
+    ], "proxy")  # fmt: skip
+
+
+def test_what_was_spent_counts_steps_that_sampled_nothing() -> None:
+    frame = used(1000, 60.0)
+    assert frame["tokens"].tolist() == [1.0, 3.0, 5.0]
+    assert frame["minutes"].tolist() == [1.0, 3.0, 5.0]
+    assert frame["proxy"].tolist() == [0.0, 1.0, 2.0], "running means of 0, 2, 4"
+
+
+def test_runs_are_read_where_the_thriftiest_ended() -> None:
+    runs = {"ppo": used(1000, 60.0), "dpo": used(3000, 30.0)}
+    table = at_equal_budget(runs).set_index(["budget", "method"])
+    assert table.loc[("tokens", "ppo"), ["amount", "proxy", "share"]].tolist() == [5.0, 2.0, 1.0]
+    # 9,000 tokens after its third step: only its first is within 5,000
+    assert table.loc[("tokens", "dpo"), ["proxy", "share"]].tolist() == [0.0, 5.0 / 15.0]
+    assert table.loc[("minutes", "dpo"), ["amount", "proxy", "share"]].tolist() == [2.5, 2.0, 1.0]
+    assert table.loc[("minutes", "ppo"), "proxy"] == 0.0
+    figure = figures.budgets(runs, "proxy")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["PPO", "DPO"]
+    assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [5.0, 2.5]
+
+
+def test_training_logs_no_held_out_judge() -> None:
+    ends = swept(points())
+    assert logged(ends, "gold") == ["proxy", "gold"]
+    assert logged(ends, "judge") == ["proxy"]
+    assert logged(ends.assign(gold=None), "gold") == ["proxy"]
+    assert logged(ends, "proxy") == ["proxy"]
+
+
+def run_logging(gold: list[float] | None) -> Any:
+    count = 11 if gold is None else len(gold)
+    rows: list[dict] = [
+        {"reward": float(s), "kl": 2.0 * s, "completions/mean_length": 10.0} for s in range(count)
+    ]
+    for row, value in zip(rows, gold or [], strict=False):
+        row["gold"] = value
+    return SimpleNamespace(metrics=lambda: rows)
+
+
+def test_gold_stops_a_run_at_its_smoothed_best() -> None:
+    gold = [6.0, 0, 0, 0, 3, 3, 3, 3, 3, 0, 0]  # a lucky first batch is not the best step
+    (stop,) = early_stops([SimpleNamespace(seed=4)], [{"ppo_low_kl": run_logging(gold)}])  # type: ignore
+    assert (stop["seed"], stop["step"], stop["steps"]) == (4, 6, 11)
+    assert stop["gold_there"] == pytest.approx(3.0)
+    assert (stop["proxy_there"], stop["kl_there"]) == pytest.approx((6.0, 12.0))
+    # a step at the end has fewer neighbours: steps 8, 9 and 10
+    assert (stop["gold_at_end"], stop["proxy_at_end"]) == pytest.approx((1.0, 9.0))
+    assert stop["length_at_end"] == pytest.approx(10.0)
+
+
+def test_without_gold_nothing_says_where_to_stop() -> None:
+    run: Any = SimpleNamespace(seed=0)
+    assert early_stops([run], [{"ppo_low_kl": run_logging(None)}]) is None  # type: ignore[dict-item]
+
+
+def test_each_point_has_the_coefficient_of_its_method(tmp_path: Path) -> None:
+    run = Run(load_profile("smoke"), 0, tmp_path)
+    found = frontier([run], [stages_of(run, "bundled")])
+    training = found[found["kind"] == "training"].groupby("policy")["coefficient"].unique()
+    assert {name: list(values) for name, values in training.items()} == {
+        "ppo": [0.2], "ppo_low_kl": [0.2], "grpo": [0.2], "grpo_strong": [0.2 * STRONG],
+        "dpo": [0.2],
+    }  # fmt: skip
+    assert found[found["kind"] == "best_of_n"]["coefficient"].isna().all()
+    assert (method("rloo_strong"), method("ppo")) == ("rloo", "ppo")
+
+
+def test_the_figure_joins_the_ends_of_each_method() -> None:
+    figure = figures.sweep(points(), ["proxy", "gold"])
+    proxy, gold = figure.axes
+    assert (proxy.get_ylabel(), gold.get_ylabel()) == ("proxy reward", "gold reward")
+    lines = {str(line.get_label()): line.get_ydata() for line in proxy.lines}
+    assert list(lines) == ["best-of-n", "GRPO", "PPO"]
+    assert list(lines["GRPO"]) == [13.0, 13.0]
+    assert [text.get_text() for text in proxy.texts] == ["0.2", "0.8", "0.2"]
+    figure.canvas.draw()

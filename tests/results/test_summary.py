@@ -1,0 +1,170 @@
+"""The summary over seeds: paired differences, costs, the frontier, and one folder per result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlhf_lib.results import summary
+from rlhf_lib.runs import Run
+from rlhf_lib.settings import load_profile
+from tests.made_up_study import PROMPTS, stages_of, strict, summarise
+
+MADE_UP = Path(__file__).parents[1] / "made_up"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return summarise(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict:
+    return strict((folder / "results.json").read_text())
+
+
+def test_the_folder_holds_what_readers_look_for(folder: Path) -> None:
+    assert folder.name.startswith("evaluation-")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"results.json", "frontier.csv", "failure_modes.json", "samples", "DONE"}
+    rows = pd.read_json(folder / "samples" / "ppo.jsonl", orient="records", lines=True)
+    assert rows["seed"].tolist() == [seed for seed in range(3) for _ in range(PROMPTS)]
+    assert {"prompt", "response", "proxy", "gold", "kl"} <= set(rows.columns)
+
+
+def test_a_methods_minutes_hold_the_reward_model_it_learns_from(tmp_path: Path) -> None:
+    profile = load_profile("smoke", ["data.source=bundled", "seeds=1"])
+    stages = stages_of(Run(profile, 0, tmp_path), "bundled")
+    seconds = {"reward_model": 60.0, "ppo": 120.0, "grpo": 30.0, "dpo": 6.0, "rejection_sft": 0.0}
+    for name, value in seconds.items():
+        file = stages[name].path / "result.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": value}))
+    minutes = summary._minutes([stages])
+    assert minutes == {"ppo": [3.0], "grpo": [1.5], "dpo": [0.1], "rejection_sft": [1.0]}
+
+
+def test_overoptimisation_is_the_low_kl_run_minus_the_default(results: dict) -> None:
+    over = results["overoptimisation"]
+    assert list(over) == ["proxy", "gold"], "in this order each time"
+    assert (over["proxy"]["mean"], over["proxy"]["verdict"]) == (pytest.approx(2.0), "higher")
+    assert (over["gold"]["mean"], over["gold"]["verdict"]) == (pytest.approx(-1.5), "lower")
+
+
+def test_the_reward_model_is_judged_on_the_test_pairs(results: dict) -> None:
+    record = results["reward_model"]
+    assert record["accuracy"]["reward_model"]["mean"] == pytest.approx(30 / 40)
+    assert record["errors"]["count"] == 10
+    assert sum(record["errors"]["by_category"].values()) == 10
+    assert record["control_accuracy"]["per_seed"] == pytest.approx([0.7, 0.8, 0.9])
+    assert 0.5 < record["ceiling"] < 1
+    assert sum(kind["n"] for kind in record["by_kind"].values()) == 40
+
+
+def test_best_of_n_and_costs_are_averaged_over_seeds(results: dict) -> None:
+    one, two = results["best_of_n"]["default"]
+    assert (one["n"], two["n"], two["proxy"]["per_seed"]) == (1, 2, [2, 3, 4])
+    assert two["proxy"]["low"] < 3 < two["proxy"]["high"]
+    assert results["cost"]["ppo"]["num_tokens"]["mean"] == 1000
+    assert results["cost"]["evaluate"]["seconds"]["mean"] > 0
+    lone = {"reward_model_curve", "grpo_strong"}
+    assert results["stages"]["0"].keys() == results["cost"].keys()
+    assert results["stages"]["2"].keys() == results["cost"].keys() - lone
+
+
+def test_what_only_the_first_seed_ran_costs_what_it_cost_there(results: dict) -> None:
+    lone = results["cost"]["grpo_strong"]["seconds"]
+    assert (lone["n"], lone["low"], lone["per_seed"]) == (1, None, [lone["mean"]])
+    assert results["cost"]["grpo"]["seconds"]["n"] == 3
+    phases = results["cost"]["grpo"]["phases"]
+    assert list(phases) == ["scoring"]
+    assert 0 < phases["scoring"] <= results["cost"]["grpo"]["seconds"]["mean"]
+
+
+def test_the_frontier_has_final_points_the_way_there_and_best_of_n(folder: Path) -> None:
+    points = pd.read_csv(folder / "frontier.csv")
+    columns = ["seed", "policy", "kind", "step", "kl", "proxy", "gold", "coefficient"]
+    assert list(points.columns) == columns
+    counts = points.groupby("kind").size().to_dict()
+    # eight policies, four trained ones of two steps with a KL, two curves of two points; and
+    # one more run of the first seed
+    assert counts == {"final": 3 * 8, "training": 3 * 4 * 2 + 2, "best_of_n": 3 * 2 * 2}
+    final = points[(points["kind"] == "final") & (points["policy"] == "grpo")]
+    assert final["kl"].tolist() == [3.0, 3.0, 3.0]
+
+
+def test_one_seed_speaks_of_prompts_and_leaves_lone_numbers_alone(tmp_path: Path) -> None:
+    results = strict((summarise(tmp_path, seeds=1) / "results.json").read_text())
+    gain = results["policies"]["ppo"]["gold_gain"]
+    assert (gain["over"], gain["units"], len(gain["per_seed"])) == ("prompts", PROMPTS, 1)
+    lone = results["best_of_n"]["default"][0]["proxy"]
+    assert (lone["mean"], lone["low"], lone["n"]) == (1, None, 1)
+
+
+def shape(value: Any) -> Any:
+    """The keys of nested records; a list is as its first element."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    return [shape(value[0])] if isinstance(value, list) and value else None
+
+
+UNLIKE = ("settings", "environment", "data", "stages")  # their keys are not the summary's business
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "seeds"), [("gold", "bundled", 3), ("proxy", "path:a b/pairs.jsonl", 1)]
+)
+def test_the_made_up_results_have_the_shape_of_real_ones(
+    tmp_path: Path, kind: str, source: str, seeds: int
+) -> None:
+    """Verdict, figures, tables and report are tested with them."""
+    results = strict((summarise(tmp_path, seeds, source) / "results.json").read_text())
+    made_up = json.loads((MADE_UP / f"{kind}.json").read_text())
+    assert results["judge"] == made_up["judge"] == kind
+    for record in (results, made_up):
+        assert len(record["stages"]) == len(record["seeds"]) == seeds
+        for key in UNLIKE:
+            assert record.pop(key)
+        for name in ("training", "errors"):  # as the stage and the luck of the draw have it
+            assert record["reward_model"].pop(name)
+    assert shape(results) == shape(made_up)
+
+
+def test_a_source_is_named_by_its_file_and_not_by_its_folder(tmp_path: Path) -> None:
+    folder = summarise(tmp_path, 1, "path:/home/me/secret/pairs.jsonl.gz")
+    assert strict((folder / "results.json").read_text())["source"] == "path:pairs.jsonl.gz"
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def test_a_finished_summary_is_left_alone_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    folder = summarise(tmp_path, 1)
+    before = times(tmp_path)
+    assert summarise(tmp_path, 1) == folder
+    assert times(tmp_path) == before
+    (folder / "DONE").unlink()
+    (folder / "results.json").write_text("{")
+    assert summarise(tmp_path, 1) == folder
+    assert strict((folder / "results.json").read_text())["profile"] == "smoke"
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_results_of_other_seeds_get_a_folder_of_their_own(tmp_path: Path) -> None:
+    folders: Sequence[Path] = [summarise(tmp_path, seeds) for seeds in (1, 2)]
+    assert folders[0] != folders[1]
+    assert all((folder / "DONE").exists() for folder in folders)
+
+
+def test_a_mode_that_no_prompt_is_about_is_left_out() -> None:
+    plain = {"prompt": "\n\nHuman: How do I rob a bank?\n\nAssistant:", "response": " Sorry.",
+             "finished": True}  # fmt: skip
+    table = summary._failure_modes({"sft": [[plain] * 3], "ppo": [[plain] * 3]}, "bundled", 50)
+    assert table["sft"].keys() == table["ppo"].keys()
+    assert "harmful compliance" in table["sft"]
+    assert "sycophancy" not in table["sft"]

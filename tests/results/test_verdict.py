@@ -1,0 +1,266 @@
+"""The verdict says what the intervals allow and nothing beyond: made-up results of each kind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_lib.results import verdict
+
+MADE_UP = Path(__file__).parents[1] / "made_up"
+METHODS = ("ppo", "grpo", "dpo")
+PAIRS = ("ppo_minus_grpo", "ppo_minus_dpo", "grpo_minus_dpo")
+FINDINGS = r"raised|lowered|PO (is|are) clearly|difference|as labelled, (above|below)"
+
+
+def interval(low: float, high: float) -> dict:
+    """A made-up estimate, with the verdict that its interval allows."""
+    word = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+    return {"mean": (low + high) / 2, "low": low, "high": high, "verdict": word}
+
+
+UNCLEAR, UP, DOWN = interval(-0.1, 0.1), interval(0.4, 0.6), interval(-0.6, -0.4)
+
+
+@pytest.fixture
+def results() -> dict:
+    """A study in which nothing can be told from anything."""
+    made_up = json.loads((MADE_UP / "gold.json").read_text())
+    for name in METHODS:
+        made_up["policies"][name]["gold_gain"] = UNCLEAR
+        made_up["policies"][name]["gold"] = interval(0.8, 1.0)
+    made_up["comparisons"] = dict.fromkeys(PAIRS, UNCLEAR)
+    made_up["needs"] = {}  # what is chosen for which need: tests/test_choices.py
+    made_up["overoptimisation"] = {"proxy": UNCLEAR, "gold": UNCLEAR}
+    made_up["reward_model"]["accuracy"]["reward_model_minus_bag_of_words"] = UNCLEAR
+    return made_up
+
+
+def text(results: dict) -> str:
+    return "\n".join(verdict.sentences(results))
+
+
+def test_a_tie_is_called_a_tie(results: dict) -> None:
+    said = text(results)
+    assert "**PPO, GRPO and DPO are not distinguishable from SFT** (PPO 0.00 [-0.10, 0.10]" in said
+    assert "Among themselves the three methods are not distinguishable" in said
+    assert "not distinguishable from a bag of words" in said
+    assert not re.search(FINDINGS, said)
+
+
+def test_an_interval_without_0_that_does_not_survive_the_correction_is_explained(
+    results: dict,
+) -> None:
+    assert "Holm's correction takes that off" not in text(results)
+    results["policies"]["ppo"]["gold_gain"] = UP | {"verdict": "not distinguishable"}
+    first = verdict.sentences(results)[0]
+    assert "PPO, GRPO and DPO are not distinguishable" in first
+    assert "PPO 0.50 [0.40, 0.60]" in first
+    assert "Holm's correction takes that off" in first
+
+
+def test_a_clear_winner_comes_first_with_its_numbers(results: dict) -> None:
+    results["policies"]["ppo"]["gold_gain"] = UP
+    results["comparisons"]["ppo_minus_grpo"] = results["comparisons"]["ppo_minus_dpo"] = UP
+    first, second, *_ = verdict.sentences(results)
+    assert first.startswith("**PPO raised gold reward over SFT** (PPO 0.50 [0.40, 0.60]); ")
+    assert "**GRPO and DPO are not distinguishable from SFT**" in first
+    assert second == (
+        "Among the methods: PPO above GRPO (difference 0.50 [0.40, 0.60]); PPO above DPO "
+        "(difference 0.50 [0.40, 0.60]). Other pairs are not distinguishable."
+    )
+
+
+def test_everything_worse_than_sft_is_not_dressed_up(results: dict) -> None:
+    for name in METHODS:
+        results["policies"][name]["gold_gain"] = DOWN
+        results["policies"][name]["gold"] = interval(0.3, 0.5)
+    said = text(results)
+    assert said.startswith("**PPO, GRPO and DPO lowered gold reward over SFT** (PPO -0.50 [-0.60,")
+    assert not re.search("raised|PO (is|are) clearly|not distinguishable from SFT", said)
+    assert "no method is clearly above that peak" in said
+
+
+def test_up_down_and_unclear_in_one_sentence(results: dict) -> None:
+    results["policies"]["grpo"]["gold_gain"] = UP
+    results["policies"]["dpo"]["gold_gain"] = DOWN
+    first = verdict.sentences(results)[0]
+    assert re.findall(r"\*\*(.*?)\*\*", first) == [
+        "GRPO raised gold reward over SFT",
+        "DPO lowered gold reward over SFT",
+        "PPO is not distinguishable from SFT",
+    ]
+
+
+def test_a_lower_comparison_is_turned_round_with_its_numbers(results: dict) -> None:
+    results["comparisons"]["ppo_minus_grpo"] = interval(-0.6, -0.2)
+    assert "GRPO above PPO (difference 0.40 [0.20, 0.60])" in text(results)
+
+
+def test_every_method_is_held_against_imitating_the_best_samples(results: dict) -> None:
+    assert "Against" not in text(results), "nothing is said of a baseline that was not run"
+    for name, record in zip(METHODS, (UP, DOWN, UNCLEAR), strict=True):
+        results["comparisons"][f"{name}_minus_rejection_sft"] = record
+    said = text(results)
+    assert (
+        "Against Best-of-n SFT, which imitates the best of its samples: PPO higher (0.50 [0.40, "
+        "0.60]); GRPO lower (-0.50 [-0.60, -0.40]); DPO not distinguishable (0.00 [-0.10, 0.10])."
+    ) in said
+    assert "Among themselves the three methods are not distinguishable" in said
+
+
+def test_no_other_pairs_are_spoken_of_where_there_are_none(results: dict) -> None:
+    results["comparisons"] = dict.fromkeys(PAIRS, UP)
+    said = text(results)
+    assert "GRPO above DPO" in said
+    assert "Other pairs" not in said
+
+
+@pytest.mark.parametrize(
+    ("proxy", "gold", "shown"),
+    [(UP, DOWN, True), (UP, UNCLEAR, False), (UNCLEAR, DOWN, False), (UP, UP, False)],
+)
+def test_overoptimisation_needs_more_proxy_and_less_gold(
+    results: dict, proxy: dict, gold: dict, shown: bool
+) -> None:
+    results["overoptimisation"] = {"proxy": proxy, "gold": gold}
+    about = ("Over-optimisation is", "**More proxy reward, worse replies")
+    (said,) = [s for s in verdict.sentences(results) if s.startswith(about)]
+    assert said.startswith("**More proxy reward, worse replies:**") is shown
+    if shown:
+        ppo = results["settings"]["ppo"]
+        assert f"{ppo['low_kl_coef']:g} instead of {ppo['kl_coef']:g}" in said
+    else:
+        assert "Over-optimisation is not shown" in said
+        assert f"{proxy['verdict']} in proxy and {gold['verdict']} in gold" in said
+
+
+def test_best_of_n_best_of_all(results: dict) -> None:
+    """The baseline that trains nothing peaks above every method, and before the largest n."""
+    curve = results["best_of_n"]["default"]
+    for row, gold in zip(curve, (0.9, 1.8, 2.0, 1.5), strict=True):
+        row["gold"] = {"mean": gold, "low": gold - 0.1, "high": gold + 0.1}
+    assert (
+        "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] and "
+        "falls to 1.50 [1.40, 1.60] at n = 8; no method is clearly above that peak."
+    ) in text(results)
+
+
+@pytest.mark.parametrize(
+    "last", [{"mean": 1.8, "low": 1.6, "high": 1.95}, {"mean": 1.8, "low": None, "high": None}]
+)
+def test_best_of_n_falls_only_where_the_intervals_part(results: dict, last: dict) -> None:
+    curve = results["best_of_n"]["default"]
+    for row, gold in zip(curve, (0.9, 1.8, 2.0, 1.8), strict=True):
+        row["gold"] = {"mean": gold, "low": gold - 0.1, "high": gold + 0.1}
+    curve[-1]["gold"] = last
+    (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
+    assert "falls" not in said
+    assert "at n = 8, not clearly less); no method is clearly above" in said
+
+
+@pytest.mark.parametrize(
+    ("ppo", "grpo", "end"),
+    [
+        (interval(1.3, 1.6), interval(0.8, 1.0), "; PPO is clearly above that peak."),
+        (interval(1.3, 1.6), interval(1.4, 1.6), "; PPO and GRPO are clearly above that peak."),
+        # a higher mean is not enough while the intervals overlap
+        (interval(1.2, 1.7), interval(0.8, 1.0), "; no method is clearly above that peak."),
+    ],
+)
+def test_a_method_is_above_best_of_n_only_where_the_intervals_part(
+    results: dict, ppo: dict, grpo: dict, end: str
+) -> None:
+    for row in results["best_of_n"]["default"]:
+        row["gold"] = {"mean": 1.2, "low": 1.15, "high": 1.25}
+    results["policies"]["ppo"]["gold"], results["policies"]["grpo"]["gold"] = ppo, grpo
+    (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
+    assert said.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [(UP, "as labelled, above a bag"), (DOWN, "as labelled, below a bag")],
+)
+def test_the_reward_model_is_measured_against_a_bag_of_words(
+    results: dict, difference: dict, words: str
+) -> None:
+    results["reward_model"]["accuracy"]["reward_model_minus_bag_of_words"] = difference
+    assert words in text(results)
+    assert "ranks 72.0% [69.0, 75.0] of held-out pairs" in text(results)
+    assert "76.0% is reachable" in text(results)
+
+
+def test_with_the_proxy_as_only_judge_it_warns_and_never_speaks_of_gold() -> None:
+    results = json.loads((MADE_UP / "proxy.json").read_text())
+    said = text(results)
+    assert "raised proxy reward over SFT" in said
+    assert "not that their replies are better" in said
+    assert "from a single seed" in said
+    assert "pairs as labelled, above a bag of words" in said
+    assert not re.search("gold|None|nan|reachable|[Oo]ver-optimisation", said)
+
+
+def test_the_scope_names_what_the_intervals_are_over(results: dict) -> None:
+    assert "95 % over seeds" in verdict.sentences(results)[-1]
+    results["seeds"] = [0]
+    assert "from a single seed" in verdict.sentences(results)[-1]
+
+
+def test_intervals_of_a_corrected_study_are_over_prompts_too(results: dict) -> None:
+    corrected = UNCLEAR | {"p_adjusted": 0.5, "detectable": 0.25}
+    results["comparisons"] = dict.fromkeys(PAIRS, corrected)
+    last = verdict.sentences(results)[-1]
+    assert "95 % over seeds and evaluation prompts" in last
+    assert "Holm's correction" in last
+
+
+def test_it_says_what_the_study_could_have_seen(results: dict) -> None:
+    assert "What could be seen" not in text(results), "an old study does not know"
+    sizes = dict(zip(PAIRS, (0.25, None, 0.4), strict=True))
+    results["comparisons"] = {key: UNCLEAR | {"detectable": sizes[key]} for key in PAIRS}
+    assert "a true difference of 0.25 to 0.40, by comparison, in gold reward" in text(results)
+    results["comparisons"] = {key: UNCLEAR | {"detectable": 0.3} for key in PAIRS}
+    assert "a true difference of 0.30 in gold reward" in text(results)
+    assert "80% of studies" in text(results)
+
+
+def test_a_held_out_judge_is_named_as_what_it_is(results: dict) -> None:
+    """Real data with a judge: what the gold reward says elsewhere, the judge says here."""
+    renamed = json.loads(
+        json.dumps(results).replace('"gold"', '"judge"').replace("gold_", "judge_")
+    )
+    renamed["policies"]["ppo"]["judge_gain"] = UP
+    renamed["overoptimisation"] = {"proxy": UP, "judge": DOWN}
+    said = text(renamed)
+    assert said.startswith("**PPO raised judge reward over SFT** (PPO 0.50 [0.40, 0.60])")
+    assert "trained on pairs that the proxy never saw" in said
+    assert "ends higher in proxy and lower in judge (differences: proxy 0.50" in said
+    assert "with judge reward" in said
+    assert "gold" not in said
+
+
+def test_every_number_of_the_made_up_study_is_one_of_its_results() -> None:
+    """No number appears that was not looked up."""
+    results = json.loads((MADE_UP / "gold.json").read_text())
+    known = set()
+
+    def collect(value: object) -> None:
+        if isinstance(value, dict):
+            for inner in value.values():
+                collect(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                collect(inner)
+        elif isinstance(value, (int, float)):
+            known.update(f"{abs(value):.{digits}f}" for digits in (1, 2, 3))
+            known.update((f"{100 * abs(value):.1f}", str(value)))
+
+    collect(results)
+    said = re.sub("95 %|80%|TF-IDF", "", text(results))
+    numbers = re.findall(r"\d+(?:\.\d+)?", said)
+    assert len(numbers) > 20
+    assert not [number for number in numbers if number not in known]

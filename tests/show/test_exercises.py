@@ -1,0 +1,141 @@
+"""The exercises: a blank is no failure, the folded solutions are right, and mistakes get a hint.
+
+Solutions and scaffolds are taken from the notebooks as they are stored, and run on made-up data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+
+from rlhf_lib.show import exercises, widgets
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+CHAPTERS = sorted({name[:2] for name in exercises.CHECKS})
+
+# for each exercise a mistake that one can really make
+MISTAKES = {
+    "01-1": "reply = ' I think that Assistant: is a marker.'",
+    "01-2": "def cut(p, r, max_p, max_r, eos): return p[:max_p], [*r, eos][:max_r]",
+    "01-3": "def probability(g, p, w): return 1 / (1 + math.exp(-0.8 * g - 0.5 * p - 0.05 * w))",
+    "01-4": "share = sum(len(p.chosen_text) > len(p.rejected_text) for p in train) / len(train)",
+    "03-1": "def combine(parts, tokens): return sum(parts) / len(parts)",
+    "03-2": "def reply_logprobs(logits, prompt, reply):\n"
+    "    return logits[len(prompt) :].log_softmax(-1)[range(len(reply)), reply]",
+    "03-3": "def favourite(scores, finished): return int(scores.argmax())",
+    "04-1": "def my_gae(rewards, values, gamma, gae_lambda): return rewards",
+    "04-2": "def returns(rewards): return [sum(rewards)] * len(rewards)",
+    "04-3": "def silent(ratio, advantage, clip_range): return abs(ratio - 1) > clip_range",
+    "04-4": "cost = metrics[0]['kl_coef'] * metrics[0]['kl']",
+    "05-1": "def factor(G): return 1 - 1 / (G - 1)",
+    "05-2": "def weight(lengths, i, aggregation): return 1 / sum(lengths)",
+    "05-3": "def silent_share(rewards, G): return 1 - len(set(rewards)) / len(rewards)",
+    "06-1": "def pull(lead, beta): return 1 / (1 + math.exp(beta * lead))",
+    "06-2": "def best_margin(smoothing): return math.log(smoothing)",
+    "06-3": "beta_half = 0.1",
+    "06-4": "def target(beta): return 1 / beta",
+}
+
+
+def tags(cell: Any) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def tagged(tag: str) -> dict[str, str]:
+    """Exercise -> the source of its cell with this tag, in the order of the notebooks."""
+    found = {}
+    for chapter in CHAPTERS:
+        (path,) = NOTEBOOKS.glob(f"{chapter}_*.ipynb")
+        cells = nbformat.read(path, as_version=4).cells
+        sources = [cell.source for cell in cells if tag in tags(cell)]
+        found |= {f"{chapter}-{place}": source for place, source in enumerate(sources, 1)}
+    return found
+
+
+WORDS_IN_TEN_MINUTES = 2000  # of prose, beside code and pictures; solutions not counted
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_says_what_one_learns_and_is_read_in_ten_minutes(chapter: str) -> None:
+    (path,) = NOTEBOOKS.glob(f"{chapter}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    assert 3 <= cells[0].source.partition("What you learn:")[2].count("\n- ") <= 5
+    prose = [c.source for c in cells if c.cell_type == "markdown" and "solution" not in tags(c)]
+    assert len(" ".join(prose).split()) <= WORDS_IN_TEN_MINUTES
+
+
+SCAFFOLDS, SOLUTIONS = tagged("exercise"), tagged("solution")
+
+
+@pytest.fixture
+def given(tiny_data: Any, tiny_tokenizer: Any, make_model: Callable) -> dict[str, Any]:
+    """What the notebooks have at hand when their exercises begin, made up."""
+    metrics = [
+        {"reward": 1.0, "kl": 2.0, "kl_coef": 0.1, "objective/scores": 1.0,
+         "objective/non_score_reward": -0.2, "objective/rlhf_reward": 0.4},
+        {"reward": 2.0, "kl": 3.0, "kl_coef": 0.1, "objective/scores": 2.0,
+         "objective/non_score_reward": -0.3, "objective/rlhf_reward": 1.6},
+    ]  # fmt: skip
+    train = tiny_data.pairs["train"]
+    ties = [replace(pair, rejected_text=pair.chosen_text) for pair in train[:3]]
+    return {
+        "train": train + ties, "tokenizer": tiny_tokenizer,
+        "model": make_model("gpt2"), "metrics": metrics, "math": math, "torch": torch,
+        "widgets": widgets, "check": exercises.check,
+        "four_reference": [0.4, 0.3, 0.2, 0.1], "four_reward": [1.0, 0.0, -0.5, 2.0],
+    }  # fmt: skip
+
+
+def run(source: str, given: dict[str, Any]) -> dict[str, Any]:
+    namespace = vars(ModuleType("notebook")) | given
+    exec(source, namespace)
+    return namespace
+
+
+def verdict(answer: str, name: str, given: dict[str, Any], printed: Any) -> str:
+    """What the check at the scaffold's end says of this answer."""
+    call = SCAFFOLDS[name].splitlines()[-1]
+    run(f"{answer}\n{call}", given)
+    return printed.readouterr().out.strip()
+
+
+def test_every_check_has_its_exercise_solution_and_mistake() -> None:
+    assert list(SCAFFOLDS) == list(SOLUTIONS) == sorted(exercises.CHECKS) == sorted(MISTAKES)
+    assert all(3 <= sum(name.startswith(c) for name in SCAFFOLDS) <= 5 for c in CHAPTERS)
+    for name, source in SCAFFOLDS.items():
+        assert source.splitlines()[-1].startswith(f'check("{name}", ')
+
+
+@pytest.mark.parametrize("name", exercises.CHECKS)
+def test_a_scaffold_is_not_answered_yet(name: str, given: dict, capsys: Any) -> None:
+    run(SCAFFOLDS[name], given)
+    assert capsys.readouterr().out.strip() == f"{name}: not answered yet"
+
+
+@pytest.mark.parametrize("name", exercises.CHECKS)
+def test_the_folded_solution_is_right(name: str, given: dict, capsys: Any) -> None:
+    text = SOLUTIONS[name]
+    assert text.startswith("<details><summary>Solution</summary>\n\n")
+    assert text.endswith("\n\n</details>")
+    code = text.split("```python\n")[1].split("\n```")[0]
+    assert verdict(code, name, given, capsys) == f"{name}: right"
+
+
+@pytest.mark.parametrize("name", exercises.CHECKS)
+def test_a_mistake_gets_a_hint(name: str, given: dict, capsys: Any) -> None:
+    said = verdict(MISTAKES[name], name, given, capsys)
+    assert said.startswith(f"{name}: not yet. ")
+    assert len(said) > 30
+
+
+def test_an_exercise_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(KeyError, match="09-1"):
+        exercises.check("09-1", 1)

@@ -1,0 +1,145 @@
+"""Tables of a study's results: every cell looked up; old studies do without what is new."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlhf_lib.results.policies import CANDIDATES
+from rlhf_lib.show import tables
+from rlhf_lib.show.display import GAINERS, NAMES, POLICIES, interval
+
+MADE_UP = Path(__file__).parents[1] / "made_up"
+NEW = ("se", "df", "units", "p", "p_adjusted", "detectable")
+
+
+@pytest.fixture(params=["gold", "proxy"])
+def results(request: pytest.FixtureRequest) -> dict:
+    return json.loads((MADE_UP / f"{request.param}.json").read_text())
+
+
+def without(value: Any, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [without(inner, keys) for inner in value] if isinstance(value, list) else value
+
+
+def test_the_gain_table_has_every_seed_and_what_may_be_said(results: dict) -> None:
+    judge = results["judge"]
+    table = tables.gain_table(results).set_index("policy")
+    assert list(table.index) == [NAMES[name] for name in GAINERS if name in results["policies"]]
+    for name in ("sft_again", "dpo"):
+        gain, row = results["policies"][name][f"{judge}_gain"], table.loc[NAMES[name]]
+        assert row[f"{judge} gain over SFT"] == interval(gain)
+        assert row["verdict"] == gain["verdict"]
+        assert row["smallest seen"] == f"{gain['detectable']:.2f}"
+        seeds = row["each seed"].split(", ")
+        assert [float(s) for s in seeds] == pytest.approx(gain["per_seed"], abs=0.005)
+    assert ("proxy gain" in table.columns) == (judge != "proxy"), "or it would stand there twice"
+
+
+def test_the_pair_table_names_both_sides(results: dict) -> None:
+    table = tables.pair_table(results).set_index("comparison")
+    assert len(table) == 6
+    record = results["comparisons"]["grpo_minus_rejection_sft"]
+    row = table.loc["GRPO − Best-of-n SFT"]
+    assert (row["difference"], row["verdict"]) == (interval(record), record["verdict"])
+    assert row["p (Holm)"] in ("<0.001", f"{record['p_adjusted']:.3f}")
+
+
+def test_the_second_opinion_has_a_row_for_each_policy_or_there_is_none(results: dict) -> None:
+    if results["judge"] == "proxy":  # one seed
+        assert results["second_opinion"] is None
+        return
+    table = tables.opinion_table(results).set_index("policy")
+    record, row = results["second_opinion"]["ppo_low_kl"], table.loc["PPO, low KL"]
+    assert row["its own"] == interval(record["own"])
+    assert row["another seed's"] == interval(record["other"])
+    assert row["verdict"] == record["excess"]["verdict"] == "higher"
+
+
+def test_an_outside_judges_table_says_where_it_gave_no_answer() -> None:
+    win = {"mean": 0.75, "low": 0.5, "high": 1.0}
+    asked = {
+        "ppo": {"win_rate_vs_sft": win, "same_in_both_orders": 0.9, "unclear": 1},
+        "dpo": {"unclear": 3},
+    }
+    table = tables.endpoint_table({"endpoint_judge": {"policies": asked}})
+    assert table.to_numpy().tolist() == [
+        ["PPO", "75% [50, 100]", "90%", 1],
+        ["DPO", "–", "–", 3],
+    ]
+
+
+def test_tiny_and_unknown_numbers_are_written_as_such(results: dict) -> None:
+    record = results["comparisons"]["ppo_minus_grpo"]
+    record |= {"p_adjusted": 0.0004, "detectable": None}
+    row = tables.pair_table(results).set_index("comparison").loc["PPO − GRPO"]
+    assert (row["p (Holm)"], row["smallest seen"]) == ("<0.001", "–")
+
+
+def test_a_study_from_before_the_correction_has_tables_without_it(results: dict) -> None:
+    old = without(results, NEW)
+    for table in (tables.gain_table(old), tables.pair_table(old)):
+        assert len(table)
+        assert not {"p (Holm)", "smallest seen"} & set(table.columns)
+
+
+def test_wins_stand_beside_their_length_controlled_twin(results: dict) -> None:
+    table = tables.win_table(results).set_index("policy")
+    ppo = results["policies"]["ppo"]
+    for other, label in (("sft", "SFT"), ("base", "base"), ("chosen", "chosen reply")):
+        raw, controlled = (ppo[f"{key}_vs_{other}"] for key in ("win_rate", "length_controlled"))
+        assert table.loc["PPO", f"vs {label}"] == interval(raw, 0, percent=True)
+        assert table.loc["PPO", f"vs {label} (LC)"] == interval(controlled, 0, percent=True)
+    assert table.loc["SFT", "vs SFT"] == "–"
+
+
+def test_the_distance_table_has_the_standard_error_of_the_kl(results: dict) -> None:
+    table = tables.distance_table(results).set_index("policy")
+    kl = results["policies"]["dpo"]["kl"]
+    assert table.loc["DPO", "KL ± SE"] == f"{kl['mean']:.2f} ± {kl['se']:.2f}"
+    assert table.loc["SFT", "more than SFT (nats)"] == "–"
+    without_texts = without(results, ("perplexity", "forgetting"))
+    assert "perplexity" not in tables.distance_table(without_texts).columns
+
+
+def test_the_reply_table_has_a_row_a_policy(results: dict) -> None:
+    table = tables.reply_table(results)
+    assert list(table["policy"]) == [
+        NAMES[name] for name in POLICIES if name in results["policies"]
+    ]
+    assert not table.isin(["–"]).any(axis=None)
+
+
+def test_the_need_table_has_a_column_for_each_need(results: dict) -> None:
+    table = tables.need_table(results).set_index("candidate")
+    assert list(table.index) == [NAMES[name] for name in CANDIDATES]
+    per_minute = results["needs"]["per_minute"]["policies"]["grpo"]
+    column = f"Most {results['judge']} reward per minute of training"
+    assert table.loc["GRPO", column] == interval(per_minute)
+    assert len(table.columns) == len(results["needs"])
+
+
+TABLES = ("gain_table", "pair_table", "win_table", "distance_table", "reply_table", "need_table")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_number_that_was_not_measured_fails(results: dict, name: str) -> None:
+    """A policy whose measures are gone is no empty row."""
+    broken = copy.deepcopy(results)
+    for record in (broken["policies"]["ppo"], broken["needs"]["kl"]["policies"]):
+        for key in [k for k in record if not k.startswith(("win", "length_c"))]:
+            del record[key]
+    broken["comparisons"]["ppo_minus_dpo"].clear()
+    table = getattr(tables, name)
+    if name == "win_table":  # a dash is right there: nobody plays against itself
+        assert isinstance(table(broken), pd.DataFrame)
+    else:
+        with pytest.raises(KeyError):
+            table(broken)

@@ -1,0 +1,121 @@
+"""What a study cost: phases of a stage add up to it, and gains are divided by what they cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_lib.settings import as_dict, load_profile
+from rlhf_lib.show.tables import (
+    cost_table,
+    memory_table,
+    parts,
+    phase_table,
+    price_table,
+    total_sentence,
+    update_table,
+)
+
+MADE_UP = Path(__file__).parents[1] / "made_up"
+
+
+def cost(minutes: float, tokens: float, phases: dict[str, float]) -> dict:
+    seconds = {name: 60 * spent for name, spent in phases.items()}
+    return {"seconds": {"mean": 60 * minutes}, "num_tokens": {"mean": tokens}, "phases": seconds}
+
+
+@pytest.fixture
+def results() -> dict:
+    gain = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    return {
+        "judge": "gold",
+        "policies": {"ppo": {"gold_gain": gain}, "dpo": {"gold_gain": gain | {"low": None}}},
+        "cost": {
+            "ppo": cost(4, 2e6, {"generation": 2, "update": 1}),
+            "dpo": cost(0.5, 5e5, {"update": 0.25}),
+        },
+    }
+
+
+def test_phases_and_the_rest_add_up_to_all(results: dict) -> None:
+    frame = phase_table(results)
+    assert list(frame) == ["stage", "generation", "update", "other", "all"]
+    numbers = frame.set_index("stage").astype(float)
+    assert list(numbers.index) == ["PPO", "DPO", "sum"]
+    parts = numbers.drop(columns="all").sum(axis=1)
+    assert parts.tolist() == pytest.approx(numbers["all"].tolist()) == [4.0, 0.5, 4.5]
+    assert numbers.loc["DPO"].tolist() == [0.0, 0.25, 0.25, 0.5]
+    assert numbers.loc["sum"].tolist() == [2.0, 1.25, 1.25, 4.5]
+
+
+def test_all_seeds_count_in_the_sum_and_one_in_the_methods() -> None:
+    def stage(*minutes: float) -> dict:
+        spent = [60 * each for each in minutes]
+        return {"seconds": {"mean": sum(spent) / len(spent), "per_seed": spent}}
+
+    cost = {
+        "sft": stage(2, 4),
+        "dpo": stage(1, 1),
+        "dpo_strong": stage(10),
+        "evaluate": stage(5, 5),
+    }
+    assert total_sentence({"cost": cost}) == (
+        "Time in stages, added up over all jobs: 28.0 minutes. One seed's reward model, SFT, PPO, "
+        "GRPO, DPO and evaluation take 9.0 of them."
+    )
+    judged = total_sentence({"cost": cost | {"judge": stage(3)}})
+    assert "DPO, held-out judge and evaluation take 12.0" in judged
+
+
+def test_a_gain_is_divided_by_minutes_and_by_tokens(results: dict) -> None:
+    ppo = price_table(results).set_index("policy").loc["PPO"]
+    assert ppo["gain a minute"].startswith("0.25")
+    assert "0.38" in ppo["gain a minute"]
+    assert ppo["gain a million tokens"].startswith("0.50")
+    assert "0.75" in ppo["gain a million tokens"]
+    dpo = price_table(results).set_index("policy").loc["DPO"]
+    assert dpo["gain a minute"].startswith("2.00"), "no interval, and still a mean"
+
+
+def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands() -> None:
+    made_up = json.loads((MADE_UP / "gold.json").read_text())
+    table = cost_table(made_up).set_index("stage")
+    assert len(table) == len(made_up["cost"])
+    assert table.loc["PPO", "minutes"] == "2.50"
+    assert table.loc["PPO", "peak memory (GB)"] == "1.20"
+    assert table.loc["PPO", "tokens (thousands)"] == "400"
+
+
+def settings(*overrides: str) -> dict:
+    return as_dict(load_profile("smoke", overrides))
+
+
+def test_passes_follow_the_settings() -> None:
+    plain = parts(settings("ppo.epochs=3", "grpo.iterations=2"))
+    # sampling, score, two log-probs, values; then three epochs of policy and value model
+    assert plain["ppo"] == (2, 2, 5 + 6, 6)
+    assert plain["grpo"] == (1, 2, 4 + 2, 2)
+    shared = parts(settings("ppo.value_model=shared", "ppo.epochs=3", "model.lora_rank=4"))
+    assert shared["ppo"] == (1, 1, 5 + 3, 3), "one trunk, and no copy for a reference"
+
+
+def test_memory_by_part_adds_up_to_the_peak() -> None:
+    names = parts(settings())
+    costs = {n: {"peak_memory_gb": {"mean": 1.0}, "num_tokens": {"mean": 1000}} for n in names}
+    results = {"settings": settings(), "cost": costs}
+    table = memory_table(results, weights=1_000_000, learnt=500_000, read_bytes=2)
+    rows = table.set_index("stage").astype(str).replace(",", "", regex=True).astype(int)
+    # PPO: two models of 4 MB, gradients and moments of half of each, two read models of 2 MB
+    assert rows.loc["PPO"].tolist() == [8, 4, 8, 4, 976, 1000]
+    assert rows.loc["SFT"].tolist() == [4, 2, 4, 0, 990, 1000]
+    tokens = update_table(results, dict.fromkeys(names, 8)).set_index("stage")
+    assert tokens.loc["PPO", "tokens an update"] == 125
+
+
+@pytest.mark.parametrize("kind", ["gold", "proxy"])
+def test_the_tables_of_a_made_up_study(kind: str) -> None:
+    made_up = json.loads((MADE_UP / f"{kind}.json").read_text())
+    assert len(phase_table(made_up)) == len(made_up["cost"]) + 1
+    assert {"PPO", "GRPO", "DPO"} <= set(price_table(made_up)["policy"])

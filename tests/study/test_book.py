@@ -1,0 +1,177 @@
+"""The report's own pages, and the exported figures: the newest results, and nothing private."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from rlhf_lib.report.exporters import merge
+from rlhf_lib.results import verdict
+from rlhf_lib.settings import load_profile
+from rlhf_lib.study.schedule import StudyError
+from rlhf_lib.study.stages import NOTEBOOKS, book
+
+MADE_UP = Path(__file__).parents[1] / "made_up"
+
+
+def made_up(kind: str) -> dict:
+    return json.loads((MADE_UP / f"{kind}.json").read_text())
+
+
+def publish(
+    run_dir: Path, kind: str = "gold", profile: str = "laptop", name: str = "abc", age: float = 0.0
+) -> dict:
+    """A finished evaluation with made-up results."""
+    results = made_up(kind)
+    folder = run_dir / profile / f"evaluation-{name}"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results | {"evaluation": name}))
+    points = [
+        {"seed": 0, "policy": p, "kind": k, "step": 1, "kl": 1.0, "proxy": 0.5, "gold": 0.4}
+        for p, k in (("sft", "final"), ("ppo", "training"), ("best_of_n_default", "best_of_n"))
+    ]
+    pd.DataFrame(points).to_csv(folder / "frontier.csv", index=False)
+    (folder / "DONE").write_text("done\n")
+    os.utime(folder / "DONE", (1e9 - age, 1e9 - age))
+    return results
+
+
+def executed(run_dir: Path, profile: str) -> None:
+    folder = run_dir / profile / "notebooks"
+    folder.mkdir(parents=True)
+    for name in NOTEBOOKS:
+        cells = [nbformat.v4.new_markdown_cell(f"# Chapter {name}")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+
+
+def content(page: nbformat.NotebookNode) -> str:
+    """All that a page shows, as text."""
+    outputs = [output for cell in page.cells for output in cell.get("outputs", [])]
+    return "\n".join(output["data"]["text/plain"] for output in outputs)
+
+
+def test_the_newest_finished_evaluation_counts(tmp_path: Path) -> None:
+    publish(tmp_path, name="old", age=100)
+    publish(tmp_path, name="new", age=10)
+    publish(tmp_path, name="unfinished")
+    (tmp_path / "laptop" / "evaluation-unfinished" / "DONE").unlink()
+    folder = book.evaluation_folder(load_profile("laptop"), tmp_path)
+    assert book.load_results(folder)["evaluation"] == "new"
+
+
+def test_without_an_evaluation_the_error_says_how_to_make_one(tmp_path: Path) -> None:
+    for make in (book.write_report, lambda *a: book.export_figures(*a, tmp_path / "out")):
+        with pytest.raises(StudyError, match=r"no finished evaluation .* run --profile laptop"):
+            make(load_profile("laptop"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_that_was_not_executed_is_named(tmp_path: Path) -> None:
+    publish(tmp_path)
+    executed(tmp_path, "laptop")
+    (tmp_path / "laptop" / "notebooks" / "05_grpo.ipynb").unlink()
+    with pytest.raises(StudyError, match=r"05_grpo\.ipynb has not been executed .*--only 05_grpo"):
+        book.write_report(load_profile("laptop"), tmp_path)
+    assert not (tmp_path / "laptop" / "report").exists()
+
+
+def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: Path) -> None:
+    results = publish(tmp_path)
+    executed(tmp_path, "laptop")
+    page, pdf = book.write_report(load_profile("laptop"), tmp_path)
+    assert (page, pdf) == (
+        tmp_path / "laptop" / "report" / "index.html",
+        tmp_path / "laptop" / "report" / "report.pdf",
+    )
+    assert pdf.read_bytes().startswith(b"%PDF")
+    text = page.read_text(encoding="utf-8")
+    places = [text.find(part) for part in ("The verdict", *NOTEBOOKS, "Appendix: proofs")]
+    assert -1 not in places
+    headings = [text.find(f"Chapter {name}</h1>") for name in NOTEBOOKS]
+    assert headings == sorted(headings)
+    assert "model tiny, data bundled, 3 seeds" in text
+    assert "PPO and GRPO raised gold reward over SFT" in text
+    assert "Smoke run" not in text
+    assert results["stages"]["2"]["ppo"][:12] in text
+
+
+def test_a_smoke_run_says_so_on_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    banners = []
+
+    def render(chapters: list[Path], out: Path, **titles: str) -> tuple[Path, Path]:
+        assert merge(chapters).cells  # the pages can be read
+        banners.append(titles["banner"])
+        return out / "index.html", out / "report.pdf"
+
+    monkeypatch.setattr(book.report, "render", render)
+    for name in ("laptop", "smoke"):
+        publish(tmp_path, profile=name)
+        executed(tmp_path, name)
+        book.write_report(load_profile(name), tmp_path)
+    assert banners[0] is None
+    assert "numbers mean nothing" in banners[1]
+
+
+@pytest.mark.parametrize("kind", ["gold", "proxy"])
+def test_the_front_page_opens_with_the_verdict_a_figure_and_the_table(kind: str) -> None:
+    results = made_up(kind)
+    page = book.front_page(results)
+    nbformat.validate(page)
+    prose, figure, table = page.cells
+    said = prose.outputs[0]["data"]["text/markdown"]
+    assert said.startswith("## The verdict\n\n" + "\n\n".join(verdict.headline(results)))
+    assert set(verdict.headline(results)) < set(verdict.sentences(results))
+    assert figure.outputs[0]["metadata"]["kind"] == "figure"
+    assert ("small ticks" in figure.outputs[0]["metadata"]["caption"]) == (kind == "gold")
+    assert table.outputs[0]["metadata"]["kind"] == "table"
+    assert "GRPO" in table.outputs[0]["data"]["text/html"]
+
+
+def test_the_appendix_has_every_setting_version_and_hash() -> None:
+    results = made_up("gold")
+    page = book.appendix_page(results)
+    nbformat.validate(page)
+    text = content(page)
+    for section, values in results["settings"].items():
+        for key in values if isinstance(values, dict) else ():
+            assert f"{section}.{key} " in text
+    assert "Linux x86_64" in text
+    assert "2.8.0" in text
+    for stages in results["stages"].values():
+        for digest in stages.values():
+            assert digest[:12] in text
+            assert digest not in text, "twelve digits are enough"
+
+
+def test_the_export_is_whole_and_holds_nothing_private(tmp_path: Path) -> None:
+    """Numbers only: no folder names of whoever ran it, and no text of anybody's dataset."""
+    publish(tmp_path, "proxy", "offline")
+    profile = load_profile("offline")
+    samples = tmp_path / "offline" / "evaluation-abc" / "samples"
+    samples.mkdir()
+    (samples / "sft.jsonl").write_text('{"prompt": "how do I", "response": "like this"}\n')
+    paths = book.export_figures(profile, tmp_path, tmp_path / "figures" / "offline")
+    assert sorted(p.name for p in paths) == sorted(p.name for p in paths[0].parent.iterdir())
+    names = {p.name for p in paths}
+    assert {"results.json", "frontier.csv", "gains.svg", "gains.png", "best_of_n.svg"} <= names
+    for path in paths:
+        assert path.stat().st_size > 0
+        assert b"/home/me" not in path.read_bytes(), path.name
+        assert b"how do I" not in path.read_bytes(), path.name
+    exported = json.loads(paths[0].read_text())
+    assert exported["settings"]["data"]["source"] == "path:pairs.jsonl.gz"
+    assert exported["policies"] == made_up("proxy")["policies"]
+
+
+def test_an_export_is_the_same_each_time(tmp_path: Path) -> None:
+    publish(tmp_path)
+    one, other = (
+        book.export_figures(load_profile("laptop"), tmp_path, tmp_path / name) for name in "ab"
+    )
+    for first, second in zip(one, other, strict=True):
+        assert first.read_bytes() == second.read_bytes(), first.name

@@ -1,0 +1,190 @@
+"""The study: what needs what, further runs of each method, and all of it in miniature."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from rlhf_lib.runs import Run
+from rlhf_lib.settings import SettingsError, as_dict, load_profile
+from rlhf_lib.study.stages import NOTEBOOKS, stage_names, stages, variants
+
+ROOT = Path(__file__).resolve().parents[2]
+MADE_UP = Path(__file__).parents[1] / "made_up"
+
+# ---------------------------------------------------------------------------------- what needs what
+
+
+def test_the_control_is_trained_where_its_labels_are() -> None:
+    for source, known in (("bundled", True), ("bundled:control", False), ("path:x.jsonl", False)):
+        names = stage_names(load_profile("smoke", [f"data.source={source}"]))
+        assert ("reward_model_control" in names) is known
+        assert names[-1] == "evaluate"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Every stage that is trained, with what it was given; nothing is computed."""
+    seen: list[tuple] = []
+
+    def train(module: str, run: Run, data: Any, *rest: Any, **named: Any) -> str:
+        seen.append((module, data, *rest, named) if named else (module, data, *rest))
+        return f"<{module}>"
+
+    for module in ("sft", "reward_model", "ppo", "grpo", "dpo"):
+        monkeypatch.setattr(getattr(stages, module), "train", partial(train, module))
+    monkeypatch.setattr(stages, "load_tokenizer", lambda name: name)
+    monkeypatch.setattr(stages, "load_data", lambda config, tokenizer: config.source)
+    monkeypatch.setattr(stages, "set_up_process", lambda threads: None)
+    return seen
+
+
+def test_a_stage_is_run_after_what_it_needs_and_reads_it(calls: list, tmp_path: Path) -> None:
+    opened = stages.Study.open("smoke", 0, tmp_path, ["ppo.low_kl_coef=0.03"])
+    opened.stage("ppo_low_kl")
+    trained = {"sft": "<sft>", "reward_model": "<reward_model>"}
+    assert calls == [
+        ("sft", "bundled"),
+        ("reward_model", "bundled"),
+        ("ppo", "bundled", {"changes": {"kl_coef": 0.03}, "stage_name": "ppo_low_kl", **trained}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "stages"),
+    [
+        ("ppo", "kl_coef", ("ppo_low_kl", "ppo", "ppo_strong")),
+        ("grpo", "kl_reward_coef", ("grpo_weak", "grpo", "grpo_strong")),
+        ("grpo", "kl_reward_coef", ("rloo_weak", "rloo", "rloo_strong")),
+        ("dpo", "beta", ("dpo_weak", "dpo", "dpo_strong")),
+    ],
+)
+def test_each_method_runs_at_three_coefficients(
+    method: str, setting: str, stages: tuple[str, ...]
+) -> None:
+    profile = load_profile("laptop")
+    default = getattr(getattr(profile, method), setting)
+    found = []
+    for name in stages:
+        trained, changes = variants(profile).get(name, (method, {}))
+        assert trained == method
+        assert (changes.get("advantage") == "leave_one_out") is name.startswith("rloo")
+        found.append(changes.get(setting, default))
+    assert found[0] < found[1] == default < found[2]
+    assert set(stages) <= set(stage_names(profile))
+
+
+def test_without_a_sweep_only_ppo_runs_twice() -> None:
+    profile = load_profile("laptop", ["sweep.stronger=0"])
+    assert list(variants(profile)) == ["ppo_low_kl"]
+    assert not {"rloo", "dpo_weak", "ppo_strong"} & set(stage_names(profile))
+
+
+def test_the_judge_is_trained_where_pairs_are_kept_for_it() -> None:
+    assert "judge" not in stage_names(load_profile("laptop"))
+    assert "judge" in stage_names(load_profile("laptop", ["data.judge_pairs=10"]), 1)
+
+
+def test_the_control_reads_its_own_labels(calls: list, tmp_path: Path) -> None:
+    stages.Study.open("smoke", 0, tmp_path).stage("reward_model_control")
+    assert calls == [("reward_model", "bundled:control", "reward_model_control")]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "nearest"),
+    [("pppo", "bundled", "ppo"), ("reward_model_control", "path:x.jsonl", "reward_model_curve")],
+)
+def test_an_unknown_stage_names_the_nearest(
+    calls: list, tmp_path: Path, name: str, source: str, nearest: str
+) -> None:
+    opened = stages.Study.open("smoke", 0, tmp_path, [f"data.source={source}"])
+    with pytest.raises(SettingsError, match=f"unknown stage '{name}': did you mean '{nearest}'"):
+        opened.stage(name)
+    assert not calls
+
+
+# --------------------------------------------------------------------------- the whole in miniature
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_lib", *map(str, arguments)], cwd=ROOT, text=True,
+        env=os.environ | {"RLHF_THREADS": "1"}, capture_output=True, timeout=3000, check=False,
+    )  # fmt: skip
+
+
+def strict(text: str) -> Any:
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*-*/**/*")}
+
+
+@pytest.mark.slow
+def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
+    ran = command("run", "--profile", "smoke", "--run-dir", tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    folder, profile = tmp_path / "smoke", load_profile("smoke")
+    page, pdf = folder / "report" / "index.html", folder / "report" / "report.pdf"
+    assert ran.stdout.splitlines()[-2:] == [f"report: {page}", f"report: {pdf}"]
+
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == list(NOTEBOOKS)
+    for path in (folder / "notebooks").iterdir():
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and cell.source.strip():
+                assert cell.execution_count, f"{path.name}: a cell was not executed"
+                assert not [o for o in cell.outputs if o.output_type == "error"], path.name
+
+    text = page.read_text(encoding="utf-8")
+    assert "numbers mean nothing" in text
+    assert all(f'id="nb-{name}"' in text for name in NOTEBOOKS)
+    assert pdf.read_bytes().startswith(b"%PDF")
+
+    (evaluation,) = folder.glob("evaluation-*")
+    results = strict((evaluation / "results.json").read_text())
+    made_up = json.loads((MADE_UP / "gold.json").read_text())
+    assert results.keys() == made_up.keys()
+    for section in ("policies", "comparisons", "overoptimisation", "best_of_n"):
+        assert results[section].keys() == made_up[section].keys(), section
+    more_seeds = {"second_opinion"}  # the made-up study has three, this one has one
+    assert set(results["cost"]) == set(stage_names(profile)) >= set(made_up["cost"]) - more_seeds
+    for name, policy in results["policies"].items():
+        assert policy.keys() == made_up["policies"][name].keys(), name
+    of_one_seed = made_up["reward_model"].keys() - {"disagreement"}
+    assert results["reward_model"].keys() == of_one_seed
+    assert results["settings"] == as_dict(profile)
+
+    stages = sorted(path for path in (folder / "seed-0").iterdir() if path.is_dir())
+    assert {p.name.rsplit("-", 1)[0] for p in stages} == {*stage_names(profile), "ppo_shared"}
+    for path in stages:
+        files = {file.name for file in path.iterdir()}
+        assert {"DONE", "config.json", "env.json", "result.json"} <= files
+        strict((path / "result.json").read_text())
+    assert not list(folder.rglob("*.partial"))
+
+    # what is done is not done again
+    before = times(folder)
+    assert stages.summarise(profile, tmp_path) == evaluation
+    assert times(folder) == before
+
+
+@pytest.mark.slow
+def test_a_failing_notebook_ends_the_command_with_its_name(tmp_path: Path) -> None:
+    missing = tmp_path / "no" / "pairs.jsonl"
+    ran = command(
+        "run", "--profile", "smoke", "--only", "01_dataset", "--data", f"path:{missing}",
+        "--run-dir", tmp_path,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert f"error: 01_dataset (seed 0) failed: DataError: {missing} does not exist" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not list(tmp_path.glob("smoke/seed-*"))
