@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_lib.data.batches import first_fit, runs_of_equal
+from rlhf_lib.models.packing import by_prompt, first_fit, runs_of_equal
 from rlhf_lib.objectives.masked import entropy
+from rlhf_lib.runtime import phase
 
 Tokens = Sequence[Sequence[int]]
 SHARED = 8  # responses that share a row with their prompt, at most: attention grows as its square
@@ -195,6 +196,19 @@ def output_logprobs(
     ]
     logprobs, entropies = zip(*parts, strict=True)  # type: ignore[arg-type]
     return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+
+
+@phase("log-probs")
+@torch.no_grad()
+def reply_logprobs(
+    model: torch.nn.Module, prompts: Tokens, responses: Tokens, batch_size: int
+) -> Tensor:
+    """Log-probability of each whole response: (N,), on the CPU and without gradient."""
+    sums = torch.zeros(len(prompts))
+    for rows in by_prompt(prompts, responses, batch_size):
+        batch = [prompts[i] for i in rows], [responses[i] for i in rows]
+        sums[rows] = response_logprobs(model, *batch)[0].sum(1).cpu()
+    return sums
 
 
 def paired_logprobs(
