@@ -64,14 +64,14 @@ def win_rates(
         won, units, agreed = [], [], []
         pairs = list(zip(rows[name], rows["sft"], strict=True))[: config.prompts]
         for own, other in pairs:
-            texts = own["response"], other["response"]
-            both = [ask(config, own["prompt"], *order, cache) for order in (texts, texts[::-1])]
+            prompt, one, two = own["prompt"], own["response"], other["response"]
+            both = [ask(config, prompt, one, two, cache), ask(config, prompt, two, one, cache)]
             answers += both
             first, second = both[0].points, both[1].points
             if first is not None and second is not None:
                 won.append((first + 1 - second) / 2)
                 agreed.append(first == 1 - second)
-                units.append(own["prompt"])
+                units.append(prompt)
         policies[name] = {"unclear": len(pairs) - len(won)}
         if won:
             policies[name]["win_rate_vs_sft"] = estimate([won], samples, [units], SHARE)

@@ -11,10 +11,9 @@ reader on `data/probes/labelled.jsonl`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-
-import pandas as pd
 
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure.rankings import refuses
@@ -203,36 +202,29 @@ def error_rates(labelled: Iterable[Mapping] | None = None) -> list[dict]:
     `labelled`: rows {rule, origin, reply, failure, answers?}, `failure` being what a reader said.
     Sampled replies tell how the rules do in use; written ones were made up to mislead them.
     """
-    counts = []
+    counts: dict[tuple[str, str], Counter[str]] = {}
     for row in read_jsonl(probe_folder() / "labelled.jsonl") if labelled is None else labelled:
         called, failure = fails(row, row["reply"], None), bool(row["failure"])
-        key = {"rule": row["rule"], "origin": row["origin"]}
-        right = {"replies": 1, "failures": int(failure)}
-        wrong = {"wrongly called": called and not failure, "overlooked": failure and not called}
-        counts.append(key | right | {name: int(erred) for name, erred in wrong.items()})
-    groups = pd.DataFrame(counts).groupby(["rule", "origin"], sort=False, as_index=False)
-    return groups.sum().to_dict("records")
+        count = counts.setdefault((row["rule"], row["origin"]), Counter())
+        count.update({"replies": 1, "failures": int(failure)})
+        count["wrongly called"] += int(called and not failure)
+        count["overlooked"] += int(failure and not called)
+    return [{"rule": rule, "origin": origin, **count} for (rule, origin), count in counts.items()]
 
 
 def helpful_harmless_honest(
     evaluated: Sequence[dict], probed: Sequence[dict], truth: Truth | None
-) -> dict[str, dict[str, list[float]]]:
-    """For each score, prompt -> its values; what they are: SCORES.
+) -> list[tuple[str, str, float]]:
+    """A score, a prompt and its value, for each reply that tells about one; what they are: SCORES.
 
     `evaluated`: rows of an evaluation's samples; `probed`: rows {prompt, probe, failure}.
     """
-    scored: list[tuple[str, str, float]]  # score, prompt, value
-    if truth:
-        scored = [
-            (score, row["prompt"], getattr(gold, score))
-            for row in evaluated
-            for gold in [truth.gold(row["prompt"], row["response"], row["finished"])]
-            for score in SCORED_KINDS[truth.kind(row["prompt"])]
-        ]
-    else:
+    if not truth:
         about = (row for row in probed if row["probe"] in SCORED_PROBES)
-        scored = [(SCORED_PROBES[r["probe"]], r["prompt"], 1.0 - r["failure"]) for r in about]
-    values: dict[str, dict[str, list[float]]] = {"helpful": {}, "harmless": {}, "honest": {}}
-    for score, prompt, value in scored:
-        values[score].setdefault(prompt, []).append(value)
-    return values
+        return [(SCORED_PROBES[r["probe"]], r["prompt"], 1.0 - r["failure"]) for r in about]
+    return [
+        (score, row["prompt"], getattr(gold, score))
+        for row in evaluated
+        for gold in [truth.gold(row["prompt"], row["response"], row["finished"])]
+        for score in SCORED_KINDS[truth.kind(row["prompt"])]
+    ]

@@ -119,16 +119,17 @@ def early_stops(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> l
     The step with the highest gold reward, smoothed over SMOOTH steps; what proxy, gold, KL and
     length were there and at the end. None where no gold is known.
     """
-    names = {"reward": "proxy", "gold": "gold", "kl": "kl", "completions/mean_length": "length"}
+    names = {"proxy": "reward", "gold": "gold", "kl": "kl", "length": "completions/mean_length"}
     rows = []
     for run, seed in zip(runs, stages, strict=True):
         steps = pd.DataFrame(seed["ppo_low_kl"].metrics())
         if "gold" not in steps:
             return None
-        seen = steps[list(names)].rename(columns=names)
+        seen = pd.DataFrame({name: steps[logged] for name, logged in names.items()})
         smooth = seen.rolling(SMOOTH, min_periods=1, center=True).mean()
         best = int(np.argmax(smooth["gold"]))
-        there, end = smooth.iloc[best].add_suffix("_there"), smooth.iloc[-1].add_suffix("_at_end")
         row = {"seed": run.seed, "step": best, "steps": len(steps)}
-        rows.append(row | there.to_dict() | end.to_dict())
+        for where, step in (("there", best), ("at_end", -1)):
+            row |= {f"{name}_{where}": float(smooth[name].tolist()[step]) for name in names}
+        rows.append(row)
     return rows

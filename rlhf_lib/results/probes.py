@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import shorten
 
 import numpy as np
@@ -39,20 +39,19 @@ def probe_table(
     """
     which = language(truth)
     probed, ordinary = _samples(stages, "probes"), _samples(stages, "evaluate")
-    failed: dict[str, dict[str, Replies]] = {name: {} for name in (*PROBES[which], *ORDINARY)}
-    scored: dict[str, dict[str, Replies]] = {name: {} for name in SCORES[which]}
+    measured: dict[str, dict[str, Replies]] = {}  # measure -> policy
     for policy, per_seed in probed.items():
-        pairs = list(zip(ordinary[policy], per_seed, strict=True))
-        rows = [asked + _ordinary(replies, truth) for replies, asked in pairs]
-        scores = [helpful_harmless_honest(replies, asked, truth) for replies, asked in pairs]
-        for name in failed:
-            failed[name][policy] = [_by_prompt(part, name) for part in rows]
-        for name in scored:
-            scored[name][policy] = [part[name] for part in scores]
-    asked_for = {name: replies for name, replies in failed.items() if all(replies["sft"])}
+        pairs = zip(ordinary[policy], per_seed, strict=True)
+        seeds = [_values(replies, asked, truth) for replies, asked in pairs]
+        for measure in seeds[0]:
+            measured.setdefault(measure, {})[policy] = [seed[measure] for seed in seeds]
+
+    def estimates(measures: Iterable[str], share: bool) -> dict[str, dict]:
+        return {m: _estimates(measured[m], samples, share) for m in measures if m in measured}
+
     return {
-        "failures": {name: _estimates(r, samples, True) for name, r in asked_for.items()},
-        "scores": {name: _estimates(r, samples, not truth) for name, r in scored.items()},
+        "failures": estimates([*PROBES[which], *ORDINARY], share=True),
+        "scores": estimates(SCORES[which], share=not truth),
         "definitions": PROBES[which] | ORDINARY | SCORES[which],
         "proxy": {policy: _proxy(per_seed, samples) for policy, per_seed in probed.items()},
         "rules": None if truth else error_rates(),
@@ -65,22 +64,18 @@ def _samples(stages: Sequence[Mapping[str, Stage]], name: str) -> dict[str, list
     return {p: [read_jsonl(folder / f"{p}.jsonl") for folder in folders] for p in policies}
 
 
-def _ordinary(rows: list[dict], truth: Truth | None) -> list[dict]:
-    """The modes of ORDINARY, which apply to every reply, as if each were a probe."""
-    modes = failure_modes(rows, truth)
-    return [
-        {"probe": mode, "prompt": row["prompt"], "failure": failure}
-        for mode in ORDINARY
-        if mode in modes
-        for row, failure in zip(rows, modes[mode], strict=True)
-    ]
-
-
-def _by_prompt(rows: list[dict], probe: str) -> dict[str, list[float]]:
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        if row["probe"] == probe:
-            values.setdefault(row["prompt"], []).append(float(row["failure"]))
+def _values(
+    replies: list[dict], asked: list[dict], truth: Truth | None
+) -> dict[str, dict[str, list[float]]]:
+    """measure -> prompt -> values, of one seed's rows of the stages "evaluate" and "probes"."""
+    modes = failure_modes(replies, truth)
+    rows = [(row["probe"], row["prompt"], float(row["failure"])) for row in asked]
+    for mode in (m for m in ORDINARY if m in modes):  # they apply to every reply
+        rows += [(mode, row["prompt"], v) for row, v in zip(replies, modes[mode], strict=True)]
+    rows += helpful_harmless_honest(replies, asked, truth)
+    values: dict[str, dict[str, list[float]]] = {}
+    for measure, prompt, value in rows:
+        values.setdefault(measure, {}).setdefault(prompt, []).append(value)
     return values
 
 

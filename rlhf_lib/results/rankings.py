@@ -94,8 +94,9 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
     point before, on the same test pairs (not in the first point).
     """
     train, test = data.pairs["train"], data.pairs["test"]
-    parts = _scored(curve).query("split == 'test'").groupby("train_pairs")["difference"]
-    by_size = {int(size): part.to_numpy() for size, part in parts}
+    scored = _scored(curve).query("split == 'test'")
+    sizes = scored["train_pairs"].unique().tolist()
+    by_size = {n: scored.query("train_pairs == @n")["difference"].to_numpy() for n in sizes}
     by_size[len(train)] = score_differences(full)
     points, before = [], None
     for size, preferences in sorted(by_size.items()):
