@@ -15,6 +15,7 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import Pair, PreferenceData
 from rlhf_lib.data.truth import truth_of
+from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage, write_jsonl
@@ -57,11 +58,6 @@ def sample_rows(policy: str, seed: int, gold: bool) -> list[dict]:
             row["gold"] = -hard + GOLD.get(policy, 0.0) + shift
         rows.append(row)
     return rows
-
-
-def watched() -> list[str]:
-    """Whose replies two reward models score."""
-    return ["sft", "sft_again", *(name for name in catalogue.trained() if name != "sft")]
 
 
 def probe_rows(policy: str, source: str) -> list[dict]:

@@ -62,7 +62,7 @@ class PreferenceData:
     prompts: dict[str, Sequence[Prompt]]
     audit: dict
     hash: str
-    truth: Truth | None = None  # what is known beyond the labels: of real pairs nothing
+    truth: Truth | None = None
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceData:
@@ -316,3 +316,9 @@ def _write_pairs(
                 split, conversation = unfilled, text.conversation
             if len(pairs[split]) < sizes[split]:
                 pairs[split].append(pair)
+
+
+def subset(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
+    """`size` pairs drawn without replacement; a smaller subset lies within a larger one."""
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return [pairs[i] for i in order[:size]]
