@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.methods import rewards
 from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models import generation
-from rlhf_lib.models.learner import Learner
-from rlhf_lib.models.load import load_reward_model, save_model
+from rlhf_lib.models.learner import Learner, freeze
+from rlhf_lib.models.load import load_reference, load_reward_model, load_tokenizer, save_model
 from rlhf_lib.models.logprobs import length_mask, response_logprobs
 from rlhf_lib.runtime import make_accelerator
 
@@ -153,9 +154,13 @@ def write_models(
     return made
 
 
-def sampler_of(made: SimpleNamespace, make_run: Callable, **settings: Any) -> Sampler:
-    paths = str(made.sft.model_path), str(made.reward_model.model_path)
-    return Sampler(make_run(Path("unused")), make_accelerator("fp32"), *paths, **settings)
+def sampler_of(made: SimpleNamespace) -> Sampler:
+    """What PPO and GRPO sample with; a reply has eight tokens at most."""
+    accelerator, tokenizer = make_accelerator("fp32"), load_tokenizer(made.sft.model_path)
+    judge, _ = load_reward_model(made.reward_model.model_path, tokenizer, seed=0)
+    reward = rewards.of_model(freeze(accelerator, judge), accelerator)
+    reference = freeze(accelerator, load_reference(made.sft.model_path))
+    return Sampler(accelerator, tokenizer, reference, reward, max_new_tokens=8)
 
 
 def rollout_of(

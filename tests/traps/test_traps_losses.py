@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lib.data.pairs import Demonstration
+from rlhf_lib.data.encoding import Demonstration
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
 from rlhf_lib.methods.rollout import MicroBatch, Rollout
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logits
 from rlhf_lib.objectives import advantages, kl, losses
 from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
+from tests.conftest import numbers
 from tests.traps.test_traps import (
     PROMPTS,
     RESPONSES,
@@ -156,12 +157,13 @@ def update(
         return reward_model.update(value, pairs, size, margin=0.1, center_coef=0.1)
     if method == "dpo":
         table = torch.linspace(-20, -10, 2 * len(pairs)).view(-1, 2)
-        return dpo.update(learner, pairs, table, DPOConfig(micro_batch_size=size))
+        loss = dpo.preference_loss(DPOConfig())
+        return dpo.update(learner, pairs, table, loss, micro_batch_size=size)
     if method == "ppo":
         config = PPOConfig(epochs=1, minibatch_size=count, micro_batch_size=size)
-        experience = ppo.make_experience(sample, value, config)
-        shared = ppo.rollout_metrics(experience, config)
-        return ppo.update(learner, value, experience, config, seed=0) | shared
+        experience = ppo.make_experience(sample, value, **numbers(ppo.make_experience, config))
+        shared = ppo.rollout_metrics(experience, config.kl_coef)
+        return ppo.update(learner, value, experience, **numbers(ppo.update, config)) | shared
     group = GRPOConfig(
         group_size=count,
         iterations=1,
@@ -169,9 +171,11 @@ def update(
         aggregation=aggregation,
         kl_coef=0.1,
     )
-    rewards, compared = grpo.make_advantages(sample, group)
-    shared = grpo.rollout_metrics(sample, rewards, compared, group)
-    return grpo.update(learner, sample, compared, group, constant=8) | shared
+    rewards, compared = grpo.make_advantages(sample, **numbers(grpo.make_advantages, group))
+    shared = grpo.rollout_metrics(sample, rewards, compared, count)
+    return (
+        grpo.update(learner, sample, compared, **numbers(grpo.update, group), constant=8) | shared
+    )
 
 
 # -------------------------------------------------------------------- 7: statistics over padding
@@ -215,8 +219,8 @@ def logged(
     """Every number that the methods log of these responses, by method and name."""
     found = {}
     for method in ("sft", "reward_model", "dpo", "ppo", "grpo"):
-        numbers = update(method, policy, value, sample, micro_batch_size, "sequence")
-        found |= {f"{method}: {name}": number for name, number in numbers.items()}
+        metrics = update(method, policy, value, sample, micro_batch_size, "sequence")
+        found |= {f"{method}: {name}": number for name, number in metrics.items()}
     return found
 
 
