@@ -19,8 +19,8 @@ from rlhf_lib.catalogue import resolve
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.models.load import eos_id
-from rlhf_lib.models.logprobs import Tokens, sequence_scores
-from rlhf_lib.models.packing import by_prompt
+from rlhf_lib.models.logprobs import sequence_scores
+from rlhf_lib.models.packing import Tokens, by_prompt
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import SettingsError, UserError
 

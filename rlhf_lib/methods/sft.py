@@ -11,7 +11,8 @@ from rlhf_lib.data.batches import by_length, chunks, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Prompt
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.learner import Learner, Log, Steps, unlogged
-from rlhf_lib.models.logprobs import output_logprobs, response_hidden, unflatten
+from rlhf_lib.models.logprobs import output_logprobs, response_hidden
+from rlhf_lib.models.packing import unflatten
 from rlhf_lib.objectives.losses import sft_loss
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import SFTConfig
