@@ -25,15 +25,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.methods import rewards
 from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models import generation
-from rlhf_lib.models.learner import Learner, freeze
-from rlhf_lib.models.load import load_reference, load_reward_model, load_tokenizer, save_model
-from rlhf_lib.models.logprobs import length_mask, response_logprobs
+from rlhf_lib.models.learner import Learner
+from rlhf_lib.models.load import (
+    freeze,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+)
+from rlhf_lib.models.logprobs import response_logprobs
+from rlhf_lib.models.packing import Tokens, length_mask
 from rlhf_lib.runtime import make_accelerator
 
 TRAPS = {
@@ -96,6 +104,11 @@ EOS = 1  # of the tiny tokenizer
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [0, 13, 14], [9, 8, 7, 6], [20, EOS, 22], [4, 4], [30]]
 RESPONSES = [[15, EOS], [16, 17, 18, 19, 20, 21, 22, 23], [21, 0, EOS], [3], [25, 24, 23, EOS],
              [26, 27], [EOS]]  # fmt: skip
+
+
+def pad(rows: Tokens) -> Tensor:
+    """Token lists as one (B, longest) tensor, filled with 0 on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def plain_logprobs(

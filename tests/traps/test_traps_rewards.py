@@ -18,7 +18,8 @@ from rlhf_lib.methods import dpo, grpo, ppo, rewards, rollout
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_reward_model
-from rlhf_lib.models.logprobs import Tokens, pad, paired_logprobs
+from rlhf_lib.models.logprobs import paired_logprobs
+from rlhf_lib.models.packing import Tokens
 from rlhf_lib.objectives.masked import masked_whiten
 from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
 from tests.conftest import numbers
@@ -31,6 +32,7 @@ from tests.traps.test_traps import (
     kinds,
     learner_of,
     other_model,
+    pad,
     pairs_of,
     plain_logprobs,
     put_back,

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from rlhf_lib.data.encoding import Demonstration
 from rlhf_lib.methods import dpo, grpo, ppo, sft
 from rlhf_lib.models import generation, logprobs
-from rlhf_lib.models.logprobs import Layout, Tokens, length_mask, pad, token_logprobs
+from rlhf_lib.models.logprobs import token_logprobs
+from rlhf_lib.models.packing import Layout, Tokens, length_mask
 from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
 from tests.conftest import numbers
 from tests.traps.test_traps import (
@@ -26,6 +27,7 @@ from tests.traps.test_traps import (
     kinds,
     learner_of,
     likeliest,
+    pad,
     pairs_of,
     plain_logprobs,
     put_back,
@@ -110,7 +112,7 @@ def mask_from_pad_ids(patch: pytest.MonkeyPatch) -> None:
         model: PreTrainedModel, prompts: Tokens, responses: Tokens, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         scored, mask = whole_logprobs(model, prompts, responses, *rest)
-        return scored, mask * (pad(responses, mask.device) != EOS)
+        return scored, mask * (pad(responses) != EOS)
 
     patch.setattr(sft, "response_hidden", response_hidden)
     patch.setattr(ppo, "response_logprobs", response_logprobs)
