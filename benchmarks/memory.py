@@ -21,10 +21,10 @@ from benchmarks import library_worker
 from benchmarks.job import Job
 from benchmarks.prepare import fixed_rows, job_of, random_policy
 from benchmarks.saved import watch
+from rlhf_lib import catalogue
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, load_profile
-from rlhf_lib.show import tables
 
 FP32, HALF = 4, 2  # bytes of a number
 TRAINED = FP32 * 4  # weight, gradient and Adam's two averages
@@ -87,7 +87,9 @@ def parts(stage: str, job: Job) -> dict:
     with watch(live) as kept:
         run(0)
     weights = job.sizes.trunk + job.sizes.head  # the output layer is the embedding
-    models = tables.parts(as_dict(load_profile("t4")))[stage]
+    held = catalogue.record(stage).passes
+    assert held is not None, f"the catalogue does not say which models {stage} holds"
+    models = held(as_dict(load_profile("t4")))
     # the backward pass makes a gradient of the largest saved tensor, the logits, beside it
     training = kept.peak + kept.largest
     sampling = sampling_bytes(stage, job)
