@@ -23,8 +23,6 @@ from rlhf_lib.objectives.masked import entropy, masked_mean
 from tests.conftest import EOS
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [9, 8, 7, 6], [20, 21, 22]]
-
-
 SETTINGS = {"temperature": 0.7, "batch_size": 3, "reward_clip": 0.5, "missing_eos_penalty": 2.0}
 
 
