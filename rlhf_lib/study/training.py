@@ -234,9 +234,8 @@ class Offer:
             reference = self.policy.model  # with its adapters off
         else:
             reference = freeze(self.accelerator, load_reference(self.start))
-        reward = rewards.named(
-            getattr(self.config, "reward", "model"), self.rater("reward_model"), self.truth
-        )
+        setting = getattr(self.config, "reward", "model")
+        reward = rewards.named(setting, lambda: self.rater("reward_model"), self.truth)
         return Sampler(
             self.accelerator, self.tokenizer, reference, reward,
             max_new_tokens=self.profile.data.max_response_tokens, truth=self.truth,
