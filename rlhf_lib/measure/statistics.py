@@ -185,3 +185,40 @@ def by_bins(won: np.ndarray, values: np.ndarray, bins: int = 6) -> list[dict]:
         ends = {name: float(value) for name, value in ends.items()}
         rows.append(ends | share(won[place == code]))
     return rows
+
+
+def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -> str:
+    """`0.52 [0.41, 0.63]`; a lone value without interval; a dash where nothing is known."""
+    if estimate is None:
+        return "–"
+    scale, unit = (100, "%") if percent else (1, "")
+    mean = f"{scale * estimate['mean']:.{digits}f}{unit}"
+    if estimate["low"] is None or estimate["low"] == estimate["high"]:
+        return mean
+    low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float | str]:
+    """Means of two sets of training steps, and what their difference allows to say.
+
+    `verdict` is "higher", "lower" or "not distinguishable", `word` the same as a verb, judged by
+    Welch's t at 95 % on the spread between steps. A rough rule: neighbouring steps resemble each
+    other, and one run says nothing of another seed. A single step a side distinguishes nothing.
+    """
+    a, b = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    p = 1.0
+    if min(len(a), len(b)) > 1:
+        # `ttest_ind` says the same, but warns of a side that never moved
+        sides = [number for x in (a, b) for number in (x.mean(), x.std(ddof=1), len(x))]
+        p = stats.ttest_ind_from_stats(*sides, equal_var=False).pvalue
+    called = "not distinguishable"
+    if p < 1 - LEVEL:
+        called = "higher" if b.mean() > a.mean() else "lower"
+    verb = {"higher": "rose", "lower": "fell"}.get(called, "no clear change")
+    return {"first": float(a.mean()), "last": float(b.mean()), "verdict": called, "word": verb}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from rlhf_lib.catalogue import CATALOGUE
+from rlhf_lib.measure.statistics import interval, listed
 from rlhf_lib.results.policies import BASELINE, CANDIDATES, METHODS
-from rlhf_lib.show.display import NAMES, interval, listed
+
+NAMES = {record.name: record.label for record in CATALOGUE.values()}
 
 WITHOUT_RL = ("dpo", BASELINE)  # nothing is sampled from the policy while it trains
 WITH_RL = tuple(name for name in METHODS if name not in WITHOUT_RL)

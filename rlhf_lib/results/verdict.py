@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rlhf_lib.measure.statistics import POWER
+from rlhf_lib.measure.statistics import POWER, interval, listed
 from rlhf_lib.measure.statistics import verdict as direction
 from rlhf_lib.results import choices
+from rlhf_lib.results.choices import NAMES
 from rlhf_lib.results.policies import BASELINE, METHODS
-from rlhf_lib.show.display import NAMES, interval, listed
 
 
 def sentences(results: Mapping) -> list[str]:
