@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
+from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure import opinions
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.methods import learning_curve, reward_model
@@ -89,7 +90,7 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
         elif method == "dpo":
             add_pairs(stage, "dpo", data.train_pairs * profile.dpo.epochs)
         elif method == "probes":
-            probes = len(load_probes(data.source, measured.probe_prompts))
+            probes = len(load_probes(truth_of(data.source), measured.probe_prompts))
             add_samples(stage, probes, ASKED * measured.probe_samples)
         elif method == "evaluate":
             add_samples(f"{stage}: answers", data.evaluation_prompts,

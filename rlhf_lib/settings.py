@@ -181,8 +181,8 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """An outside judge behind an OpenAI-compatible endpoint. Off while `url` is empty."""
+class EndpointConfig:
+    """An outside opinion from an OpenAI-compatible endpoint. Off while `url` is empty."""
 
     url: str = ""  # such as https://host/v1; the key comes from the environment, OPENAI_API_KEY
     model: str = ""
@@ -211,7 +211,7 @@ class Profile:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
 
 def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:

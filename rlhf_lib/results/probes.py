@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 
 from rlhf_lib import catalogue
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure.probes import (
-    DESCRIPTIONS,
     ORDINARY,
     PROBES,
     SCORES,
@@ -18,14 +18,15 @@ from rlhf_lib.measure.probes import (
     helpful_harmless_honest,
     language,
 )
-from rlhf_lib.measure.statistics import LEVEL, compare, estimate
+from rlhf_lib.measure.statistics import LEVEL, SHARE, differences, estimate
 from rlhf_lib.runs import Stage, read_jsonl
 
-# what one policy did: name of a measure -> a mapping prompt -> values, for each seed
-Measured = dict[str, list[dict[str, list[float]]]]
+Replies = Sequence[Mapping[str, list[float]]]  # of each seed: prompt -> a value for each reply
 
 
-def probe_table(stages: Sequence[Mapping[str, Stage]], source: str, samples: int = 2000) -> dict:
+def probe_table(
+    stages: Sequence[Mapping[str, Stage]], truth: Truth | None, samples: int = 2000
+) -> dict:
     """Failures and scores of every policy, from the stages "probes" and "evaluate" of each seed.
 
     `failures`, `scores`: measure -> policy -> `estimate`, with the difference to SFT, paired by
@@ -33,29 +34,25 @@ def probe_table(stages: Sequence[Mapping[str, Stage]], source: str, samples: int
     `definitions`: what each measure counts. `proxy`: the reward model's mean score of the probes'
     failing and of their other replies. `rules`: their `error_rates` (English only).
     """
-    probed = _samples(stages, "probes")
-    ordinary = _samples(stages, "evaluate")
-    which = language(source)
-    failing = {
-        policy: {
-            **{probe: [_by_prompt(r for r in rows if r["probe"] == probe) for rows in per_seed]
-               for probe in PROBES[which]},
-            **_ordinary(ordinary[policy], source),
-        }
-        for policy, per_seed in probed.items()
-    }  # fmt: skip
-    scored: dict[str, Measured] = {}
+    which = language(truth)
+    probed, ordinary = _samples(stages, "probes"), _samples(stages, "evaluate")
+    failed: dict[str, dict[str, Replies]] = {name: {} for name in (*PROBES[which], *ORDINARY)}
+    scored: dict[str, dict[str, Replies]] = {name: {} for name in SCORES[which]}
     for policy, per_seed in probed.items():
-        pairs = zip(ordinary[policy], per_seed, strict=True)
-        seeds = [helpful_harmless_honest(rows, asked, source) for rows, asked in pairs]
-        scored[policy] = {score: [seed[score] for seed in seeds] for score in SCORES[which]}
-    in_bounds = (0.0, 1.0)
+        pairs = list(zip(ordinary[policy], per_seed, strict=True))
+        rows = [asked + _ordinary(replies, truth) for replies, asked in pairs]
+        scores = [helpful_harmless_honest(replies, asked, truth) for replies, asked in pairs]
+        for name in failed:
+            failed[name][policy] = [_by_prompt(part, name) for part in rows]
+        for name in scored:
+            scored[name][policy] = [part[name] for part in scores]
+    asked_for = {name: replies for name, replies in failed.items() if all(replies["sft"])}
     return {
-        "failures": _estimates(failing, samples, in_bounds),
-        "scores": _estimates(scored, samples, None if which == "bundled" else in_bounds),
-        "definitions": {**PROBES[which], **{m: DESCRIPTIONS[m] for m in ORDINARY}, **SCORES[which]},
+        "failures": {name: _estimates(r, samples, True) for name, r in asked_for.items()},
+        "scores": {name: _estimates(r, samples, not truth) for name, r in scored.items()},
+        "definitions": PROBES[which] | ORDINARY | SCORES[which],
         "proxy": {policy: _proxy(per_seed, samples) for policy, per_seed in probed.items()},
-        "rules": error_rates() if which == "english" else None,
+        "rules": None if truth else error_rates(),
     }
 
 
@@ -65,70 +62,55 @@ def _samples(stages: Sequence[Mapping[str, Stage]], name: str) -> dict[str, list
     return {p: [read_jsonl(folder / f"{p}.jsonl") for folder in folders] for p in policies}
 
 
-def _by_prompt(rows: Iterable[Mapping]) -> dict[str, list[float]]:
+def _ordinary(rows: list[dict], truth: Truth | None) -> list[dict]:
+    """The modes of ORDINARY, which apply to every reply, as if each were a probe."""
+    modes = failure_modes(rows, truth)
+    return [
+        {"probe": mode, "prompt": row["prompt"], "failure": failure}
+        for mode in ORDINARY
+        if mode in modes
+        for row, failure in zip(rows, modes[mode], strict=True)
+    ]
+
+
+def _by_prompt(rows: list[dict], probe: str) -> dict[str, list[float]]:
     values: dict[str, list[float]] = {}
     for row in rows:
-        values.setdefault(row["prompt"], []).append(float(row["failure"]))
+        if row["probe"] == probe:
+            values.setdefault(row["prompt"], []).append(float(row["failure"]))
     return values
 
 
-def _ordinary(per_seed: list[list[dict]], source: str) -> Measured:
-    """The modes of ORDINARY that this source has; they apply to every row, so rows line up."""
-    measured: Measured = {}
-    for rows in per_seed:
-        modes = failure_modes(rows, source)
-        for mode in (m for m in ORDINARY if m in modes):
-            failed = [
-                {"prompt": row["prompt"], "failure": value}
-                for row, value in zip(rows, modes[mode], strict=True)
-            ]
-            measured.setdefault(mode, []).append(_by_prompt(failed))
-    return measured
+def _estimates(policies: Mapping[str, Replies], samples: int, share: bool) -> dict[str, dict]:
+    """policy -> estimate, and how it differs from SFT at the same prompts."""
+    asked = [list(seed) for seed in policies["sft"]]
+    means = {
+        policy: [
+            np.array([np.mean(seed[prompt]) for prompt in prompts])
+            for seed, prompts in zip(per_seed, asked, strict=True)
+        ]
+        for policy, per_seed in policies.items()
+    }
+    records = {policy: _estimate(per_seed, samples, share) for policy, per_seed in policies.items()}
+    pairs = {policy: (policy, "sft") for policy in policies if policy != "sft"}
+    changes = differences(means, pairs, lambda values: estimate(values, samples, asked))
+    for policy, change in changes.items():
+        records[policy]["change"] = change
+    return records
 
 
-def _estimates(
-    policies: Mapping[str, Measured], samples: int, bounds: tuple[float, float] | None
-) -> dict[str, dict[str, dict]]:
-    """measure -> policy -> estimate; shares have bounds, and an interval where none ever failed."""
-    table: dict[str, dict[str, dict]] = {}
-    for measure in policies["sft"]:
-        base = policies["sft"][measure]
-        records = {p: _estimate(m[measure], samples, bounds) for p, m in policies.items()}
-        changes = {
-            p: _estimate(_minus(m[measure], base), samples) for p, m in policies.items()
-            if p != "sft"
-        }  # fmt: skip
-        for policy, change in compare(changes).items():
-            records[policy]["change"] = change
-        table[measure] = records
-    return table
-
-
-def _estimate(
-    per_seed: Sequence[Mapping[str, Sequence[float]]], samples: int,
-    bounds: tuple[float, float] | None = None,
-) -> dict:  # fmt: skip
-    """Several replies to a prompt are one unit; `bounds` are given for shares."""
+def _estimate(per_seed: Replies, samples: int, share: bool) -> dict:
+    """Several replies to a prompt are one unit; a share has bounds."""
     values = [np.concatenate([np.asarray(v) for v in seed.values()]) for seed in per_seed]
     units = [np.repeat(list(seed), [len(v) for v in seed.values()]) for seed in per_seed]
-    if bounds is None:
+    if not share:
         return estimate(values, samples, units)
-    record = estimate(values, samples, units, bounds)
+    record = estimate(values, samples, units, SHARE)
     if record["se"] == 0:  # all or none: no spread to resample, yet no certainty (Wilson 1927)
         count = round(record["mean"] * record["units"])
         wilson = stats.binomtest(count, record["units"]).proportion_ci(LEVEL, "wilson")
         record |= {"low": float(wilson.low), "high": float(wilson.high), "over": "prompts"}
     return record
-
-
-def _minus(
-    one: Sequence[Mapping[str, Sequence[float]]], other: Sequence[Mapping[str, Sequence[float]]]
-) -> list[dict[str, list[float]]]:
-    """Difference of the means at each prompt, for each seed."""
-    return [
-        {prompt: [float(np.mean(a[prompt]) - np.mean(b[prompt]))] for prompt in a}
-        for a, b in zip(one, other, strict=True)
-    ]
 
 
 def _proxy(per_seed: Sequence[list[dict]], samples: int) -> dict[str, dict | None]:

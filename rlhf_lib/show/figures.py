@@ -274,7 +274,7 @@ def reliability(calibrations: Mapping[str, Mapping]) -> Figure:
 
 def gains(results: Mapping) -> Figure:
     """The study in one picture: gain over SFT in proxy and in what decides; a tick each seed."""
-    keys, compared = rewards(results["judge"]), ("null", "baseline", "method", "variant")
+    keys, compared = rewards(results["deciding"]), ("null", "baseline", "method", "variant")
     names = [name for name in catalogue.policies(*compared) if name in results["policies"]]
     figure, axes = _panels(1, len(keys), 0.36 * len(names) + 0.6, sharey=True)
     for axis, key in zip(axes, keys, strict=True):

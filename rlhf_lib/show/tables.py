@@ -15,7 +15,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE, Passes, label
 from rlhf_lib.measure.statistics import contrast, interval, listed
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.results.choices import ASKED
+from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl
 from rlhf_lib.show.display import last_request
 
@@ -81,13 +81,13 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
 
 def headline_table(results: Mapping) -> pd.DataFrame:
     """The study's main table for the first page: fewer columns, the reward that decides first."""
-    shown = dict.fromkeys(("policy", results["judge"], "proxy", "KL", "wins vs SFT"))
+    shown = dict.fromkeys(("policy", results["deciding"], "proxy", "KL", "wins vs SFT"))
     return comparison_table(results).loc[:, list(shown)]
 
 
 def gain_table(results: Mapping) -> pd.DataFrame:
     """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
-    judge, names = results["judge"], catalogue.policies("null", "baseline", "method", "variant")
+    judge, names = results["deciding"], catalogue.policies("null", "baseline", "method", "variant")
     rows = [row | row[f"{judge}_gain"] for row in _measured(results, names)]
     columns = [
         ("policy", named),
@@ -209,7 +209,7 @@ def need_table(results: Mapping) -> pd.DataFrame:
 
     def need(key: str) -> Column:
         (title, _, digits), found = ASKED[key], results["needs"][key]["policies"]
-        named = title.format(judge=results["judge"])
+        named = title.format(judge=results["deciding"])
         return named, lambda name: interval(found[name], digits)
 
     candidates = [name for name in catalogue.candidates() if name in results["policies"]]
@@ -296,7 +296,7 @@ def memory_table(results: Mapping, weights: int, learnt: int, read_bytes: int) -
 def price_table(results: Mapping) -> pd.DataFrame:
     """Gain over SFT per minute and per million tokens of each trained policy's stage."""
     rows = [
-        row | row[f"{results['judge']}_gain"] | results["cost"][row["name"]]
+        row | row[f"{results['deciding']}_gain"] | results["cost"][row["name"]]
         for row in _measured(results, catalogue.candidates())
     ]
 

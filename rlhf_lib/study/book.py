@@ -80,7 +80,7 @@ def _subtitle(results: Mapping) -> str:
 def front_page(results: Mapping) -> nbformat.NotebookNode:
     """The answer first: the verdict in short, one figure, one table, on one page."""
     said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
-    caption = HEADLINE_CAPTION.format(judge=results["judge"])
+    caption = HEADLINE_CAPTION.format(judge=results["deciding"])
     return _notebook([
         _prose("## The verdict\n\n" + "\n\n".join(said)),
         _figure(figures.gains(results), _gains_caption(results)),
@@ -171,12 +171,12 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     points.to_csv(target / "frontier.csv", index=False)
     drawn = {
         "gains": figures.gains(results),
-        "frontier": figures.frontier(points, results["judge"]),
+        "frontier": figures.frontier(points, results["deciding"]),
         "reward_model": figures.accuracy_bars(
             results["reward_model"]["accuracy"], results["reward_model"].get("ceiling")
         ),
         "calibration": figures.reliability({"as trained": results["reward_model"]["calibration"]}),
-        "best_of_n": figures.best_of_n(results["best_of_n"], results["judge"]),
+        "best_of_n": figures.best_of_n(results["best_of_n"], results["deciding"]),
     }
     paths = [target / "results.json", target / "frontier.csv"]
     for name, figure in drawn.items():
