@@ -87,7 +87,7 @@ def parts(stage: str, job: Job) -> dict:
     with watch(live) as kept:
         run(0)
     weights = job.sizes.trunk + job.sizes.head  # the output layer is the embedding
-    models = tables.parts(as_dict(load_profile("t4")))[stage]
+    models = tables.passes(as_dict(load_profile("t4")))[stage]
     # the backward pass makes a gradient of the largest saved tensor, the logits, beside it
     training = kept.peak + kept.largest
     sampling = sampling_bytes(stage, job)

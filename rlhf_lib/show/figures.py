@@ -17,6 +17,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import GREY, color, label
 from rlhf_lib.results.frontier import swept
 from rlhf_lib.results.policies import rewards
+from rlhf_lib.show.tables import COMPARED
 
 LOOK = {
     "svg.fonttype": "path",
@@ -183,9 +184,9 @@ def length_histograms(histogram: Mapping[str, Mapping[str, Sequence[int]]]) -> F
 
 
 def accuracy_bars(accuracy: Mapping[str, Mapping], ceiling: float | None) -> Figure:
-    """Held-out accuracy of each judge with its interval; chance and ceiling as lines."""
-    judges = ("reward_model", "bag_of_words", "learned_length", "longer_wins", "gold")
-    names = [name for name in judges if name in accuracy]
+    """Held-out accuracy of each ranker with its interval; chance and ceiling as lines."""
+    rankers = ("reward_model", "bag_of_words", "learned_length", "longer_wins", "gold")
+    names = [name for name in rankers if name in accuracy]
     figure, (axis,) = _panels(1, 1, 0.4 * len(names) + 0.9)
     for place, name in enumerate(names):
         dots(axis, [accuracy[name]], [place], color(name))
@@ -274,13 +275,13 @@ def reliability(calibrations: Mapping[str, Mapping]) -> Figure:
 
 def gains(results: Mapping) -> Figure:
     """The study in one picture: gain over SFT in proxy and in what decides; a tick each seed."""
-    keys, compared = rewards(results["deciding"]), ("null", "baseline", "method", "variant")
-    names = [name for name in catalogue.policies(*compared) if name in results["policies"]]
+    keys, policies = rewards(results["deciding"]), results["policies"]
+    names = [name for name in catalogue.policies(*COMPARED) if name in policies]
     figure, axes = _panels(1, len(keys), 0.36 * len(names) + 0.6, sharey=True)
     for axis, key in zip(axes, keys, strict=True):
         axis.axvline(0, color="#444444", lw=0.8)
         for place, name in enumerate(names):
-            record = results["policies"][name][f"{key}_gain"]
+            record = policies[name][f"{key}_gain"]
             dots(axis, [record], [place], color(name))
             if len(each := record["per_seed"]) > 1:
                 axis.plot(each, [place + 0.25] * len(each), "|", color=color(name), ms=7)
@@ -289,9 +290,9 @@ def gains(results: Mapping) -> Figure:
     return figure
 
 
-def reward_distributions(samples: Mapping[str, pd.DataFrame], judge: str) -> Figure:
+def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> Figure:
     """Each policy's rewards over the evaluation prompts, with a box: proxy, and what decides."""
-    kinds, names = rewards(judge), list(samples)
+    kinds, names = rewards(deciding), list(samples)
     figure, axes = _panels(1, len(kinds), 0.3 * len(names) + 0.7, sharey=True)
     rows = pd.concat(samples, names=["policy"]).reset_index("policy")
     look = {"inner": "box", "density_norm": "width", "cut": 0, "linewidth": 0.8, "alpha": 0.6}
@@ -304,9 +305,9 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], judge: str) -> Fig
     return figure
 
 
-def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], judge: str) -> Figure:
+def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], deciding: str) -> Figure:
     """Proxy and deciding reward of best-of-n, picked by each reward model; bands over seeds."""
-    keys = rewards(judge)
+    keys = rewards(deciding)
     figure, axes = _panels(1, len(keys), 2.8)
     for axis, key in zip(axes, keys, strict=True):
         for kind, rows in curves_by_kind.items():

@@ -19,6 +19,7 @@ from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl
 from rlhf_lib.show.display import last_request
 
+COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT
 Cell = Callable[[Any], object]
 Column = tuple[str, Cell]
 
@@ -51,8 +52,9 @@ def spent(key: str, unit: float, digits: int) -> Cell:
 # ----------------------------------------------------------------------------------- policies
 
 HEADLINE_CAPTION = (
-    "Every policy on the same held-out prompts, 95 % intervals in brackets: {judge} reward, which "
-    "decides, proxy reward, KL to SFT in nats a reply, and wins over SFT in {judge} reward."
+    "Every policy on the same held-out prompts, 95 % intervals in brackets: {deciding} reward, "
+    "which decides, proxy reward, KL to SFT in nats a reply, and wins over SFT in {deciding} "
+    "reward."
 )
 
 
@@ -87,21 +89,22 @@ def headline_table(results: Mapping) -> pd.DataFrame:
 
 def gain_table(results: Mapping) -> pd.DataFrame:
     """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
-    judge, names = results["deciding"], catalogue.policies("null", "baseline", "method", "variant")
-    rows = [row | row[f"{judge}_gain"] for row in _measured(results, names)]
+    deciding = results["deciding"]
+    rows = _measured(results, catalogue.policies(*COMPARED))
+    rows = [row | row[f"{deciding}_gain"] for row in rows]
     columns = [
         ("policy", named),
-        (f"{judge} gain over SFT", interval),
+        (f"{deciding} gain over SFT", interval),
         ("each seed", lambda gain: ", ".join(f"{value:.2f}" for value in gain["per_seed"])),
         *_corrected(rows),
         ("verdict", itemgetter("verdict")),
-        *([("proxy gain", estimated("proxy_gain"))] if judge != "proxy" else []),
+        *([("proxy gain", estimated("proxy_gain"))] if deciding != "proxy" else []),
     ]
     return table_of(rows, columns)
 
 
 def pair_table(results: Mapping) -> pd.DataFrame:
-    """Each two of the compared methods: difference of the judged reward, and what may be said."""
+    """Each two of the compared methods: difference of the deciding reward, and what may be said."""
     rows = [{"pair": pair_name(key), **found} for key, found in results["comparisons"].items()]
     columns = [
         ("comparison", itemgetter("pair")),
@@ -189,7 +192,7 @@ def opinion_table(results: Mapping) -> pd.DataFrame:
 
 
 def endpoint_table(results: Mapping) -> pd.DataFrame:
-    """What a judge behind an endpoint said, where one was asked (`endpoint_judge`)."""
+    """What a model behind an endpoint said, where one was asked (`endpoint`)."""
 
     def consistent(row: Mapping) -> str:
         return f"{row['same_in_both_orders']:.0%}" if "same_in_both_orders" in row else "–"
@@ -200,7 +203,7 @@ def endpoint_table(results: Mapping) -> pd.DataFrame:
         ("same in both orders", consistent),
         ("no clear answer", itemgetter("unclear")),
     ]
-    asked = results["endpoint_judge"]["policies"].items()
+    asked = results["endpoint"]["policies"].items()
     return table_of([{"name": name, **record} for name, record in asked], columns)
 
 
@@ -209,7 +212,7 @@ def need_table(results: Mapping) -> pd.DataFrame:
 
     def need(key: str) -> Column:
         (title, _, digits), found = ASKED[key], results["needs"][key]["policies"]
-        named = title.format(judge=results["deciding"])
+        named = title.format(deciding=results["deciding"])
         return named, lambda name: interval(found[name], digits)
 
     candidates = [name for name in catalogue.candidates() if name in results["policies"]]

@@ -8,7 +8,6 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-
 from rlhf_lib.show.exercises_evaluation import CHECKS, check
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "07_evaluation.ipynb"

@@ -10,7 +10,6 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-
 from rlhf_lib.show.exercises_reward import CHECKS, check
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "02_reward_model.ipynb"
