@@ -295,7 +295,7 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> 
     kinds, names = rewards(deciding), list(samples)
     figure, axes = _panels(1, len(kinds), 0.3 * len(names) + 0.7, sharey=True)
     rows = pd.concat(samples, names=["policy"]).reset_index("policy")
-    look = {"inner": "box", "density_norm": "width", "cut": 0, "linewidth": 0.8, "alpha": 0.6}
+    look = {"inner": "box", "density_norm": "width", "cut": 0, "saturation": 1, "alpha": 0.6}
     palette = {name: color(name) for name in names}
     for axis, kind in zip(axes, kinds, strict=True):
         what = {"x": kind, "y": "policy", "hue": "policy", "palette": palette, "legend": False}
