@@ -336,7 +336,7 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
 add(
     Record(
         "probes", "probes",
-        runs="rlhf_lib.measure.ask:measure", needs=("policies", "reward_model"),
+        runs="rlhf_lib.measure.probes:measure", needs=("policies", "reward_model"),
         sections=("evaluation",), notebook="07_evaluation",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "heldout_texts",
                 "bootstrap_samples"),

@@ -21,7 +21,6 @@ os.environ.update(
     }
 )
 
-import inspect
 import random
 import shlex
 from collections.abc import Callable, Iterator
@@ -235,12 +234,6 @@ def learner_of(model: PreTrainedModel, rate: float = 0.0) -> Any:
 
     # that is what a large eps does to Adam
     return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
-
-
-def numbers(function: Callable, config: Any) -> dict[str, Any]:
-    """The settings that a function takes by name, from a record of them."""
-    names = inspect.signature(function).parameters
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,7 @@ from rlhf_lib.methods.rollout import MicroBatch, Rollout
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logits
 from rlhf_lib.objectives import advantages, kl, losses
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
-from tests.conftest import numbers
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, numbers
 from tests.traps.test_traps import (
     PROMPTS,
     RESPONSES,
