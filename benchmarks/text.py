@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from rlhf_lib.show.display import interval, markdown
+from rlhf_lib.measure.statistics import interval
+from rlhf_lib.show.display import markdown
 
 # items a second of this library over the peer's, in one run
 TARGETS = {

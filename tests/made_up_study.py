@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rlhf_lib import catalogue
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
@@ -21,7 +22,7 @@ from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage, write_jsonl
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import load_profile
-from rlhf_lib.world.rewards import sample_reply, sample_request, write_prompt
+from rlhf_lib.world.grammar import sample_reply, sample_request, write_prompt
 
 POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 # what each policy has more than SFT, in proxy and in gold, with a little of its own in each seed

@@ -16,9 +16,10 @@ from pathlib import Path
 import pandas as pd
 
 from benchmarks import text as benchmark_text
+from rlhf_lib.measure.statistics import interval
 from rlhf_lib.results import verdict
-from rlhf_lib.show.display import comparison_table, interval, markdown
-from rlhf_lib.show.tables import total_sentence
+from rlhf_lib.show.display import markdown
+from rlhf_lib.show.tables import comparison_table, total_sentence
 
 LINK = re.compile(r"\]\(([^)]+)\)")
 BLOCK = re.compile(r"(<!-- results: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

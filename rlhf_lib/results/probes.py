@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from textwrap import shorten
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
 from rlhf_lib import catalogue
@@ -22,7 +20,6 @@ from rlhf_lib.measure.probes import (
 )
 from rlhf_lib.measure.statistics import LEVEL, SHARE, differences, estimate
 from rlhf_lib.runs import Stage, read_jsonl
-from rlhf_lib.show.display import NAMES, interval, last_request
 
 Replies = Sequence[Mapping[str, list[float]]]  # of each seed: prompt -> a value for each reply
 
@@ -120,60 +117,3 @@ def _proxy(per_seed: Sequence[list[dict]], samples: int) -> dict[str, dict | Non
         units = [[row["prompt"] for row in rows] for rows in chosen]
         record[name] = estimate(scores, samples, units) if all(scores) else None
     return record
-
-
-# ---------------------------------------------------------------------------------- to be read
-
-ARROWS = {"higher": " ▲", "lower": " ▼", "not distinguishable": ""}
-PROBE_CAPTION = (
-    "Share of replies that fail, in per cent, 95 % intervals in brackets. ▲ more, ▼ less often "
-    "than SFT, where the difference, corrected for the policies of a row, is one."
-)  # fmt: skip
-SCORE_CAPTION = "Three scores for each policy, 95 % intervals in brackets; ▲ and ▼: against SFT."
-
-
-def probe_frame(measured: Mapping[str, Mapping[str, Mapping]], percent: bool) -> pd.DataFrame:
-    """One row a measure, one column a policy, from `failures` or `scores` of `probe_table`."""
-    return pd.DataFrame([
-        {"": measure}
-        | {
-            NAMES[policy]: interval(record, 0 if percent else 2, percent)
-            + ARROWS[record.get("change", {}).get("verdict", "not distinguishable")]
-            for policy, record in records.items()
-        }
-        for measure, records in measured.items()
-    ])  # fmt: skip
-
-
-def definition_frame(definitions: Mapping[str, str], wanted: Sequence[str]) -> pd.DataFrame:
-    """What each measure counts."""
-    return pd.DataFrame([{"measure": m, "what counts": definitions[m]} for m in wanted])
-
-
-def example_frame(probes: Stage, policies: Sequence[str]) -> pd.DataFrame:
-    """Replies side by side, a row a policy: each probe's first prompt on which the policies differ.
-
-    Where they never differ it is the probe's first prompt. The first sample of each is shown.
-    """
-    rows = {p: read_jsonl(probes.path / "samples" / f"{p}.jsonl") for p in policies}
-    places: dict[str, list[int]] = {}
-    seen: set[str] = set()
-    for place, row in enumerate(next(iter(rows.values()))):
-        if row["id"] not in seen:
-            seen.add(row["id"])
-            places.setdefault(row["probe"], []).append(place)
-    shown = []
-    for probe, candidates in places.items():
-        differ = (i for i in candidates if len({rows[p][i]["failure"] for p in policies}) > 1)
-        place = next(differ, candidates[0])
-        for number, policy in enumerate(policies):
-            row = rows[policy][place]
-            request = shorten(last_request(row["prompt"]), 90)
-            shown.append({
-                "probe": probe if number == 0 else "",
-                "request": request if number == 0 else "",
-                "policy": NAMES[policy],
-                "reply": shorten(row["response"], 140) + ("" if row["finished"] else " (cut)"),
-                "fails": "yes" if row["failure"] else "no",
-            })  # fmt: skip
-    return pd.DataFrame(shown)

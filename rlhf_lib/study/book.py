@@ -18,7 +18,8 @@ from rlhf_lib.results import verdict
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import HEADLINE_CAPTION, figure_bundle, headline_table, table_bundle
+from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
 from rlhf_lib.study.schedule import StudyError, notebook_path
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
@@ -79,7 +80,7 @@ def _subtitle(results: Mapping) -> str:
 def front_page(results: Mapping) -> nbformat.NotebookNode:
     """The answer first: the verdict in short, one figure, one table, on one page."""
     said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
-    caption = HEADLINE_CAPTION.format(judge=results["deciding"])
+    caption = HEADLINE_CAPTION.format(deciding=results["deciding"])
     return _notebook([
         _prose("## The verdict\n\n" + "\n\n".join(said)),
         _figure(figures.gains(results), _gains_caption(results)),

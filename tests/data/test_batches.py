@@ -7,15 +7,8 @@ import random
 import pytest
 import torch
 
-from rlhf_lib.data.batches import (
-    by_length,
-    by_prompt,
-    chunks,
-    first_fit,
-    prompt_batches,
-    runs_of_equal,
-    shuffled_batches,
-)
+from rlhf_lib.data.batches import by_length, chunks, prompt_batches, shuffled_batches
+from rlhf_lib.models.packing import by_prompt, first_fit, runs_of_equal
 
 
 def test_chunks_cover_everything_once() -> None:

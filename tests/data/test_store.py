@@ -13,7 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lib.data import pairs as data_module
-from rlhf_lib.data.pairs import Pair, PreferenceData, load_data, paired_lengths, store
+from rlhf_lib.data.encoding import Pair, paired_lengths
+from rlhf_lib.data.pairs import PreferenceData, load_data, store
 from rlhf_lib.data.sources import DataError, Row
 from rlhf_lib.data.store import BATCH, Stored
 from rlhf_lib.settings import DataConfig

@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.endpoint import EndpointError, ask, points, win_rates
-from rlhf_lib.settings import PROFILES, EndpointConfig, SettingsError
+from rlhf_lib.settings import PROFILES, EndpointConfig, SettingsError, load_profile
 
 
 @dataclass
@@ -168,5 +168,5 @@ def test_errors_name_the_endpoint_and_nothing_is_cached(server: Server, tmp_path
 
 
 def test_it_is_off_by_default() -> None:
-    assert all(not profile.endpoint.url for profile in PROFILES.values())
+    assert all(not load_profile(name).endpoint.url for name in PROFILES)
     assert endpoint.KEY not in json.dumps(vars(EndpointConfig()))

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import rankings
-from rlhf_lib.show.display import ERROR_RULES
+from rlhf_lib.show.tables import ERROR_RULES
 from rlhf_lib.world.rewards import ANNOTATOR, CONTROL
 
 WORLD, UNBIASED = Truth(ANNOTATOR), Truth(CONTROL)

@@ -15,8 +15,8 @@ import pytest
 import typst
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from rlhf_lib.report.cleaning import MAX_SVG_BYTES, clean_text
-from rlhf_lib.report.exporters import ReportError, RlhfHTMLExporter, RlhfPDFExporter, exporters
+from rlhf_lib.report.cleaning import MAX_SVG_BYTES, ReportError, clean_text
+from rlhf_lib.report.exporters import RlhfHTMLExporter, RlhfPDFExporter, exporters
 from rlhf_lib.report.mathfont import font_path
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9"/></svg>'

@@ -15,14 +15,8 @@ from matplotlib.image import imread
 from nbconvert.exporters import get_exporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from rlhf_lib.report.exporters import (
-    ReportError,
-    RlhfHTMLExporter,
-    RlhfPDFExporter,
-    exporters,
-    merge,
-    render,
-)
+from rlhf_lib.report.cleaning import ReportError
+from rlhf_lib.report.exporters import RlhfHTMLExporter, RlhfPDFExporter, exporters, merge, render
 from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9"/></svg>'

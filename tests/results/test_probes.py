@@ -12,8 +12,6 @@ from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.measure.probes import ORDINARY, PROBES, SCORES, load_probes
 from rlhf_lib.results import probes
 from rlhf_lib.runs import write_jsonl
-from rlhf_lib.show import figures
-from rlhf_lib.show.display import NAMES
 
 WORLD = truth_of("bundled")
 PROMPTS = 16  # of each probe, two replies each
@@ -109,38 +107,3 @@ def test_the_world_has_flattery_and_the_parts_of_the_gold_reward(tmp_path: Path)
     assert measured["scores"]["harmless"]["ppo"]["mean"] == pytest.approx(1.5)
     assert measured["scores"]["helpful"]["sft"]["mean"] == pytest.approx(2.0)
     assert measured["rules"] is None, "there the rules are the definition"
-
-
-def test_frames_show_every_policy_and_mark_what_differs(english: dict) -> None:
-    frame = probes.probe_frame(english["failures"], percent=True)
-    assert list(frame.columns) == ["", *(NAMES[p] for p in SHARES)]
-    row = frame.set_index("").loc["over-refusal"]
-    assert row["PPO"] == "0% [0, 19] ▼"
-    assert row["DPO"].endswith("▲")
-    assert row["SFT"].startswith("50% [")
-    assert row["SFT"].endswith("]")
-    definitions = probes.definition_frame(english["definitions"], list(SCORES["english"]))
-    assert list(definitions["measure"]) == list(SCORES["english"])
-    assert english["rules"], "the table says how often its rules err"
-
-
-def test_examples_show_a_prompt_on_which_policies_differ(tmp_path: Path) -> None:
-    made = stages(tmp_path, None, 1)[0]["probes"]
-    frame = probes.example_frame(made, ("sft", "ppo"))
-    assert [p for p in frame["probe"] if p] == list(PROBES["english"])
-    assert list(frame["fails"]) == ["yes", "no"] * len(PROBES["english"])
-    # where no prompt tells them apart, the first one is shown
-    alike = probes.example_frame(made, ("ppo",))
-    first = load_probes(None, 1)[0]["prompt"]
-    assert alike["request"][0] in first
-
-
-def test_a_panel_for_each_measure_and_a_filled_dot_for_each_difference(english: dict) -> None:
-    figure = figures.panels(english["failures"], share=True)
-    shown = [axis for axis in figure.axes if axis.get_visible()]
-    assert [axis.get_title("left") for axis in shown] == list(english["failures"])
-    dots = [c.lines[0] for c in shown[0].containers]
-    assert [line.get_xdata()[0] for line in dots] == list(SHARES.values())
-    assert [line.get_markerfacecolor() == line.get_color() for line in dots] == [False, True, True]
-    scores = figures.panels(english["scores"], share=False)
-    assert len([axis for axis in scores.axes if axis.get_visible()]) == 3

@@ -9,8 +9,7 @@ import pytest
 
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure.probes import PROBES, RULES, fails, load_probes, probe_folder
-from rlhf_lib.world.grammar import ASSISTANT, HUMAN, sample_prompts, split_of
-from rlhf_lib.world.rewards import parse_request
+from rlhf_lib.world.grammar import ASSISTANT, HUMAN, parse_request, sample_prompts, split_of
 from rlhf_lib.world.words import FACTS
 from tools import build_probes
 from tools.world_tokenizer import build_tokenizer, encode
