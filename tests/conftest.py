@@ -23,6 +23,7 @@ os.environ.update(
 
 import random
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -256,6 +257,16 @@ def make_sampler(finished: Any) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a test writes code of the user's; what Python imports from it is forgotten again."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture
