@@ -26,6 +26,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_lib import catalogue
 from rlhf_lib.runtime import (
     choose_precision,
     computed_by,
@@ -37,7 +38,7 @@ from rlhf_lib.runtime import (
     reset_peak_memory,
     seed_everything,
 )
-from rlhf_lib.settings import Profile, as_dict, content_hash, load_profile
+from rlhf_lib.settings import Profile, as_dict, content_hash
 
 PACKAGE = Path(__file__).resolve().parent
 BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
@@ -56,7 +57,7 @@ class Run:
         cls, profile: str, seed: int = 0, root: str | Path = "runs",
         overrides: str | Sequence[str] = (),
     ) -> Run:  # fmt: skip
-        return cls(load_profile(profile, overrides), seed, Path(root))
+        return cls(catalogue.load(profile, overrides), seed, Path(root))
 
     def stage(
         self, name: str, settings: object, upstream: Mapping[str, str], *modules: str

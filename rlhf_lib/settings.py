@@ -1,4 +1,8 @@
-"""Settings: one frozen dataclass per stage. What they are set to: `profiles.py`."""
+"""Settings: one frozen dataclass per stage, full sets of them by name, and how one is overridden.
+
+The same way everywhere: `--set ppo.kl_coef=0.02` on the command line, the `OVERRIDES` string of a
+notebook, or `papermill -p OVERRIDES "ppo.kl_coef=0.02"`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import shlex
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 class UserError(ValueError):
@@ -62,6 +66,14 @@ class RewardModelConfig:
     margin: float = 0.0  # used for every pair whose row carries no margin of its own
     curve_points: int = 3  # smaller models of the learning curve, each on a third of the next
 
+    adam_eps: ClassVar[float] = 1e-8
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Steps that training on this number of rows takes."""
+        return self.epochs * -(-rows // self.batch_size)
+
+    scoring_batch_size: ClassVar[int] = 32
+
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -73,6 +85,12 @@ class SFTConfig:
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
 
+    adam_eps: ClassVar[float] = 1e-8
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Steps that training on this number of rows takes."""
+        return self.epochs * -(-rows // self.batch_size)
+
 
 @dataclass(frozen=True)
 class RejectionConfig:
@@ -83,6 +101,8 @@ class RejectionConfig:
     temperature: float = 1.0
     epochs: int = 2
     learning_rate: float = 1e-4
+
+    scoring_batch_size: ClassVar[int] = 64
 
 
 @dataclass(frozen=True)
@@ -106,10 +126,24 @@ class PPOConfig:
     value_coef: float = 0.1  # weight of the value loss in a shared trunk
     gamma: float = 1.0
     gae_lambda: float = 0.95
+    reward: str = "model"  # model, gold, a rule, FILE.py:FUNCTION; several: 0.5*gold, model
     missing_eos_penalty: float = 1.0
     reward_clip: float = 5.0  # normalised reward is kept within plus and minus this
     reward_normalization: Literal["none", "batch", "running"] = "none"  # on top of the model's own
     max_grad_norm: float = 1.0
+
+    # as in Huang et al. 2024, arXiv:2403.17031: no warm-up, no weight decay, Adam's epsilon
+    adam_eps: ClassVar[float] = 1e-5
+    warmup_ratio: ClassVar[float] = 0.0
+    weight_decay: ClassVar[float] = 0.0
+
+    @property
+    def scoring_batch_size(self) -> int:
+        return self.micro_batch_size
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Steps that training takes; it samples its own rows."""
+        return self.updates * self.epochs * -(-self.batch_size // self.minibatch_size)
 
 
 @dataclass(frozen=True)
@@ -132,9 +166,22 @@ class GRPOConfig:
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
     dynamic_sampling: int = 1  # groups sampled for each one kept; those with signal come first
     mask_overlong: bool = False  # a response without its end gives no gradient
+    reward: str = "model"  # as in PPO
     missing_eos_penalty: float = 1.0
     reward_clip: float = 5.0
     max_grad_norm: float = 1.0
+
+    adam_eps: ClassVar[float] = 1e-5
+    warmup_ratio: ClassVar[float] = 0.0
+    weight_decay: ClassVar[float] = 0.0
+
+    @property
+    def scoring_batch_size(self) -> int:
+        return self.micro_batch_size
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Steps that training takes; it samples its own rows."""
+        return self.updates * self.iterations
 
 
 @dataclass(frozen=True)
@@ -158,6 +205,14 @@ class DPOConfig:
     probes: int = 10  # how often the policy answers validation prompts during training
     probe_prompts: int = 128
 
+    adam_eps: ClassVar[float] = 1e-8
+
+    def optimizer_steps(self, rows: int) -> int:
+        """Steps that training on this number of rows takes."""
+        return self.epochs * -(-rows // self.batch_size)
+
+    scoring_batch_size: ClassVar[int] = 64  # of what the policy says at a probe
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -178,6 +233,10 @@ class EvaluationConfig:
     bootstrap_samples: int = 2000
     probe_prompts: int = 24  # of each probe in data/probes
     probe_samples: int = 2  # replies to each of them
+
+    @property
+    def scoring_batch_size(self) -> int:
+        return self.batch_size
 
 
 @dataclass(frozen=True)

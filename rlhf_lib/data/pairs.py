@@ -29,6 +29,7 @@ from rlhf_lib.data.encoding import (
 )
 from rlhf_lib.data.sources import DataError, Row, Source, read_source
 from rlhf_lib.data.store import Stored, Writer
+from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.settings import DataConfig, SettingsError
 
 __all__ = [
@@ -61,6 +62,7 @@ class PreferenceData:
     prompts: dict[str, Sequence[Prompt]]
     audit: dict
     hash: str
+    truth: Truth | None = None
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceData:
@@ -125,7 +127,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
         "notes": notes,
     }
     content = _hash(pairs, demonstrations, prompts)
-    return PreferenceData(pairs, demonstrations, prompts, audit, content)
+    truth = truth_of(config.source)
+    return PreferenceData(pairs, demonstrations, prompts, audit, content, truth)
 
 
 def _demonstrations(
@@ -313,3 +316,9 @@ def _write_pairs(
                 split, conversation = unfilled, text.conversation
             if len(pairs[split]) < sizes[split]:
                 pairs[split].append(pair)
+
+
+def subset(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
+    """`size` pairs drawn without replacement; a smaller subset lies within a larger one."""
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return [pairs[i] for i in order[:size]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from rlhf_lib.runtime import phase
+
+# How a method's loop goes through its steps, all of them or those that are left, and what it tells
+# of each: its number, the tokens it processed, and metrics.
+Steps = Callable[[int], Iterable[int]]
+Log = Callable[[int, int, Mapping[str, float]], None]
+
+
+def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
+    """Tell nobody."""
 
 
 class Learner:
