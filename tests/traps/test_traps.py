@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
 from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models import generation
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_reward_model, save_model
-from rlhf_lib.models.logprobs import length_mask, response_logprobs
+from rlhf_lib.models.logprobs import response_logprobs
+from rlhf_lib.models.packing import length_mask
 from rlhf_lib.runtime import make_accelerator
 
 TRAPS = {
