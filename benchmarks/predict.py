@@ -7,20 +7,19 @@ none is assumed. Token lengths are the means of that benchmark's rows, cut at th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
+from rlhf_lib import catalogue
+from rlhf_lib.catalogue import Record
+from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure import opinions
 from rlhf_lib.measure.probes import load_probes
-from rlhf_lib.methods import learning_curve, reward_model
-from rlhf_lib.settings import Profile, load_profile
-from rlhf_lib.study.stages import POLICIES, stage_names, variants
-
-ASKED = len(POLICIES) + 1  # all policies and the pretrained model
+from rlhf_lib.settings import Profile
+from rlhf_lib.study.training import curve_sizes
 
 
 class Part(NamedTuple):
@@ -36,6 +35,20 @@ class Lengths(NamedTuple):
     reply: float
 
 
+class Asked(NamedTuple):
+    """What a stage, or a part of it, goes through; `kind` names its passes in `work.PASSES`."""
+
+    kind: str
+    items: int
+    prompts: int
+    replies: int
+    epochs: int = 1
+    name: str = ""  # of a part
+
+
+RATE_OF = {"scored_samples": "generation", "scored": "reward_model"}  # where it is no benchmark
+
+
 def gpt2_sizes() -> Sizes:
     """Of GPT-2 small, from its shape alone."""
     with torch.device("meta"):
@@ -44,68 +57,72 @@ def gpt2_sizes() -> Sizes:
 
 def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
     """Every stage of the first seed, each with the FLOPs that its settings ask for."""
-    found, methods = [], variants(profile)
-
-    def add(
-        name: str, stage: str, items: float, prompts: float, replies: float, epochs: int = 1
-    ) -> None:
-        tokens = round(prompts * lengths.prompt), round(replies * lengths.reply)
-        rate_of = {"scored_samples": "generation", "scored": "reward_model"}.get(stage, stage)
-        found.append(Part(name, rate_of, count(stage, sizes, round(items), *tokens, epochs)))
-
-    def add_pairs(name: str, stage: str, pairs: int) -> None:
-        add(name, stage, pairs, pairs, 2 * pairs)
-
-    def add_samples(name: str, prompts: int, each: int) -> None:
-        add(name, "scored_samples", prompts * each, prompts, prompts * each)
-
-    data, scored, measured = profile.data, profile.reward_model, profile.evaluation
-    for stage in stage_names(profile):
-        method, changes = methods.get(stage, (stage, {}))
-        if method in ("reward_model", "reward_model_control"):
-            add_pairs(stage, "reward_model", data.train_pairs * scored.epochs)
-        elif method == "reward_model_curve":
-            smaller = sum(learning_curve.sizes(data.train_pairs, scored.curve_points))
-            add_pairs(stage, "reward_model", smaller * scored.epochs)
-        elif method == "judge":
-            epochs = reward_model.JUDGE_EPOCHS * scored.epochs
-            add_pairs(stage, "reward_model", data.judge_pairs * epochs)
-        elif method == "sft":
-            shown = min(data.demonstrations, data.train_pairs) * profile.sft.epochs
-            add(stage, "sft", shown, shown, shown)
-        elif method == "rejection_sft":
-            best = profile.rejection
-            add_samples(f"{stage}: samples", best.prompts, best.samples)
-            shown = best.prompts * best.epochs
-            add(f"{stage}: training", "sft", shown, shown, shown)
-        elif method == "ppo":
-            samples = profile.ppo.updates * profile.ppo.batch_size
-            add(stage, "ppo", samples, samples, samples, profile.ppo.epochs)
-        elif method == "grpo":
-            grpo = replace(profile.grpo, **changes)
-            prompts = grpo.updates * grpo.prompts_per_update * grpo.dynamic_sampling
-            samples = prompts * grpo.group_size
-            add(stage, "grpo", samples, prompts, samples, grpo.iterations)
-        elif method == "dpo":
-            add_pairs(stage, "dpo", data.train_pairs * profile.dpo.epochs)
-        elif method == "probes":
-            probes = len(load_probes(data.source, measured.probe_prompts))
-            add_samples(stage, probes, ASKED * measured.probe_samples)
-        elif method == "evaluate":
-            add_samples(f"{stage}: answers", data.evaluation_prompts,
-                        ASKED * measured.samples_per_prompt)  # fmt: skip
-            add_samples(f"{stage}: best of n", measured.best_of_n_prompts, measured.best_of_n)
-        elif method == "second_opinion":
-            scores = 2 * len(opinions.WATCHED) * data.evaluation_prompts
-            add(stage, "scored", scores, scores, scores)
-        elif method != "dataset":
-            raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")
+    found = []
+    for record in catalogue.stages(profile):
+        for part in asked(record, profile):
+            name = f"{record.name}: {part.name}" if part.name else record.name
+            prompts = round(part.prompts * lengths.prompt)
+            replies = round(part.replies * lengths.reply)
+            work = count(part.kind, sizes, part.items, prompts, replies, part.epochs)
+            found.append(Part(name, RATE_OF.get(part.kind, part.kind), work))
     return found
+
+
+def asked(record: Record, profile: Profile) -> list[Asked]:
+    """What the parts of a stage go through, from its settings."""
+    config, data = record.config(profile), profile.data
+    policies = len(catalogue.policies())  # the pretrained model is asked as well
+    match record.runs.rpartition(".")[2]:
+        case "training:dataset":
+            return []
+        case "training:reward_model":
+            pairs = data.judge_pairs if record.pairs == "judge" else data.train_pairs
+            return [_pairs("reward_model", pairs * config.epochs)]
+        case "training:reward_model_curve":
+            smaller = sum(curve_sizes(data.train_pairs, config.curve_points))
+            return [_pairs("reward_model", smaller * config.epochs)]
+        case "sft:train":
+            shown = min(data.demonstrations, data.train_pairs) * config.epochs
+            return [Asked("sft", shown, shown, shown)]
+        case "training:rejection_sft":
+            shown = config.prompts * config.epochs
+            sampled = _samples("samples", config.prompts, config.samples)
+            return [sampled, Asked("sft", shown, shown, shown, name="training")]
+        case "ppo:train":
+            samples = config.updates * config.batch_size
+            return [Asked("ppo", samples, samples, samples, config.epochs)]
+        case "grpo:train":
+            prompts = config.updates * config.prompts_per_update * config.dynamic_sampling
+            samples = prompts * config.group_size
+            return [Asked("grpo", samples, prompts, samples, config.iterations)]
+        case "dpo:train":
+            return [_pairs("dpo", data.train_pairs * config.epochs)]
+        case "ask:measure":
+            probes = len(load_probes(truth_of(data.source), config.probe_prompts))
+            return [_samples("", probes, policies * config.probe_samples)]
+        case "evaluate:measure":
+            answers = policies * config.samples_per_prompt
+            return [
+                _samples("answers", data.evaluation_prompts, answers),
+                _samples("best of n", config.best_of_n_prompts, config.best_of_n),
+            ]
+        case "opinions:measure":
+            scores = 2 * len(opinions.watched()) * data.evaluation_prompts
+            return [Asked("scored", scores, scores, scores)]
+    raise ValueError(f"stage {record.name!r} is not counted: say in `asked` what it goes through")
+
+
+def _pairs(kind: str, pairs: int) -> Asked:
+    return Asked(kind, pairs, pairs, 2 * pairs)
+
+
+def _samples(name: str, prompts: int, each: int) -> Asked:
+    return Asked("scored_samples", prompts * each, prompts, prompts * each, name=name)
 
 
 def predict(measured: Mapping, profile_name: str = "full") -> dict:
     """FLOPs and, where the stage's rate was measured, hours of each stage on that device."""
-    profile = load_profile(profile_name)
+    profile = catalogue.load(profile_name)
     tokens = measured["settings"]["mean_tokens"]
     lengths = Lengths(
         min(tokens["prompt"], profile.data.max_prompt_tokens),
@@ -118,10 +135,10 @@ def predict(measured: Mapping, profile_name: str = "full") -> dict:
     env = measured["environment"]
     rows = []
     for part in parts(profile, gpt2_sizes(), lengths):
-        rate = rates.get(part.rate_of)
-        hours = None if rate is None else part.work.flops / rate / 3600
-        rows.append({"stage": part.name, "items": part.work.items, "rate_of": part.rate_of,
-                     "flops": part.work.flops, "hours": hours})  # fmt: skip
+        rate, flops = rates.get(part.rate_of), part.work.flops
+        hours = None if rate is None else flops / rate / 3600
+        row = {"stage": part.name, "items": part.work.items, "rate_of": part.rate_of}
+        rows.append({**row, "flops": flops, "hours": hours})
     known = [row["hours"] for row in rows if row["hours"] is not None]
     return {
         "profile": profile_name,
