@@ -23,19 +23,9 @@ PEERS = {
     "ppo": "plain PPO",
     "generation": "transformers",
 }
-NAMED = [
-    "precision",
-    "threads",
-    "batch_size",
-    "max_length",
-    "samples",
-    "samples_per_step",
-    "group_size",
-    "max_new_tokens",
-    "ppo_epochs",
-    "ppo_minibatch",
-    "generation_batch",
-]  # settings of a job that its results name: no path, and no text
+# what results do not say of a job: paths, texts, and what no side is measured by
+UNSAID = {"model", "reward_model", "sizes", "rows", "prompt_texts"}
+UNSAID |= {"kl_coef", "beta", "learning_rate"}
 
 
 def run_rounds(
@@ -99,7 +89,7 @@ def settings(job: Job, rounds: int) -> dict:
     """What was measured, without paths and without text."""
     count = len(job.rows)
     return {
-        **{name: getattr(job, name) for name in NAMED},
+        **{name: value for name, value in vars(job).items() if name not in UNSAID},
         "rounds": rounds,
         "pairs": count,
         "mean_tokens": {

@@ -77,9 +77,15 @@ def time_case(case: Case, repeats: int) -> float:
 
 
 def make_case(folder: Path, case: Case) -> Job:
-    shape = {"n_positions": 512, "n_embd": 128, "n_layer": 4, "n_head": 4}
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    config = GPT2Config(vocab_size=case.vocabulary, **shape, **ends)
+    config = GPT2Config(
+        vocab_size=case.vocabulary,
+        n_positions=512,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     job = fixed_job(folder, config, case.pairs, prompt=64, reply=case.reply_tokens)
     samples = PROMPTS_PER_STEP * case.group_size
     return replace(

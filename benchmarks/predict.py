@@ -14,11 +14,19 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
 from rlhf_lib import catalogue
-from rlhf_lib.catalogue import Record
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure import opinions
 from rlhf_lib.measure.probes import load_probes
-from rlhf_lib.settings import Profile
+from rlhf_lib.settings import (
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    Profile,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+    load_profile,
+)
 from rlhf_lib.study.training import curve_sizes
 
 
@@ -35,20 +43,6 @@ class Lengths(NamedTuple):
     reply: float
 
 
-class Asked(NamedTuple):
-    """What a stage, or a part of it, goes through; `kind` names its passes in `work.PASSES`."""
-
-    kind: str
-    items: int
-    prompts: int
-    replies: int
-    epochs: int = 1
-    name: str = ""  # of a part
-
-
-RATE_OF = {"scored_samples": "generation", "scored": "reward_model"}  # where it is no benchmark
-
-
 def gpt2_sizes() -> Sizes:
     """Of GPT-2 small, from its shape alone."""
     with torch.device("meta"):
@@ -57,72 +51,65 @@ def gpt2_sizes() -> Sizes:
 
 def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
     """Every stage of the first seed, each with the FLOPs that its settings ask for."""
-    found = []
+    found: list[Part] = []
+
+    def add(
+        name: str, stage: str, items: float, prompts: float, replies: float, epochs: int = 1
+    ) -> None:
+        tokens = round(prompts * lengths.prompt), round(replies * lengths.reply)
+        rate_of = {"scored_samples": "generation", "scored": "reward_model"}.get(stage, stage)
+        found.append(Part(name, rate_of, count(stage, sizes, round(items), *tokens, epochs)))
+
+    def add_pairs(name: str, stage: str, pairs: int) -> None:
+        add(name, stage, pairs, pairs, 2 * pairs)
+
+    def add_samples(name: str, prompts: int, each: int) -> None:
+        add(name, "scored_samples", prompts * each, prompts, prompts * each)
+
+    data = profile.data
+    asked = len(catalogue.trained()) + 1  # all policies and the pretrained model
     for record in catalogue.stages(profile):
-        for part in asked(record, profile):
-            name = f"{record.name}: {part.name}" if part.name else record.name
-            prompts = round(part.prompts * lengths.prompt)
-            replies = round(part.replies * lengths.reply)
-            work = count(part.kind, sizes, part.items, prompts, replies, part.epochs)
-            found.append(Part(name, RATE_OF.get(part.kind, part.kind), work))
-    return found
-
-
-def asked(record: Record, profile: Profile) -> list[Asked]:
-    """What the parts of a stage go through, from its settings."""
-    config, data = record.config(profile), profile.data
-    policies = len(catalogue.policies())  # the pretrained model is asked as well
-    match record.runs.rpartition(".")[2]:
-        case "training:dataset":
-            return []
-        case "training:reward_model":
-            pairs = data.judge_pairs if record.pairs == "judge" else data.train_pairs
-            return [_pairs("reward_model", pairs * config.epochs)]
-        case "training:reward_model_curve":
+        stage, config = record.name, record.config(profile)
+        if stage == "reward_model_curve":
             smaller = sum(curve_sizes(data.train_pairs, config.curve_points))
-            return [_pairs("reward_model", smaller * config.epochs)]
-        case "sft:train":
+            add_pairs(stage, "reward_model", smaller * config.epochs)
+        elif isinstance(config, RewardModelConfig):
+            pairs = data.judge_pairs if record.pairs == "judge" else data.train_pairs
+            add_pairs(stage, "reward_model", pairs * config.epochs)
+        elif isinstance(config, SFTConfig):
             shown = min(data.demonstrations, data.train_pairs) * config.epochs
-            return [Asked("sft", shown, shown, shown)]
-        case "training:rejection_sft":
+            add(stage, "sft", shown, shown, shown)
+        elif isinstance(config, RejectionConfig):
+            add_samples(f"{stage}: samples", config.prompts, config.samples)
             shown = config.prompts * config.epochs
-            sampled = _samples("samples", config.prompts, config.samples)
-            return [sampled, Asked("sft", shown, shown, shown, name="training")]
-        case "ppo:train":
+            add(f"{stage}: training", "sft", shown, shown, shown)
+        elif isinstance(config, PPOConfig):
             samples = config.updates * config.batch_size
-            return [Asked("ppo", samples, samples, samples, config.epochs)]
-        case "grpo:train":
+            add(stage, "ppo", samples, samples, samples, config.epochs)
+        elif isinstance(config, GRPOConfig):
             prompts = config.updates * config.prompts_per_update * config.dynamic_sampling
             samples = prompts * config.group_size
-            return [Asked("grpo", samples, prompts, samples, config.iterations)]
-        case "dpo:train":
-            return [_pairs("dpo", data.train_pairs * config.epochs)]
-        case "ask:measure":
+            add(stage, "grpo", samples, prompts, samples, config.iterations)
+        elif isinstance(config, DPOConfig):
+            add_pairs(stage, "dpo", data.train_pairs * config.epochs)
+        elif stage == "probes":
             probes = len(load_probes(truth_of(data.source), config.probe_prompts))
-            return [_samples("", probes, policies * config.probe_samples)]
-        case "evaluate:measure":
-            answers = policies * config.samples_per_prompt
-            return [
-                _samples("answers", data.evaluation_prompts, answers),
-                _samples("best of n", config.best_of_n_prompts, config.best_of_n),
-            ]
-        case "opinions:measure":
+            add_samples(stage, probes, asked * config.probe_samples)
+        elif stage == "evaluate":
+            each = asked * config.samples_per_prompt
+            add_samples(f"{stage}: answers", data.evaluation_prompts, each)
+            add_samples(f"{stage}: best of n", config.best_of_n_prompts, config.best_of_n)
+        elif stage == "second_opinion":
             scores = 2 * len(opinions.watched()) * data.evaluation_prompts
-            return [Asked("scored", scores, scores, scores)]
-    raise ValueError(f"stage {record.name!r} is not counted: say in `asked` what it goes through")
-
-
-def _pairs(kind: str, pairs: int) -> Asked:
-    return Asked(kind, pairs, pairs, 2 * pairs)
-
-
-def _samples(name: str, prompts: int, each: int) -> Asked:
-    return Asked("scored_samples", prompts * each, prompts, prompts * each, name=name)
+            add(stage, "scored", scores, scores, scores)
+        elif stage != "dataset":
+            raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")
+    return found
 
 
 def predict(measured: Mapping, profile_name: str = "full") -> dict:
     """FLOPs and, where the stage's rate was measured, hours of each stage on that device."""
-    profile = catalogue.load(profile_name)
+    profile = load_profile(profile_name)
     tokens = measured["settings"]["mean_tokens"]
     lengths = Lengths(
         min(tokens["prompt"], profile.data.max_prompt_tokens),

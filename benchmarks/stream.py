@@ -70,14 +70,15 @@ def load(path: str, rows: int) -> dict[str, float]:
     tokenizer.model_max_length = 384  # no model reads these rows
     taken = dict.fromkeys(("train_pairs", "demonstrations", "rl_prompts"), rows)
     held_out = dict.fromkeys(("validation_pairs", "test_pairs"), max(1, rows // 100))
-    config = DataConfig(f"path:{path}", 256, 128, **taken, **held_out)
+    limits = {"max_prompt_tokens": 256, "max_response_tokens": 128}
+    config = DataConfig(f"path:{path}", **limits, **taken, **held_out)
     before = psutil.Process().memory_info().rss / 1e6
     loading, data = timed(load_data, config, tokenizer)
     pairs = data.pairs["train"]
 
     def read() -> int:
         batches = shuffled_batches(len(pairs), BATCH, epochs=1, seed=0)
-        return sum(len(pair.prompt) for batch in batches for pair in [pairs[i] for i in batch])
+        return sum(len(pairs[i].prompt) for batch in batches for i in batch)
 
     reading, tokens = timed(read)
     return {

@@ -15,8 +15,7 @@ from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.methods.rewards import Reply, Reward, read_replies
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models.learner import freeze
-from rlhf_lib.models.load import load_reference
+from rlhf_lib.models.load import freeze, load_reference
 from rlhf_lib.models.logprobs import reply_logprobs
 from rlhf_lib.objectives.kl import k3
 from rlhf_lib.objectives.masked import masked_mean

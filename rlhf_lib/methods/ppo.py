@@ -6,7 +6,6 @@ arXiv:2203.02155, with the details of Huang et al. 2024, arXiv:2403.17031.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,8 +19,9 @@ from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.models.logprobs import response_logprobs, token_values
 from rlhf_lib.objectives.advantages import explained_variance, gae, kl_shaped_rewards
+from rlhf_lib.objectives.kl import AdaptiveKL
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lib.objectives.masked import masked_whiten
+from rlhf_lib.objectives.masked import RunningScale, masked_whiten
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import PPOConfig
 
@@ -227,63 +227,3 @@ def rollout_metrics(experience: Experience, kl_coef: float) -> dict[str, float]:
         "val/num_eos_tokens": float(rollout.finished.sum()),
         "val/explained_variance": float(explained),
     }
-
-
-# ----------------------------------------------------------------- two states that follow a run
-# Both have `state_dict` and `load_state_dict`, so that a checkpoint holds them.
-
-
-class AdaptiveKL:
-    """A KL coefficient that rises while the KL is above `target`, and falls while it is below.
-
-    `target` in nats a response, `horizon` in responses; a target of 0 leaves the coefficient alone.
-    Source: Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2.
-    """
-
-    def __init__(self, coef: float, target: float, horizon: int) -> None:
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl: float, samples: int) -> None:
-        """Follow the mean `kl` of `samples` responses; an error counts at most 20 %."""
-        if self.target > 0:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * samples / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coef = state["coef"]
-
-
-class RunningScale:
-    """Standard deviation of all rewards seen so far, to divide the next ones by.
-
-    The mean is left alone, so that 0 stays what it was: the reward of a demonstration.
-    Source: reward scaling in Zheng et al. 2023, arXiv:2307.04964.
-    """
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def update(self, rewards: Tensor) -> None:
-        """Take in a batch of rewards, of any shape."""
-        count, mean = rewards.numel(), float(rewards.mean())
-        total, shift = self.count + count, mean - self.mean
-        self.squares += float(((rewards - mean) ** 2).sum())
-        self.squares += shift**2 * self.count * count / total
-        self.mean += shift * count / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """1 until two rewards that differ have been seen."""
-        variance = self.squares / max(self.count - 1, 1)
-        return math.sqrt(variance) if variance > 0 else 1.0
-
-    def state_dict(self) -> dict[str, float]:
-        return {"count": self.count, "mean": self.mean, "squares": self.squares}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.count, self.mean = int(state["count"]), state["mean"]
-        self.squares = state["squares"]

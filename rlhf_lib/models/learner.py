@@ -75,17 +75,6 @@ class Learner:
         return total, float(norm)  # type: ignore[arg-type]
 
 
-def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
-    """Place a model that is only read: no gradients, and weights in the compute precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
-    if dtype is not None:
-        model = model.to(dtype=dtype)  # type: ignore[call-arg]
-        if hasattr(model, "score"):
-            model.score.float()  # type: ignore[operator]
-    return model
-
-
 class Averages:
     """Weighted means of statistics that arrive micro-batch by micro-batch."""
 

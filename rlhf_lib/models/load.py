@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
@@ -72,6 +73,17 @@ def load_policy(name: str | Path) -> PreTrainedModel:
 def load_reference(name: str | Path) -> PreTrainedModel:
     """A frozen copy of a policy: eval mode, no gradients."""
     return load_policy(name).eval().requires_grad_(False)
+
+
+def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
+    """Place a model that is only read: no gradients, and weights in the compute precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
+    if dtype is not None:
+        model = model.to(dtype=dtype)  # type: ignore[call-arg]
+        if hasattr(model, "score"):
+            model.score.float()  # type: ignore[operator]
+    return model
 
 
 def load_reward_model(

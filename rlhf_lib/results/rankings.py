@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.pairs import Pair, PreferenceData, subset
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, over_seeds, verdict
-from rlhf_lib.data.pairs import subset
 from rlhf_lib.runs import Stage
 
 

@@ -25,10 +25,11 @@ from rlhf_lib.data.pairs import PreferenceData, subset
 from rlhf_lib.methods import reward_model as bradley_terry
 from rlhf_lib.methods import rewards, sft
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.learner import Learner, Log, Steps, freeze
+from rlhf_lib.models.learner import Learner, Log, Steps
 from rlhf_lib.models.load import (
     add_value_head,
     fingerprint,
+    freeze,
     load_policy,
     load_reference,
     load_reward_model,

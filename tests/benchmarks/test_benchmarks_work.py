@@ -19,9 +19,9 @@ from benchmarks.job import STAGES, Job, Row, read_job
 from benchmarks.peer_worker import load as load_peer
 from benchmarks.saved import watch
 from benchmarks.work import PASSES, Sizes, count, sizes_of
+from rlhf_lib import catalogue
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.settings import PROFILES, SettingsError, load_profile
-from rlhf_lib.study.stages import stage_names
 
 has_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
 
@@ -225,9 +225,8 @@ def test_every_stage_of_a_profile_is_predicted(name: str) -> None:
     profile = load_profile(name)
     lengths = predict.Lengths(100.0, 40.0)
     found = predict.parts(profile, predict.gpt2_sizes(), lengths)
-    assert {part.name.partition(":")[0] for part in found} == set(stage_names(profile)) - {
-        "dataset"
-    }
+    stages = {record.name for record in catalogue.stages(profile)}
+    assert {part.name.partition(":")[0] for part in found} == stages - {"dataset"}
     assert min(part.work.flops for part in found) > 0
 
 

@@ -164,7 +164,7 @@ def update(
             learner, value, experience, epochs=1, minibatch_size=count, micro_batch_size=size
         )
         return metrics | ppo.rollout_metrics(experience, kl_coef=0.2)
-    rewards, compared = grpo.make_advantages(sample, group_size=count)
+    rewards, compared = grpo.make_advantages(sample, group_size=count, kl_reward_coef=0.2)
     metrics = grpo.update(
         learner,
         sample,
