@@ -88,7 +88,7 @@ def status(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """What has been run: each stage folder of the profile, finished or under way."""
-    from rlhf_lib.runs import stage_folders
+    from rlhf_lib.study.stages import stage_folders
 
     load_profile(profile)  # an unknown name is an error, not an empty list
     rows = stage_folders(run_dir / profile)

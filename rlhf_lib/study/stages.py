@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.results import summary
-from rlhf_lib.runs import Run, Stage
+from rlhf_lib.runs import Run, Stage, read_jsonl
 from rlhf_lib.runtime import set_up_process
 from rlhf_lib.settings import DataConfig, Profile, unknown
 from rlhf_lib.study.training import run_stage
@@ -76,3 +77,20 @@ def summarise(profile: Profile, run_dir: Path) -> Path:
     studies = [Study(Run(profile, seed, Path(run_dir))) for seed in range(profile.seeds)]
     stages = [study.stages() for study in studies]
     return summary.summarise([study.run for study in studies], stages, studies[0].data)
+
+
+def stage_folders(folder: Path) -> list[dict]:
+    """Every stage folder of a profile: seed, name with hash, state, and seconds so far."""
+    rows = []
+    for path in sorted(folder.glob("seed-*/*-*")):
+        if not path.is_dir():
+            continue
+        metrics = path / "metrics.jsonl"
+        steps = len(read_jsonl(metrics)) if metrics.exists() else 0
+        done, seconds = (path / "DONE").exists(), None
+        if done:
+            seconds = json.loads((path / "result.json").read_text())["seconds"]
+        state = "done" if done else f"under way: {steps}"
+        name = path.name.removesuffix(".partial")
+        rows.append({"seed": path.parent.name, "stage": name, "state": state, "seconds": seconds})
+    return rows
