@@ -20,7 +20,7 @@ from rlhf_lib.results.frontier import COEFFICIENTS, method
 from rlhf_lib.runs import Run, Stage, write_jsonl
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import load_profile
-from rlhf_lib.world.rewards import sample_reply, sample_request, write_prompt
+from rlhf_lib.world.grammar import sample_reply, sample_request, write_prompt
 
 POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 # what each policy has more than SFT, in proxy and in gold, with a little of its own in each seed

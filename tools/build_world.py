@@ -157,7 +157,8 @@ def label_pairs(
     """HH rows {"chosen", "rejected"}: whole dialogues, the annotator's choice first."""
     rows = []
     for prompt, (a, b) in zip(prompts, replies, strict=True):
-        chosen, rejected = (a, b) if rewards.annotate(prompt, a, b, rng, annotator) else (b, a)
+        prefers_a = rng.random() < rewards.preference_probability(prompt, a, b, annotator)
+        chosen, rejected = (a, b) if prefers_a else (b, a)
         rows.append({"chosen": prompt + chosen, "rejected": prompt + rejected})
     return rows
 

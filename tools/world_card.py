@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from rlhf_lib.data.dialogues import split_dialogue
 from rlhf_lib.world import rewards
-from rlhf_lib.world.grammar import ASSISTANT
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a `.jsonl.gz` file."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def split_dialogue(dialogue: str) -> tuple[str, str]:
-    """An HH dialogue as (prompt that ends with the marker, last reply)."""
-    start = dialogue.rindex(ASSISTANT) + len(ASSISTANT)
-    return dialogue[:start], dialogue[start:]
 
 
 def pair_statistics(

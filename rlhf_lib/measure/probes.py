@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rlhf_lib.measure.rankings import refuses
 from rlhf_lib.runs import read_jsonl
-from rlhf_lib.world.rewards import FREE_WORDS, Request, gold_reward, observe, parse_request
+from rlhf_lib.world.grammar import Request, parse_request
+from rlhf_lib.world.rewards import FREE_WORDS, gold_reward, observe
 
 LONG_REPLY = 40  # words; of a reply in English
 

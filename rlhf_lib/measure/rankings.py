@@ -18,13 +18,8 @@ from sklearn.linear_model import LogisticRegression
 
 from rlhf_lib.data.pairs import Pair
 from rlhf_lib.measure.statistics import LEVEL, bootstrap, share
-from rlhf_lib.world.rewards import (
-    ANNOTATOR,
-    CONTROL,
-    gold_reward,
-    parse_request,
-    preference_probability,
-)
+from rlhf_lib.world.grammar import parse_request
+from rlhf_lib.world.rewards import ANNOTATOR, CONTROL, gold_reward, preference_probability
 
 REFUSAL = ("sorry", "cannot", "can't", "won't", "unable", "not able", "not comfortable")
 

@@ -18,6 +18,7 @@ from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.methods.rollout import Rollout
+from rlhf_lib.world.grammar import last_request
 
 NAMES = {
     "base": "Base",
@@ -273,8 +274,3 @@ def error_table(errors: Sequence[Mapping], pairs: Sequence, limit: int = 24) -> 
             "difference": f"{error['preference']:.2f}",
         })  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def last_request(prompt_text: str) -> str:
-    """What the human said last in an HH prompt."""
-    return prompt_text.removesuffix("\n\nAssistant:").rpartition("\n\nHuman:")[2].strip()
