@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.batches import by_length, by_prompt, shuffled_batches
+from rlhf_lib.data.batches import by_length, shuffled_batches
 from rlhf_lib.data.pairs import Pair, PreferenceData, paired_lengths, sides
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.learner import Averages, Learner
 from rlhf_lib.models.load import load_policy, save_model, trainable
 from rlhf_lib.models.logprobs import Tokens, paired_logprobs, response_logprobs
 from rlhf_lib.models.lora import adapters_off
+from rlhf_lib.models.packing import by_prompt
 from rlhf_lib.objectives.preference import (
     PreferenceStats,
     dpo_loss,

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib.data.batches import by_prompt
 from rlhf_lib.data.pairs import Prompt
 from rlhf_lib.models.generation import generate
 from rlhf_lib.models.learner import freeze
@@ -28,6 +27,7 @@ from rlhf_lib.models.logprobs import (
     unflatten,
 )
 from rlhf_lib.models.lora import adapters_off
+from rlhf_lib.models.packing import by_prompt
 from rlhf_lib.objectives.kl import full_kl
 from rlhf_lib.objectives.masked import entropy, masked_mean
 from rlhf_lib.runs import Run

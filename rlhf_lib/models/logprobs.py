@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_lib.data.batches import first_fit, runs_of_equal
+from rlhf_lib.models.packing import first_fit, runs_of_equal
 from rlhf_lib.objectives.masked import entropy
 
 Tokens = Sequence[Sequence[int]]
