@@ -17,7 +17,7 @@ from benchmarks.job import Job, read_job
 from benchmarks.protocol import Round, serve
 from benchmarks.work import Work
 from rlhf_lib.data.batches import chunks, shuffled_batches
-from rlhf_lib.data.pairs import Demonstration, Pair, Prompt
+from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
 from rlhf_lib.methods.rollout import Sampler, generate
 from rlhf_lib.models.learner import Learner, freeze

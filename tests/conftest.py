@@ -126,7 +126,8 @@ def _random_ids(rng: random.Random, shortest: int, longest: int) -> list[int]:
 @pytest.fixture(scope="session")
 def tiny_data(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
     """Made-up `PreferenceData`: 24 training pairs of mixed lengths; one reply in six has no end."""
-    from rlhf_lib.data.pairs import Demonstration, Pair, PreferenceData, Prompt
+    from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
+    from rlhf_lib.data.pairs import PreferenceData
 
     rng = random.Random(5)
     text = tiny_tokenizer.decode

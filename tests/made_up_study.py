@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.opinions import WATCHED
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.results import summary

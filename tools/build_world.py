@@ -26,7 +26,7 @@ from random import Random
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from rlhf_lib.data.pairs import Demonstration
+from rlhf_lib.data.encoding import Demonstration
 from rlhf_lib.methods.rollout import generate
 from rlhf_lib.methods.sft import fit
 from rlhf_lib.settings import SFTConfig

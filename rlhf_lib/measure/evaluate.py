@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import PreferenceData, Prompt
+from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.heldout import chosen_replies, heldout_texts, negative_logprobs
 from rlhf_lib.methods.rollout import Rollout, Sampler, gold_rewards, score
 from rlhf_lib.models.learner import freeze

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib.data.dialogues import read_demonstration
-from rlhf_lib.data.encoding import Demonstration, Encoder
-from rlhf_lib.data.pairs import Pair, PreferenceData, Prompt
+from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.sources import read_source
 from rlhf_lib.methods.dpo import sequence_logprobs
 from rlhf_lib.runtime import bundled_folder

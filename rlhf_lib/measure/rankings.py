@@ -16,7 +16,7 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
 from rlhf_lib.measure.statistics import LEVEL, bootstrap, share
 from rlhf_lib.world.grammar import parse_request
 from rlhf_lib.world.rewards import ANNOTATOR, CONTROL, gold_reward, preference_probability

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lib.data.batches import by_length, shuffled_batches
-from rlhf_lib.data.pairs import Pair, PreferenceData, paired_lengths, sides
+from rlhf_lib.data.encoding import Pair, paired_lengths, sides
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.learner import Averages, Learner
 from rlhf_lib.models.load import load_policy, save_model, trainable

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.methods.reward_model import score_pairs
 from rlhf_lib.methods.reward_model import train as train_reward_model
 from rlhf_lib.models.load import load_reward_model, load_tokenizer

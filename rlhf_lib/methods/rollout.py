@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.models.generation import generate
 from rlhf_lib.models.learner import freeze
 from rlhf_lib.models.load import eos_id, load_reference, load_reward_model, load_tokenizer

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lib.data.batches import by_length, chunks, shuffled_batches
-from rlhf_lib.data.pairs import Demonstration, PreferenceData, Prompt
+from rlhf_lib.data.encoding import Demonstration, Prompt
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.methods.rollout import Sampler, is_finished
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (

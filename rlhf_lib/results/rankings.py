@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, over_seeds, verdict
 from rlhf_lib.methods.learning_curve import subset

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.measure import evaluate, heldout
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.runs import Stage, read_jsonl

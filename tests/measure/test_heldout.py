@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.measure import heldout
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.settings import DataConfig

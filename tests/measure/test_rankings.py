@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
 from rlhf_lib.measure import rankings
 from rlhf_lib.show.display import ERROR_RULES
 

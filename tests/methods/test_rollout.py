@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import rollout
 from rlhf_lib.methods.rollout import Rollout, Sampler, gold_rewards, is_finished, score
 from rlhf_lib.models.load import load_policy

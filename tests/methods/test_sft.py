@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import sft
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.learner import Learner

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.rankings import fit_temperature
 from rlhf_lib.results import rankings
 from rlhf_lib.runs import Run, Stage

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
 from rlhf_lib.objectives import kl
 from rlhf_lib.show import display
 

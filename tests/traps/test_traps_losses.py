@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lib.data.pairs import Demonstration
+from rlhf_lib.data.encoding import Demonstration
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
 from rlhf_lib.methods.rollout import MicroBatch, Rollout
 from rlhf_lib.models.learner import Learner

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rollout
 from rlhf_lib.models.load import load_policy, load_reward_model
 from rlhf_lib.models.logprobs import Tokens, pad, paired_logprobs

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf_lib import settings
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rollout
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models import generation, load

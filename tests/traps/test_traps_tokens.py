@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Demonstration
+from rlhf_lib.data.encoding import Demonstration
 from rlhf_lib.methods import dpo, grpo, ppo, rollout, sft
 from rlhf_lib.models import logprobs
 from rlhf_lib.models.logprobs import Layout, Tokens, length_mask, pad, token_logprobs
