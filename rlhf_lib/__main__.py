@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from rlhf_lib import catalogue
 from rlhf_lib.settings import PROFILES, UserError, load_profile
 
 app = typer.Typer(
@@ -52,7 +53,7 @@ def run(
     from rlhf_lib.study import book, schedule
 
     overrides = _overrides(data, model, settings, seeds)
-    chosen = load_profile(profile, overrides)
+    chosen = catalogue.load(profile, overrides)
     notebooks = schedule.run_study(chosen, run_dir, overrides, only or None)
     for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
@@ -72,7 +73,7 @@ def report(
     """Render the executed notebooks into index.html and report.pdf."""
     from rlhf_lib.study import book
 
-    chosen = load_profile(profile, _overrides(data, model, settings, seeds))
+    chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
     _print_report(book.write_report(chosen, run_dir))
 
 
@@ -87,7 +88,7 @@ def status(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """What has been run: each stage folder of the profile, finished or under way."""
-    from rlhf_lib.runs import stage_folders
+    from rlhf_lib.study.stages import stage_folders
 
     load_profile(profile)  # an unknown name is an error, not an empty list
     rows = stage_folders(run_dir / profile)
@@ -111,7 +112,7 @@ def export(
     """Write a finished study's numbers as JSON, and the plots drawn from them (no dataset text)."""
     from rlhf_lib.study import book
 
-    chosen = load_profile(profile, _overrides(data, model, settings, seeds))
+    chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
     for path in book.export_figures(chosen, run_dir, target):
         print(path)
 
@@ -166,18 +167,9 @@ def _add_stage(name: str, summary: str) -> None:
     app.command(name.replace("_", "-"))(command)
 
 
-for _name, _summary in {
-    "dataset": "Load, clean, split and audit the preference pairs.",
-    "reward_model": "Train the reward model.",
-    "sft": "Supervised fine-tuning.",
-    "rejection_sft": "SFT on the best of n samples, picked by the reward model.",
-    "ppo": "Train with PPO (SFT and reward model first, if missing).",
-    "grpo": "Train with GRPO (SFT and reward model first, if missing).",
-    "dpo": "Train with DPO (SFT first, if missing).",
-    "probes": "Ask every policy of one seed the probes in data/probes.",
-    "evaluate": "Measure every policy of one seed on held-out prompts.",
-}.items():
-    _add_stage(_name, _summary)
+for _record in catalogue.CATALOGUE.values():
+    if _record.help:
+        _add_stage(_record.name, _record.help)
 
 
 def main() -> None:

@@ -9,8 +9,10 @@ that is found when it is asked for.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_lib.settings import Profile, SettingsError, load_profile, unknown
@@ -42,6 +44,7 @@ class Record:
     sections: tuple[str, ...] = ()  # of the profile that reach it; the first is its `config`
     changes: Callable[[Profile], dict[str, Any]] = lambda profile: {}  # of that first one
     unread: tuple[str, ...] = ()  # settings of these sections that do not reach it after all
+    files: tuple[str, ...] = ()  # in data/ that it reads beside the pairs
     pairs: str = "train"  # which it learns from: train, judge, or control
     exists: Callable[[Profile, int], bool] = lambda profile, seed: True  # in a profile and seed
     notebook: str = ""  # trains it where the whole study is run
@@ -63,7 +66,7 @@ class Record:
     @property
     def module(self) -> str:
         """Where the source is that the stage's hash follows."""
-        return self.runs.partition(":")[0]
+        return self.runs.rpartition(":")[0]
 
 
 CATALOGUE: dict[str, Record] = {}
@@ -91,10 +94,20 @@ def extend(profile: Profile) -> None:
 
 
 def resolve(name: str) -> Any:
-    """The object behind `package.module:name`. Raises SettingsError for what is not there."""
-    module, colon, attribute = name.partition(":")
+    """The object behind `package.module:name` or `FILE.py:name`.
+
+    A file's folder is searched for what it imports. Raises SettingsError for what is not there.
+    """
+    module, colon, attribute = name.rpartition(":")
     if not colon or not attribute:
-        raise SettingsError(f"{name!r}: name it as package.module:name")
+        raise SettingsError(f"{name!r}: name it as package.module:name or FILE.py:name")
+    if module.endswith(".py"):
+        path = Path(module).expanduser().resolve()
+        if not path.is_file():
+            raise SettingsError(f"{name}: there is no file {path}")
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        module = path.stem
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -323,10 +336,11 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
 add(
     Record(
         "probes", "probes",
-        runs="rlhf_lib.measure.probes:measure", needs=("policies", "reward_model"),
+        runs="rlhf_lib.measure.ask:measure", needs=("policies", "reward_model"),
         sections=("evaluation",), notebook="07_evaluation",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "heldout_texts",
                 "bootstrap_samples"),
+        files=("probes/world.jsonl", "probes/english.jsonl"),
         help="Ask every policy of one seed the probes in data/probes.",
     ),
     Record(
@@ -334,7 +348,8 @@ add(
         runs="rlhf_lib.measure.evaluate:measure",
         needs=("policies", "reward_model", "reward_model_control", "judge"),
         sections=("evaluation",), unread=("bootstrap_samples", "probe_prompts", "probe_samples"),
-        notebook="07_evaluation", help="Measure every policy of one seed on held-out prompts.",
+        files=("heldout.jsonl.gz",), notebook="07_evaluation",
+        help="Measure every policy of one seed on held-out prompts.",
     ),
     Record(
         "second_opinion", "second opinion",

@@ -26,6 +26,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_lib import catalogue
 from rlhf_lib.runtime import (
     choose_precision,
     computed_by,
@@ -37,7 +38,7 @@ from rlhf_lib.runtime import (
     reset_peak_memory,
     seed_everything,
 )
-from rlhf_lib.settings import Profile, as_dict, content_hash, load_profile
+from rlhf_lib.settings import Profile, as_dict, content_hash
 
 PACKAGE = Path(__file__).resolve().parent
 BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
@@ -56,7 +57,7 @@ class Run:
         cls, profile: str, seed: int = 0, root: str | Path = "runs",
         overrides: str | Sequence[str] = (),
     ) -> Run:  # fmt: skip
-        return cls(load_profile(profile, overrides), seed, Path(root))
+        return cls(catalogue.load(profile, overrides), seed, Path(root))
 
     def stage(
         self, name: str, settings: object, upstream: Mapping[str, str], *modules: str
@@ -263,23 +264,6 @@ class Work:
         if self.stage.path.exists():  # a folder that lost its DONE: whatever it holds is not whole
             shutil.rmtree(self.stage.path)
         self.path.rename(self.stage.path)
-
-
-def stage_folders(folder: Path) -> list[dict]:
-    """Every stage folder of a profile: seed, name with hash, state, and seconds so far."""
-    rows = []
-    for path in sorted(folder.glob("seed-*/*-*")):
-        if not path.is_dir():
-            continue
-        metrics = path / "metrics.jsonl"
-        steps = len(read_jsonl(metrics)) if metrics.exists() else 0
-        done, seconds = (path / "DONE").exists(), None
-        if done:
-            seconds = json.loads((path / "result.json").read_text())["seconds"]
-        state = "done" if done else f"under way: {steps}"
-        name = path.name.removesuffix(".partial")
-        rows.append({"seed": path.parent.name, "stage": name, "state": state, "seconds": seconds})
-    return rows
 
 
 # ------------------------------------------------------------------------- what a stage runs

@@ -21,9 +21,11 @@ os.environ.update(
     }
 )
 
+import inspect
 import random
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,12 +201,60 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory, make_run: Callable, tiny_data: Any
 ) -> SimpleNamespace:
     """The stages that PPO, GRPO and DPO start from: `finished.sft` and `finished.reward_model`."""
-    from rlhf_lib.methods import reward_model, sft
-
     run = make_run(tmp_path_factory.mktemp("upstream"))
     return SimpleNamespace(
-        sft=sft.train(run, tiny_data), reward_model=reward_model.train(run, tiny_data)
+        **{name: train_stage(run, name, tiny_data) for name in ("sft", "reward_model")}
     )
+
+
+def train_stage(
+    run: Any, name: str, data: Any, needed: Any = None, stage_name: str = "", **changes: Any
+) -> Any:
+    """The stage `name` of the catalogue, run from stages in `needed` (such as `finished`).
+
+    `stage_name` and `changes` of its settings make another stage beside it.
+    """
+    from rlhf_lib import catalogue
+    from rlhf_lib.study.training import run_stage
+
+    record = catalogue.record(name)
+    if changes or stage_name:
+        record = replace(
+            record,
+            name=stage_name or name,
+            changes=lambda profile, earlier=record.changes: earlier(profile) | changes,
+        )
+    stages = vars(needed) if needed is not None else {}
+    return run_stage(run, record, data, {need: stages[need] for need in record.needs})
+
+
+def numbers(function: Callable, config: Any) -> dict[str, Any]:
+    """The settings that a function takes by name, from a record of them."""
+    names = inspect.signature(function).parameters
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+@pytest.fixture(scope="session")
+def make_sampler(finished: Any) -> Callable[..., Any]:
+    """`make_sampler(reward=None)`: of the made-up SFT policy and, by default, its reward model."""
+    from rlhf_lib.methods.rewards import of_model
+    from rlhf_lib.methods.rollout import Sampler
+    from rlhf_lib.models.learner import freeze
+    from rlhf_lib.models.load import load_reference, load_reward_model, load_tokenizer
+    from rlhf_lib.runtime import make_accelerator
+
+    def make(reward: Any = None, **settings: Any) -> Sampler:
+        accelerator = make_accelerator("fp32")
+        tokenizer = load_tokenizer(finished.sft.model_path)
+        if reward is None:
+            model, _ = load_reward_model(finished.reward_model.model_path, tokenizer, seed=3)
+            reward = of_model(freeze(accelerator, model), accelerator)
+        reference = freeze(accelerator, load_reference(finished.sft.model_path))
+        return Sampler(
+            accelerator, tokenizer, reference, reward, **{"max_new_tokens": 8} | settings
+        )
+
+    return make
 
 
 @pytest.fixture

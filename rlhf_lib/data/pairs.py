@@ -43,7 +43,7 @@ class PreferenceData:
     prompts: Mapping[str, Sequence[Prompt]]
     audit: dict
     hash: str
-    truth: Truth | None = None  # what is known beyond the labels: of real pairs nothing
+    truth: Truth | None = None
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PreferenceData:
@@ -289,3 +289,9 @@ def fill(
         if len(pairs[split]) < sizes[split]:
             pairs[split].append(pair)
     return {split: writer.stored() for split, writer in pairs.items()}
+
+
+def subset(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
+    """`size` pairs drawn without replacement; a smaller subset lies within a larger one."""
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return [pairs[i] for i in order[:size]]

@@ -3,39 +3,122 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData
-from rlhf_lib.measure.heldout import chosen_replies, heldout_texts, negative_logprobs
-from rlhf_lib.methods.rollout import Rollout, Sampler, gold_rewards, score
-from rlhf_lib.models.learner import freeze
-from rlhf_lib.models.load import load_reference, load_reward_model, load_tokenizer
-from rlhf_lib.models.logprobs import Tokens
+from rlhf_lib.methods.rewards import Reply, Reward, read_replies
+from rlhf_lib.methods.rollout import Rollout, Sampler
+from rlhf_lib.models.load import freeze, load_reference
+from rlhf_lib.models.logprobs import reply_logprobs
 from rlhf_lib.objectives.kl import k3
 from rlhf_lib.objectives.masked import masked_mean
-from rlhf_lib.runs import Run, Stage, Work, write_jsonl
-from rlhf_lib.runtime import make_accelerator, progress, seed_everything
-from rlhf_lib.settings import content_hash
+from rlhf_lib.runs import Work, write_jsonl
+from rlhf_lib.runtime import progress, seed_everything
+from rlhf_lib.settings import EvaluationConfig
+
+REAL_TEXTS = "the chosen replies of the test pairs, given their prompts"
+
+
+def measure(
+    work: Work,
+    sampler: Sampler,
+    policies: Mapping[str, str],
+    raters: Mapping[str, Reward],
+    control: Reward | None,
+    encoder: Encoder,
+    data: PreferenceData,
+    config: EvaluationConfig,
+    seed: int,
+) -> dict:
+    """Sample every policy on the evaluation prompts and measure it.
+
+    `policies`: name -> model folder or name; "sft" among them is the reference. `raters` judge
+    every reply beside the sampler's own reward, the proxy. `control`: a reward model trained on
+    unbiased labels of the same pairs, for a second best-of-n curve.
+
+    Writes `samples/<policy>.jsonl`: `samples_per_prompt` rows a prompt, the whole list of prompts
+    once, then again; `samples/sft_again.jsonl`, a second draw from SFT: the null against which
+    every difference to SFT should be seen; `chosen.jsonl`, the dataset's chosen replies to the
+    prompts that a test pair shares; `heldout.jsonl`, each held-out text's -log p by each policy.
+    """
+    texts, what = heldout_texts(data, encoder, config.heldout_texts)
+    prompts = list(data.prompts["evaluation"]) * config.samples_per_prompt
+    (work.path / "samples").mkdir(exist_ok=True)
+    means: dict[str, dict[str, float]] = {}
+    nlls: dict[str, list[float]] = {}
+    draws = {**policies, "sft_again": policies["sft"]}
+    for name, policy in each_policy(draws, sampler.accelerator, 1000 * seed, "evaluate"):
+        rollout = sampler.sample(
+            policy,
+            prompts,
+            temperature=config.temperature,
+            batch_size=config.batch_size,
+            exact_kl=True,
+        )
+        replies = read_replies(sampler.tokenizer, rollout.responses)
+        rated = {key: torch.as_tensor(rate(prompts, replies)) for key, rate in raters.items()}
+        rows = records(rollout, prompts, replies, rated)
+        write_jsonl(work.path / "samples" / f"{name}.jsonl", rows)
+        kl = sum(row["kl"] for row in rows) / len(rows)
+        judged = {key: float(x.mean()) for key, x in rated.items() if key != "gold"}
+        means[name] = rollout.metrics() | {"kl": kl} | judged
+        work.num_tokens += rollout.num_tokens
+        if name in policies:
+            with sampler.accelerator.autocast():
+                nlls[name] = negative_logprobs(policy, texts, config.batch_size)
+        del policy  # before the next one is loaded
+    heldout = [
+        {"tokens": len(text.response), "nll": {name: nll[i] for name, nll in nlls.items()}}
+        for i, text in enumerate(texts)
+    ]
+    write_jsonl(work.path / "heldout.jsonl", heldout)
+    write_jsonl(work.path / "chosen.jsonl", rate_chosen(sampler, raters, data))
+    seed_everything(1000 * seed + 999)
+    pickers = {"control": control} if control else {}
+    curves = best_of_n_curves(
+        sampler,
+        data.prompts["evaluation"][: config.best_of_n_prompts],
+        raters,
+        pickers,
+        config.best_of_n,
+        config.temperature,
+    )
+    return {"policies": means, "best_of_n": curves, "heldout": what}
+
+
+def each_policy(
+    policies: Mapping[str, str], accelerator: Accelerator, seed: int, title: str
+) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Every policy in turn, frozen, with a seed of its own: whatever it says is its own draw."""
+    for number, (name, path) in enumerate(progress(list(policies.items()), title)):
+        seed_everything(seed + number)
+        yield name, freeze(accelerator, load_reference(path))
 
 
 def records(
-    rollout: Rollout, prompts: Sequence[Prompt], texts: Sequence[str], judged: Tensor | None = None
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    replies: Sequence[Reply],
+    rated: Mapping[str, Tensor],
 ) -> list[dict]:
     """One row per reply: rewards, distance from SFT, entropy, length, and whether it ended.
 
     `kl` is the full-vocabulary KL to SFT summed over the reply, in nats; `kl_k1` and `kl_k3` are
-    its sampled estimates; `entropy` is the mean over the reply's tokens. `judged`: (B,) rewards by
-    a held-out judge.
+    its sampled estimates; `entropy` is the mean over the reply's tokens. `rated`: further rewards
+    of the replies, (B,) each.
     """
     assert rollout.exact_kl is not None, "evaluation samples with exact_kl=True"
     mask = rollout.response_mask
     columns = {
+        "prompt": [prompt.text for prompt in prompts],
+        "response": [reply.text for reply in replies],
         "proxy": rollout.scores.tolist(),
         "kl": rollout.exact_kl.sum(1).tolist(),
         "kl_k1": rollout.kl.tolist(),
@@ -43,16 +126,95 @@ def records(
         "entropy": masked_mean(rollout.entropies, mask, dim=1).tolist(),
         "length": rollout.lengths.int().tolist(),
         "finished": rollout.finished.tolist(),
+        **{key: values.tolist() for key, values in rated.items()},
     }
-    if rollout.gold is not None:
-        columns["gold"] = rollout.gold
-    if judged is not None:
-        columns["judge"] = judged.tolist()
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [
-        {"prompt": prompt.text, "response": text, **row}
-        for prompt, text, row in zip(prompts, texts, rows, strict=True)
-    ]
+    return as_rows(columns)
+
+
+def as_rows(columns: Mapping[str, Sequence]) -> list[dict]:
+    """Columns of equal length as rows."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+# ------------------------------------------------------------------- beside the policies' replies
+
+
+def heldout_texts(
+    data: PreferenceData, encoder: Encoder, limit: int
+) -> tuple[list[Demonstration], str]:
+    """Texts that nothing was trained on, without repeats, and what they are in words.
+
+    The bundled world has some of its own; of real data they are the test pairs' chosen replies.
+    """
+    if data.truth is not None:
+        texts, what = encoder.demonstrations(data.truth.heldout()), data.truth.heldout_what
+    else:
+        texts = [
+            Demonstration(p.prompt_text, p.chosen_text, p.prompt, p.chosen)
+            for p in data.pairs["test"]
+        ]
+        what = REAL_TEXTS
+    distinct = {(tuple(t.prompt), tuple(t.response)): t for t in texts}
+    return list(distinct.values())[:limit], what
+
+
+def negative_logprobs(
+    model: PreTrainedModel, texts: Sequence[Demonstration], batch_size: int
+) -> list[float]:
+    """-log p(reply | prompt) of each text in nats, summed over its tokens, at temperature 1."""
+    sides = [t.prompt for t in texts], [t.response for t in texts]
+    return (-reply_logprobs(model, *sides, batch_size)).tolist()
+
+
+def chosen_replies(prompts: Sequence[Prompt], pairs: Sequence[Pair]) -> dict[str, Pair]:
+    """The text of each prompt that some pair shares -> the first such pair.
+
+    Prompts are compared by their tokens: equal once cut is equal to the model.
+    """
+    first = {tuple(p.prompt): p for p in reversed(pairs)}
+    return {p.text: first[tuple(p.ids)] for p in prompts if tuple(p.ids) in first}
+
+
+def rate_chosen(sampler: Sampler, raters: Mapping[str, Reward], data: PreferenceData) -> list[dict]:
+    """The dataset's chosen reply to each evaluation prompt that has one, and its rewards."""
+    found = chosen_replies(data.prompts["evaluation"], data.pairs["test"])
+    if not found:
+        return []
+    pairs = list(found.values())
+    prompts = [Prompt(p.prompt_text, p.prompt) for p in pairs]
+    replies = read_replies(sampler.tokenizer, [p.chosen for p in pairs])
+    rated = {key: torch.as_tensor(rate(prompts, replies)) for key, rate in raters.items()}
+    columns = {
+        "prompt": list(found),
+        "response": [pair.chosen_text for pair in pairs],
+        "proxy": sampler.score(prompts, replies)[0].tolist(),
+        "length": [len(reply.ids) for reply in replies],
+        **{key: values.tolist() for key, values in rated.items()},
+    }
+    return as_rows(columns)
+
+
+# ------------------------------------------------------------------------------------- best of n
+
+
+def best_of_n_curves(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    raters: Mapping[str, Reward],
+    pickers: Mapping[str, Reward],
+    n: int,
+    temperature: float,
+) -> dict[str, list[dict]]:
+    """Curves of best-of-n from the reference, picked by the sampler's reward and by others."""
+    repeated = [p for p in prompts for _ in range(n)]
+    replies = sampler.draw(sampler.reference, repeated, temperature)
+
+    def grid(reward: Reward) -> np.ndarray:
+        return torch.as_tensor(reward(repeated, replies)).numpy().reshape(len(prompts), n)
+
+    others = {key: grid(rate).astype(float) for key, rate in raters.items()}
+    picking = {"default": sampler.reward, **pickers}
+    return {name: best_of_n(grid(reward), others) for name, reward in picking.items()}
 
 
 def best_of_n(proxy: np.ndarray, others: Mapping[str, np.ndarray]) -> list[dict]:
@@ -72,144 +234,3 @@ def best_of_n(proxy: np.ndarray, others: Mapping[str, np.ndarray]) -> list[dict]
             row[key] = float(taken.mean())
         rows.append(row)
     return rows
-
-
-def evaluate(
-    run: Run,
-    data: PreferenceData,
-    policies: Mapping[str, str],
-    reward_model: Stage,
-    upstream: Mapping[str, str],
-    control: Stage | None = None,
-    judge: Stage | None = None,
-) -> Stage:
-    """Sample every policy on the evaluation prompts and measure it.
-
-    `policies`: name -> model folder or name; "sft" among them is the reference. `control`: a
-    reward model trained on unbiased labels of the same pairs, for a second best-of-n curve.
-    `judge`: a reward model trained on pairs that the proxy never saw; every reply gets its score.
-
-    Writes `samples/<policy>.jsonl`: `samples_per_prompt` rows a prompt, the whole list of prompts
-    once, then again; `samples/sft_again.jsonl`, a second draw from SFT: the null against which
-    every difference to SFT should be seen; `chosen.jsonl`, the dataset's chosen replies to the
-    prompts that a test pair shares; `heldout.jsonl`, each held-out text's -log p by each policy.
-    """
-    config = run.profile.evaluation
-    texts, what = heldout_texts(
-        run.profile.data, data, load_tokenizer(policies["sft"]), config.heldout_texts
-    )
-    upstream = {**upstream, "heldout": content_hash([vars(text) for text in texts])}
-    if judge is not None:
-        upstream["judge"] = judge.hash
-    stage = run.stage("evaluate", config, upstream, __name__)
-
-    def build(work: Work) -> dict:
-        accelerator = make_accelerator(run.profile.model.precision)
-        sampler = Sampler(
-            run, accelerator, policies["sft"], str(reward_model.model_path),
-            temperature=config.temperature, batch_size=config.batch_size,
-        )  # fmt: skip
-        rater = _Rater(sampler, _frozen_reward_model(sampler, judge, run.seed))
-        prompts = list(data.prompts["evaluation"]) * config.samples_per_prompt
-        (work.path / "samples").mkdir(exist_ok=True)
-        means, nlls = {}, {}
-        draws = {**policies, "sft_again": policies["sft"]}
-        for number, (name, path) in enumerate(progress(list(draws.items()), "evaluate")):
-            seed_everything(1000 * run.seed + number)  # each policy has its own draw
-            policy = freeze(accelerator, load_reference(path))
-            rollout = sampler.sample(policy, prompts, exact_kl=True)
-            replies = sampler.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-            judged = rater.judged(rollout.prompts, rollout.responses)
-            rows = records(rollout, prompts, replies, judged)
-            write_jsonl(work.path / "samples" / f"{name}.jsonl", rows)
-            kl = sum(row["kl"] for row in rows) / len(rows)
-            means[name] = rollout.metrics() | {"kl": kl}
-            if judged is not None:
-                means[name]["judge"] = float(judged.mean())
-            work.num_tokens += rollout.num_tokens
-            if name in policies:
-                with accelerator.autocast():
-                    nlls[name] = negative_logprobs(policy, texts, config.batch_size)
-            del policy
-        write_jsonl(work.path / "heldout.jsonl", [
-            {"tokens": len(text.response), "nll": {name: nlls[name][i] for name in nlls}}
-            for i, text in enumerate(texts)
-        ])  # fmt: skip
-        write_jsonl(work.path / "chosen.jsonl", rater.chosen(data))
-        pure = _frozen_reward_model(sampler, control, run.seed)
-        curves = _best_of_n(run, data, rater, pure)
-        return {"policies": means, "best_of_n": curves, "heldout": what}
-
-    return stage.ensure(build)
-
-
-def _frozen_reward_model(
-    sampler: Sampler, stage: Stage | None, seed: int
-) -> PreTrainedModel | None:
-    if stage is None:
-        return None
-    model, _ = load_reward_model(str(stage.model_path), sampler.tokenizer, seed)
-    return freeze(sampler.accelerator, model)
-
-
-class _Rater(NamedTuple):
-    """Gives replies their rewards: by the proxy, by rules where the world has them, by a judge."""
-
-    sampler: Sampler
-    judge: PreTrainedModel | None
-
-    def judged(self, prompts: Tokens, responses: Tokens) -> Tensor | None:
-        if self.judge is None:
-            return None
-        with self.sampler.accelerator.autocast():
-            return score(self.judge, prompts, responses, self.sampler.batch_size)
-
-    def beside_proxy(
-        self, texts: Sequence[str], prompts: Tokens, responses: Tokens
-    ) -> dict[str, list[float]]:
-        """Gold and judged rewards, where there are any."""
-        columns = {}
-        if self.sampler.gold_known:
-            columns["gold"] = gold_rewards(self.sampler.tokenizer, texts, responses)
-        judged = self.judged(prompts, responses)
-        if judged is not None:
-            columns["judge"] = judged.tolist()
-        return columns
-
-    def chosen(self, data: PreferenceData) -> list[dict]:
-        """The dataset's chosen reply to each evaluation prompt that has one, and its rewards."""
-        found = chosen_replies(data.prompts["evaluation"], data.pairs["test"])
-        if not found:
-            return []
-        pairs = list(found.values())
-        ids = [p.prompt for p in pairs], [p.chosen for p in pairs]
-        with self.sampler.accelerator.autocast():
-            proxy = score(self.sampler.reward_model, *ids, self.sampler.batch_size)
-        columns = {"proxy": proxy.tolist(), "length": [len(reply) for reply in ids[1]]}
-        columns |= self.beside_proxy([p.prompt_text for p in pairs], *ids)
-        rows = zip(*columns.values(), strict=True)
-        return [
-            {"prompt": text, "response": pair.chosen_text, **dict(zip(columns, row, strict=True))}
-            for (text, pair), row in zip(found.items(), rows, strict=True)
-        ]
-
-
-def _best_of_n(
-    run: Run, data: PreferenceData, rater: _Rater, control: PreTrainedModel | None
-) -> dict:
-    """Curves of best-of-n from SFT, picked by the reward model and the control, if any."""
-    config, sampler = run.profile.evaluation, rater.sampler
-    prompts = data.prompts["evaluation"][: config.best_of_n_prompts]
-    n, shape = config.best_of_n, (len(prompts), config.best_of_n)
-    repeated = [p for p in prompts for _ in range(n)]
-    seed_everything(1000 * run.seed + 999)
-    responses, proxy = sampler.draw(sampler.reference, repeated)
-    ids = [p.ids for p in repeated]
-    columns = rater.beside_proxy([p.text for p in repeated], ids, responses)
-    others = {key: np.array(values).reshape(shape) for key, values in columns.items()}
-    curves = {"default": best_of_n(proxy.numpy().reshape(shape), others)}
-    if control is not None:
-        with sampler.accelerator.autocast():
-            pure = score(control, ids, responses, config.batch_size)
-        curves["control"] = best_of_n(pure.numpy().reshape(shape), others)
-    return curves

@@ -7,60 +7,55 @@ less in the other's eyes (Coste et al. 2023, arXiv:2310.02743).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.encoding import Encoder
+from rlhf_lib import catalogue
+from rlhf_lib.data.encoding import Encoder, Prompt
+from rlhf_lib.measure.evaluate import as_rows
 from rlhf_lib.measure.statistics import compare, estimate
-from rlhf_lib.methods.rollout import score
-from rlhf_lib.models.learner import freeze
-from rlhf_lib.models.load import load_reward_model, load_tokenizer
-from rlhf_lib.runs import Run, Stage, Work, read_jsonl
-from rlhf_lib.runtime import make_accelerator
-
-WATCHED = ("sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
+from rlhf_lib.methods.rewards import Reward, read_replies
+from rlhf_lib.runs import Stage, Work, read_jsonl
+from rlhf_lib.settings import EvaluationConfig
 
 
-def measure(run: Run, evaluate: Stage, reward_model: Stage, rival: Stage) -> Stage:
+def measure(
+    work: Work,
+    needed: Mapping[str, Stage],
+    rater: Callable[[str], Reward],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
+    config: EvaluationConfig,
+) -> dict:
     """Score the replies of the stage `evaluate`, one a prompt, by two reward models.
 
-    `reward_model`: the one that the policies of this seed were trained on; `rival`: another seed's.
-    Both read the reply's text, tokenised again. `samples.jsonl` has a row for each reply: policy,
-    prompt and the normalised rewards, `own` and the `other`.
+    The first is the one that the policies of this seed were trained on, the other another seed's
+    (`rival`). Both read the reply's text, tokenised again. `samples.jsonl` has a row for each
+    reply: policy, prompt and the normalised rewards, `own` and the `other`.
     """
-    upstream = {"evaluate": evaluate.hash, "own": reward_model.hash, "other": rival.hash}
-    stage = run.stage("second_opinion", {"policies": WATCHED}, upstream, __name__)
+    raters = {"own": rater("reward_model"), "other": rater("rival")}
+    rows = []
+    for policy in watched():
+        sampled = read_jsonl(needed["evaluate"].path / "samples" / f"{policy}.jsonl")
+        sampled = sampled[: len(sampled) // config.samples_per_prompt]
+        texts = encoder.demonstrations([(row["prompt"], row["response"]) for row in sampled])
+        prompts = [Prompt(text.prompt_text, text.prompt) for text in texts]
+        replies = read_replies(tokenizer, [text.response for text in texts])
+        scores = {name: torch.as_tensor(rate(prompts, replies)) for name, rate in raters.items()}
+        work.num_tokens += 2 * sum(len(text.prompt) + len(text.response) for text in texts)
+        columns = {"policy": [policy] * len(texts), "prompt": [row["prompt"] for row in sampled]}
+        rows += as_rows(columns | {name: values.tolist() for name, values in scores.items()})
+    work.write_samples(rows)
+    return {"replies": len(rows)}
 
-    def build(work: Work) -> dict:
-        accelerator = make_accelerator(run.profile.model.precision)
-        tokenizer, limits = load_tokenizer(str(reward_model.model_path)), run.profile.data
-        encoder = Encoder(tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
-        models = {
-            name: freeze(accelerator, load_reward_model(judge.model_path, tokenizer, run.seed)[0])
-            for name, judge in (("own", reward_model), ("other", rival))
-        }
-        rows = []
-        for policy in WATCHED:
-            sampled = read_jsonl(evaluate.path / "samples" / f"{policy}.jsonl")
-            sampled = sampled[: len(sampled) // run.profile.evaluation.samples_per_prompt]
-            texts = encoder.demonstrations([(row["prompt"], row["response"]) for row in sampled])
-            sides = [text.prompt for text in texts], [text.response for text in texts]
-            with accelerator.autocast():
-                scores = {
-                    name: score(model, *sides, run.profile.evaluation.batch_size).tolist()
-                    for name, model in models.items()
-                }
-            work.num_tokens += 2 * sum(map(len, sides[0] + sides[1]))
-            rows += [
-                {"policy": policy, "prompt": row["prompt"], "own": one, "other": two}
-                for row, one, two in zip(sampled, *scores.values(), strict=True)
-            ]
-        work.write_samples(rows)
-        return {"replies": len(rows)}
 
-    return stage.ensure(build)
+def watched() -> list[str]:
+    """Every policy that is evaluated but the base model: SFT, its second draw, and the trained."""
+    return [r.name for r in catalogue.CATALOGUE.values() if r.role and r.role != "base"]
 
 
 def summarise(stages: Sequence[Mapping[str, Stage]], samples: int) -> dict[str, dict] | None:
@@ -76,7 +71,7 @@ def summarise(stages: Sequence[Mapping[str, Stage]], samples: int) -> dict[str, 
     parts = [dict(list(frame.groupby("policy"))) for frame in frames]
     units = [part["sft"]["prompt"].tolist() for part in parts]
     table, excess = {}, {}
-    for policy in WATCHED:
+    for policy in watched():
         if policy == "sft":
             continue
         gains = [

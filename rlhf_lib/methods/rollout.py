@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -13,68 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.data.truth import Truth
+from rlhf_lib.methods.rewards import Reply, Reward, WeightedSum, checked, of_truth, read_replies
 from rlhf_lib.models.generation import generate
-from rlhf_lib.models.learner import freeze
-from rlhf_lib.models.load import eos_id, load_reference, load_reward_model, load_tokenizer
-from rlhf_lib.models.logprobs import (
-    CHUNK,
-    Tokens,
-    length_mask,
-    output_logits,
-    response_hidden,
-    sequence_scores,
-    token_logprobs,
-    unflatten,
-)
+from rlhf_lib.models.logprobs import CHUNK, output_logits, response_hidden, token_logprobs
 from rlhf_lib.models.lora import adapters_off
-from rlhf_lib.models.packing import by_prompt
+from rlhf_lib.models.packing import Tokens, by_prompt, length_mask, unflatten
 from rlhf_lib.objectives.kl import full_kl
 from rlhf_lib.objectives.masked import entropy, masked_mean
-from rlhf_lib.runs import Run
 from rlhf_lib.runtime import phase
-from rlhf_lib.world.rewards import gold_reward
-
-
-@phase("scoring")
-@torch.no_grad()
-def raw_scores(
-    reward_model: PreTrainedModel, prompts: Tokens, responses: Tokens, batch_size: int = 64
-) -> Tensor:
-    """The reward model's own output for each response, (B,) on the CPU."""
-    scores = torch.zeros(len(prompts))
-    for rows in by_prompt(prompts, responses, batch_size):
-        batch = [prompts[i] for i in rows], [responses[i] for i in rows]
-        scores[rows] = sequence_scores(reward_model, *batch).cpu()
-    return scores
-
-
-def score(
-    reward_model: PreTrainedModel, prompts: Tokens, responses: Tokens, batch_size: int = 64
-) -> Tensor:
-    """Normalised reward of each response, (B,): 0 and 1 are mean and deviation over demonstrations.
-
-    The two numbers were measured after reward-model training and stand in the model's config.
-    """
-    config = reward_model.config
-    scores = raw_scores(reward_model, prompts, responses, batch_size)
-    return (scores - config.reward_mean) / config.reward_std
-
-
-def is_finished(responses: Tokens, eos_token_id: int) -> Tensor:
-    """(B,) bool: does the response end with the end-of-sequence token?"""
-    return torch.tensor([row[-1] == eos_token_id for row in responses])
-
-
-def gold_rewards(
-    tokenizer: PreTrainedTokenizerBase, prompt_texts: Sequence[str], responses: Tokens
-) -> list[float]:
-    """Gold reward of each response; only the bundled world has one."""
-    finished = is_finished(responses, eos_id(tokenizer)).tolist()
-    texts = tokenizer.batch_decode([list(r) for r in responses], skip_special_tokens=True)
-    return [
-        gold_reward(prompt, text, end).total
-        for prompt, text, end in zip(prompt_texts, texts, finished, strict=True)
-    ]
 
 
 class MicroBatch(NamedTuple):
@@ -97,11 +44,12 @@ class Rollout:
     logprobs: Tensor  # (B, T) under the policy that sampled
     ref_logprobs: Tensor  # (B, T) under the reference
     finished: Tensor  # (B,) bool
-    scores: Tensor  # (B,) normalised reward-model scores
+    scores: Tensor  # (B,) what the reward says
     rewards: Tensor  # (B,) clipped scores, less the penalty where the end is missing
     entropies: Tensor  # (B, T) of the policy at each position, nats
     gold: list[float] | None  # gold rewards, where the world has them
     exact_kl: Tensor | None  # (B, T) full-vocabulary KL at each position, where it was asked for
+    parts: dict[str, Tensor] = field(default_factory=dict)  # (B,) where the reward sums several
 
     @property
     def kl(self) -> Tensor:
@@ -135,18 +83,19 @@ class Rollout:
         }
         if self.gold is not None:
             metrics["gold"] = sum(self.gold) / len(self.gold)
-        return metrics
+        return metrics | {f"rewards/{n}/mean": float(x.mean()) for n, x in self.parts.items()}
 
     def select(self, rows: Sequence[int]) -> Rollout:
         """The given rows alone."""
         taken = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for column in fields(self):
+            value = getattr(self, column.name)
             if isinstance(value, Tensor):
-                taken[field.name] = value[list(rows)]
+                taken[column.name] = value[list(rows)]
             elif isinstance(value, list):
-                taken[field.name] = [value[i] for i in rows]
-        return replace(self, **taken)
+                taken[column.name] = [value[i] for i in rows]
+        parts = {name: value[list(rows)] for name, value in self.parts.items()}
+        return replace(self, **taken, parts=parts)
 
     def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[MicroBatch]:
         """The given rows, at most `size` at a time, cut as `by_prompt` does."""
@@ -161,66 +110,74 @@ class Rollout:
 
 
 class Sampler:
-    """Turns prompts into scored rollouts: reference, reward model, tokenizer and settings.
+    """Turns prompts into scored rollouts: what samples, what scores, and how far it may go.
 
-    The reference is a frozen copy of the SFT model. Where `policy` is given and has adapters, it is
-    that policy with its adapters off: no second copy.
+    `reference` is frozen, or a policy with adapters, which is its own reference with them off.
+    `truth`, where there is one, adds the gold reward to every rollout; nothing learns from it.
     """
 
     def __init__(
         self,
-        run: Run,
         accelerator: Accelerator,
-        sft_path: str,
-        reward_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        reference: PreTrainedModel,
+        reward: Reward,
+        *,
+        max_new_tokens: int,
+        truth: Truth | None = None,
+    ) -> None:
+        self.accelerator, self.tokenizer, self.reference = accelerator, tokenizer, reference
+        self.reward, self.max_new_tokens = reward, max_new_tokens
+        self.gold = None if truth is None else of_truth(truth)
+
+    @torch.no_grad()
+    def draw(
+        self, policy: PreTrainedModel, prompts: Sequence[Prompt], temperature: float = 1.0
+    ) -> list[Reply]:
+        """One reply to each prompt."""
+        ids = [p.ids for p in prompts]
+        with self.accelerator.autocast():
+            responses = generate(policy, self.tokenizer, ids, self.max_new_tokens, temperature)
+        return read_replies(self.tokenizer, responses)
+
+    def score(
+        self, prompts: Sequence[Prompt], replies: Sequence[Reply]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reward of each reply, (B,) float32, and its parts where it sums several."""
+        if not isinstance(self.reward, WeightedSum):
+            return checked("of the sampler", self.reward, prompts, replies), {}
+        each = self.reward.each(prompts, replies)
+        return self.reward.total(each), each if len(each) > 1 else {}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        policy: PreTrainedModel,
+        prompts: Sequence[Prompt],
         *,
         temperature: float = 1.0,
         batch_size: int = 64,
         reward_clip: float = math.inf,
         missing_eos_penalty: float = 0.0,
-        policy: PreTrainedModel | None = None,
-    ) -> None:
-        self.accelerator, self.temperature, self.batch_size = accelerator, temperature, batch_size
-        self.reward_clip, self.missing_eos_penalty = reward_clip, missing_eos_penalty
-        self.tokenizer = load_tokenizer(sft_path)
-        if policy is not None and run.profile.model.lora_rank:
-            self.reference = policy.to(accelerator.device)  # type: ignore[arg-type]
-        else:
-            self.reference = freeze(accelerator, load_reference(sft_path))
-        reward_model, _ = load_reward_model(reward_path, self.tokenizer, run.seed)
-        self.reward_model = freeze(accelerator, reward_model)
-        self.max_new_tokens = run.profile.data.max_response_tokens
-        self.gold_known = run.profile.data.source.startswith("bundled")
-
-    @torch.no_grad()
-    def draw(
-        self, policy: PreTrainedModel, prompts: Sequence[Prompt]
-    ) -> tuple[list[list[int]], Tensor]:
-        """One response to each prompt and its normalised reward (B,)."""
-        ids = [p.ids for p in prompts]
-        with self.accelerator.autocast():
-            responses = generate(policy, self.tokenizer, ids, self.max_new_tokens, self.temperature)
-            return responses, score(self.reward_model, ids, responses, self.batch_size)
-
-    @torch.no_grad()
-    def sample(
-        self, policy: PreTrainedModel, prompts: Sequence[Prompt], exact_kl: bool = False
+        exact_kl: bool = False,
     ) -> Rollout:
-        """Sample one response per prompt, score it, take log-probs under policy and reference."""
-        ids = [p.ids for p in prompts]
-        responses, scores = self.draw(policy, prompts)
+        """Sample one reply per prompt, score it, take log-probs under policy and reference.
+
+        `batch_size`: replies whose log-probs are taken at once.
+        """
+        ids, replies = [p.ids for p in prompts], self.draw(policy, prompts, temperature)
+        responses = [reply.ids for reply in replies]
+        scores, parts = self.score(prompts, replies)
         mask = length_mask([len(r) for r in responses])
         measured = torch.zeros(4, *mask.shape)  # log-probs, reference's, entropies, exact KL
-        for rows in by_prompt(ids, responses, self.batch_size):
+        for rows in by_prompt(ids, responses, batch_size):
             batch = [ids[i] for i in rows], [responses[i] for i in rows]
             with self.accelerator.autocast():
-                part = self._measure(policy, *batch, exact_kl)
+                part = self._measure(policy, *batch, temperature, exact_kl)
             measured[:, rows, : part.shape[-1]] = part
-        finished = is_finished(responses, eos_id(self.tokenizer))
-        clipped = scores.clamp(-self.reward_clip, self.reward_clip)
-        gold = None
-        if self.gold_known:
-            gold = gold_rewards(self.tokenizer, [p.text for p in prompts], responses)
+        finished = torch.tensor([reply.finished for reply in replies])
+        clipped = scores.clamp(-reward_clip, reward_clip)
+        gold = None if self.gold is None else torch.as_tensor(self.gold(prompts, replies)).tolist()
         return Rollout(
             prompts=ids,
             responses=responses,
@@ -229,24 +186,26 @@ class Sampler:
             ref_logprobs=measured[1],
             finished=finished,
             scores=scores,
-            rewards=clipped - self.missing_eos_penalty * (~finished).float(),
+            rewards=clipped - missing_eos_penalty * (~finished).float(),
             entropies=measured[2],
             gold=gold,
             exact_kl=measured[3] if exact_kl else None,
+            parts=parts,
         )
 
     @phase("log-probs")
     def _measure(
-        self, policy: PreTrainedModel, prompts: Tokens, responses: Tokens, exact_kl: bool
-    ) -> Tensor:
+        self, policy: PreTrainedModel, prompts: Tokens, responses: Tokens, temperature: float,
+        exact_kl: bool,
+    ) -> Tensor:  # fmt: skip
         """(4, B, T) on the CPU: log-probs under policy and reference, entropies, exact KL or 0."""
         hidden, labels, mask = response_hidden(policy, prompts, responses)
         with adapters_off(self.reference):
             ref_hidden, _, _ = response_hidden(self.reference, prompts, responses)
         parts = []
         for part in zip(*(x.split(CHUNK) for x in (hidden, ref_hidden, labels)), strict=True):
-            logits = output_logits(policy, part[0], self.temperature)
-            ref_logits = output_logits(self.reference, part[1], self.temperature)
+            logits = output_logits(policy, part[0], temperature)
+            ref_logits = output_logits(self.reference, part[1], temperature)
             kl = full_kl(logits, ref_logits) if exact_kl else torch.zeros(len(part[2]))
             logprobs, ref_logprobs = (token_logprobs(x, part[2]) for x in (logits, ref_logits))
             parts.append(torch.stack([

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf_lib.data.batches import by_length
 from rlhf_lib.models.load import eos_id
-from rlhf_lib.models.logprobs import Tokens
+from rlhf_lib.models.packing import Tokens
 from rlhf_lib.runtime import phase
 
 FINISHED_SHARE = 0.25  # of a batch, when its finished rows leave it: leaving copies the cache

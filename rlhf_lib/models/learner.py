@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from rlhf_lib.runtime import phase
+
+# How a method's loop goes through its steps, all of them or those that are left, and what it tells
+# of each: its number, the tokens it processed, and metrics.
+Steps = Callable[[int], Iterable[int]]
+Log = Callable[[int, int, Mapping[str, float]], None]
+
+
+def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
+    """Tell nobody."""
 
 
 class Learner:
@@ -64,17 +73,6 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad()
         return total, float(norm)  # type: ignore[arg-type]
-
-
-def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
-    """Place a model that is only read: no gradients, and weights in the compute precision."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
-    if dtype is not None:
-        model = model.to(dtype=dtype)  # type: ignore[call-arg]
-        if hasattr(model, "score"):
-            model.score.float()  # type: ignore[operator]
-    return model
 
 
 class Averages:

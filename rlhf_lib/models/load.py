@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
@@ -74,6 +75,17 @@ def load_reference(name: str | Path) -> PreTrainedModel:
     return load_policy(name).eval().requires_grad_(False)
 
 
+def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
+    """Place a model that is only read: no gradients, and weights in the compute precision."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
+    if dtype is not None:
+        model = model.to(dtype=dtype)  # type: ignore[call-arg]
+        if hasattr(model, "score"):
+            model.score.float()  # type: ignore[operator]
+    return model
+
+
 def load_reward_model(
     name: str | Path, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -115,6 +127,14 @@ def load_value_model(reward_model: str | Path) -> PreTrainedModel:
     return model
 
 
+def add_value_head(model: PreTrainedModel) -> None:
+    """A head `score` that reads values off the policy's own trunk; it starts at 0 everywhere."""
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    model.score = head
+
+
 def trainable(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """The same model, with adapters and gradient checkpointing where the settings ask for them.
 
@@ -136,12 +156,13 @@ def save_model(
 ) -> None:
     """Write safetensors, tokenizer and generation config: what `from_pretrained` loads.
 
-    Adapters are merged into the weights first.
-
+    Adapters are merged into the weights first, and a language model leaves its value head behind.
     The generation config samples from the whole softmax: transformers' own default is top_k=50.
     """
     merge_lora(model)
     if model.can_generate():
+        if hasattr(model, "score"):
+            del model.score
         model.generation_config = _unfiltered(model.generation_config, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

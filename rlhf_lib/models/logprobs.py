@@ -13,19 +13,16 @@ at a time: the vocabulary-sized tensor is the large one, and the backward pass c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_lib.models.packing import first_fit, runs_of_equal
+from rlhf_lib.models.packing import Layout, Tokens, by_prompt, check_rows, lay_out, unflatten
 from rlhf_lib.objectives.masked import entropy
+from rlhf_lib.runtime import phase
 
-Tokens = Sequence[Sequence[int]]
-SHARED = 8  # responses that share a row with their prompt, at most: attention grows as its square
 CHUNK = 512  # response tokens that reach the output layer at once
 
 
@@ -36,96 +33,11 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     ).view(labels.shape)
 
 
-def pad(rows: Tokens, device: torch.device | str = "cpu") -> Tensor:
-    """Token lists as one (B, longest) tensor, filled with 0 on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-
-
-def length_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """(B, max) float mask: 1 in the first `lengths[i]` places of row i."""
-    counts = torch.tensor(lengths, device=device)
-    return (torch.arange(max(lengths), device=device) < counts[:, None]).float()
-
-
-def unflatten(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the real response tokens -> (B, T), 0 where the mask is 0."""
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask.bool(), values)
-
-
-# ------------------------------------------------------------------------------------ rows
-
-
-class Layout(NamedTuple):
-    """Where the N tokens of B responses lie in R rows of L places."""
-
-    ids: Tensor  # (R, L)
-    positions: Tensor | None  # (R, L); None: they count from 0, and attention is causal
-    visible: Tensor | None  # (R, 1, L, L) bool, with `positions`
-    predicted_at: tuple[list[int], list[int]]  # row and place that predict each token, (N,) both
-    ends: tuple[list[int], list[int]]  # row and place of each response's last token, (B,) both
-    labels: Tensor  # (N,)
-    mask: Tensor  # (B, T)
-
-
-def lay_out(prompts: Tokens, responses: Tokens, device: torch.device | str = "cpu") -> Layout:
-    """Put responses into rows. Neighbours with an equal prompt form a tree: prompt, then responses.
-
-    Short trees share a row, so that little of it is padding. Attention lets each response see its
-    prompt and itself only, and its positions go on from the prompt's end: both are what they would
-    be in a row of its own. Raises ValueError for an empty prompt or response, or one too many.
-    """
-    _check(prompts, responses)
-    trees = runs_of_equal(prompts, SHARED)
-    sizes = [len(prompts[tree[0]]) + sum(len(responses[i]) for i in tree) for tree in trees]
-    places = first_fit(sizes)
-    shape = max(row for row, _ in places) + 1, max(sizes)
-    ids, positions, branches = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    owners = torch.full(shape, -1)  # the tree of each place; -1: padding
-    at: tuple[list[int], list[int]] = ([], [])
-    ends: tuple[list[int], list[int]] = ([], [])
-    for number, (tree, (row, start), size) in enumerate(zip(trees, places, sizes, strict=True)):
-        prompt = prompts[tree[0]]
-        first = start + len(prompt)
-        tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for number_in_tree, response in enumerate((responses[i] for i in tree), start=1):
-            length, begin = len(response), start + len(tokens)
-            at[0].extend([row] * length)
-            at[1].extend([first - 1, *range(begin, begin + length - 1)])  # predicted one before
-            ends[0].append(row)
-            ends[1].append(begin + length - 1)
-            tokens += response
-            position += range(len(prompt), len(prompt) + length)
-            branch += [number_in_tree] * length
-        taken = slice(start, start + size)
-        ids[row, taken], positions[row, taken] = torch.tensor(tokens), torch.tensor(position)
-        branches[row, taken], owners[row, taken] = torch.tensor(branch), number
-    ids = ids.to(device)
-    labels = torch.tensor([token for response in responses for token in response], device=device)
-    mask = length_mask([len(r) for r in responses], device)
-    if len(ids) == len(responses):  # a row each: plain causal attention will do
-        return Layout(ids, None, None, at, ends, labels, mask)
-    owners, branches = owners.to(device), branches.to(device)
-    causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
-    same_tree = owners[:, :, None] == owners[:, None, :]
-    seen = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-    visible = (causal & same_tree & seen)[:, None]
-    return Layout(ids, positions.to(device), visible, at, ends, labels, mask)
-
-
 def hidden_states(model: torch.nn.Module, layout: Layout) -> Tensor:
     """The model's last hidden states, (R, L, width)."""
     return model.base_model(  # type: ignore[operator]
         input_ids=layout.ids, attention_mask=layout.visible, position_ids=layout.positions
     ).last_hidden_state
-
-
-def _check(prompts: Tokens, responses: Tokens) -> None:
-    if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
-    for kind, rows in (("prompt", prompts), ("response", responses)):
-        empty = next((i for i, row in enumerate(rows) if len(row) == 0), None)
-        if empty is not None:
-            raise ValueError(f"{kind} {empty} of the batch is empty: nothing predicts its tokens")
 
 
 def _laid_out(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Layout:
@@ -197,6 +109,19 @@ def output_logprobs(
     return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
 
 
+@phase("log-probs")
+@torch.no_grad()
+def reply_logprobs(
+    model: torch.nn.Module, prompts: Tokens, responses: Tokens, batch_size: int
+) -> Tensor:
+    """Log-probability of each whole response: (N,), on the CPU and without gradient."""
+    sums = torch.zeros(len(prompts))
+    for rows in by_prompt(prompts, responses, batch_size):
+        batch = [prompts[i] for i in rows], [responses[i] for i in rows]
+        sums[rows] = response_logprobs(model, *batch)[0].sum(1).cpu()
+    return sums
+
+
 def paired_logprobs(
     model: torch.nn.Module, prompts: Tokens, chosen: Tokens, rejected: Tokens
 ) -> tuple[Tensor, Tensor]:
@@ -212,8 +137,8 @@ def _side_by_side(
     prompts: Tokens, chosen: Tokens, rejected: Tokens
 ) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
     """Every prompt twice, for the chosen and the rejected response."""
-    _check(prompts, chosen)
-    _check(prompts, rejected)
+    check_rows(prompts, chosen)
+    check_rows(prompts, rejected)
     pairs = zip(chosen, rejected, strict=True)
     return [p for p in prompts for _ in range(2)], [reply for pair in pairs for reply in pair]
 

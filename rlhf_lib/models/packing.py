@@ -1,11 +1,29 @@
-"""Which sequences share a prompt, a batch or a row, so that nothing is computed twice or padded."""
+"""Which rows stand together: equal prompts share a row, and short ones lie behind each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Tokens = Sequence[Sequence[int]]
+SHARED = 8  # responses that share a row with their prompt, at most: attention grows as its square
 
 
-def runs_of_equal(items: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
+def length_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """(B, max) float mask: 1 in the first `lengths[i]` places of row i."""
+    counts = torch.tensor(lengths, device=device)
+    return (torch.arange(max(lengths), device=device) < counts[:, None]).float()
+
+
+def unflatten(values: Tensor, mask: Tensor) -> Tensor:
+    """(N,) values of the real response tokens -> (B, T), 0 where the mask is 0."""
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask.bool(), values)
+
+
+def runs_of_equal(items: Tokens, longest: int) -> list[list[int]]:
     """Indices of equal neighbours, at most `longest` in a run; each index once, in order."""
     runs: list[list[int]] = []
     for i, item in enumerate(items):
@@ -16,9 +34,7 @@ def runs_of_equal(items: Sequence[Sequence[int]], longest: int) -> list[list[int
     return runs
 
 
-def by_prompt(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int
-) -> Iterator[list[int]]:
+def by_prompt(prompts: Tokens, responses: Tokens, size: int) -> Iterator[list[int]]:
     """Indices of all rows, at most `size` at a time: equal prompts together, then similar lengths.
 
     Neighbours with an equal prompt stay neighbours, so that `logprobs` computes it once for them.
@@ -49,3 +65,70 @@ def first_fit(lengths: Sequence[int]) -> list[tuple[int, int]]:
         places[i] = (row, used[row])
         used[row] += lengths[i]
     return places
+
+
+class Layout(NamedTuple):
+    """Where the N tokens of B responses lie in R rows of L places."""
+
+    ids: Tensor  # (R, L)
+    positions: Tensor | None  # (R, L); None: they count from 0, and attention is causal
+    visible: Tensor | None  # (R, 1, L, L) bool, with `positions`
+    predicted_at: tuple[list[int], list[int]]  # row and place that predict each token, (N,) both
+    ends: tuple[list[int], list[int]]  # row and place of each response's last token, (B,) both
+    labels: Tensor  # (N,)
+    mask: Tensor  # (B, T)
+
+
+def lay_out(prompts: Tokens, responses: Tokens, device: torch.device | str = "cpu") -> Layout:
+    """Put responses into rows. Neighbours with an equal prompt form a tree: prompt, then responses.
+
+    Short trees share a row, so that little of it is padding. Attention lets each response see its
+    prompt and itself only, and its positions go on from the prompt's end: both are what they would
+    be in a row of its own. Raises ValueError for an empty prompt or response, or one too many.
+    """
+    check_rows(prompts, responses)
+    trees = runs_of_equal(prompts, SHARED)
+    sizes = [len(prompts[tree[0]]) + sum(len(responses[i]) for i in tree) for tree in trees]
+    places = first_fit(sizes)
+    shape = max(row for row, _ in places) + 1, max(sizes)
+    ids, positions, branches = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    owners = torch.full(shape, -1)  # the tree of each place; -1: padding
+    at: tuple[list[int], list[int]] = ([], [])
+    ends: tuple[list[int], list[int]] = ([], [])
+    for number, (tree, (row, start), size) in enumerate(zip(trees, places, sizes, strict=True)):
+        prompt = prompts[tree[0]]
+        first = start + len(prompt)
+        tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+        for number_in_tree, response in enumerate((responses[i] for i in tree), start=1):
+            length, begin = len(response), start + len(tokens)
+            at[0].extend([row] * length)
+            at[1].extend([first - 1, *range(begin, begin + length - 1)])  # predicted one before
+            ends[0].append(row)
+            ends[1].append(begin + length - 1)
+            tokens += response
+            position += range(len(prompt), len(prompt) + length)
+            branch += [number_in_tree] * length
+        taken = slice(start, start + size)
+        ids[row, taken], positions[row, taken] = torch.tensor(tokens), torch.tensor(position)
+        branches[row, taken], owners[row, taken] = torch.tensor(branch), number
+    ids = ids.to(device)
+    labels = torch.tensor([token for response in responses for token in response], device=device)
+    mask = length_mask([len(r) for r in responses], device)
+    if len(ids) == len(responses):  # a row each: plain causal attention will do
+        return Layout(ids, None, None, at, ends, labels, mask)
+    owners, branches = owners.to(device), branches.to(device)
+    causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
+    same_tree = owners[:, :, None] == owners[:, None, :]
+    seen = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+    visible = (causal & same_tree & seen)[:, None]
+    return Layout(ids, positions.to(device), visible, at, ends, labels, mask)
+
+
+def check_rows(prompts: Tokens, responses: Tokens) -> None:
+    """Raises ValueError for an empty row, which nothing predicts, or rows without a partner."""
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
+    for kind, rows in (("prompt", prompts), ("response", responses)):
+        empty = next((i for i, row in enumerate(rows) if len(row) == 0), None)
+        if empty is not None:
+            raise ValueError(f"{kind} {empty} of the batch is empty: nothing predicts its tokens")

@@ -1,4 +1,4 @@
-"""KL(policy || reference): three estimators from sampled tokens, and the exact sum over V.
+"""KL(policy || reference): three sampled estimators, the exact sum over V, and a leash on it.
 
 The estimators take the log-probabilities (any equal shapes) of tokens that the *policy* sampled
 (J. Schulman, "Approximating KL divergence", 2020). All are in nats. As a differentiable loss on
@@ -34,3 +34,27 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Exact KL at each position, summed over the vocabulary; (B, T, V) twice -> (B, T)."""
     logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+
+
+class AdaptiveKL:
+    """A KL coefficient that rises while the KL is above `target`, and falls while it is below.
+
+    `target` in nats a response, `horizon` in responses; a target of 0 leaves the coefficient alone.
+    A checkpoint holds its state.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2.
+    """
+
+    def __init__(self, coef: float, target: float, horizon: int) -> None:
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def update(self, kl: float, samples: int) -> None:
+        """Follow the mean `kl` of `samples` responses; an error counts at most 20 %."""
+        if self.target > 0:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * samples / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]

@@ -14,34 +14,6 @@ from torch import Tensor
 
 from rlhf_lib.objectives.kl import ESTIMATORS, k3
 from rlhf_lib.objectives.masked import masked_mean
-from rlhf_lib.objectives.preference import (
-    PreferenceStats,
-    dpo_loss,
-    ipo_loss,
-    kto_loss,
-    length_normalised_dpo_loss,
-    orpo_loss,
-    simpo_loss,
-)
-
-__all__ = [
-    "GRPOStats",
-    "PolicyStats",
-    "PreferenceStats",
-    "RewardStats",
-    "ValueStats",
-    "dpo_loss",
-    "grpo_loss",
-    "ipo_loss",
-    "kto_loss",
-    "length_normalised_dpo_loss",
-    "orpo_loss",
-    "ppo_policy_loss",
-    "ppo_value_loss",
-    "reward_loss",
-    "sft_loss",
-    "simpo_loss",
-]
 
 
 def sft_loss(logprobs: Tensor, response_mask: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
-"""Masked reductions and entropy. `mask` is 1 where a value counts; elsewhere may stand anything."""
+"""Masked reductions, entropy, and a running spread.
+
+`mask` is 1 where a value counts; elsewhere may stand anything.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -41,3 +46,36 @@ def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of the categorical over the last dimension; (..., V) -> (...)."""
     logprobs = logits.float().log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
+
+
+class RunningScale:
+    """Standard deviation of all rewards seen so far, to divide the next ones by.
+
+    The mean is left alone, so that 0 stays what it was: the reward of a demonstration.
+    Source: reward scaling in Zheng et al. 2023, arXiv:2307.04964.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, rewards: Tensor) -> None:
+        """Take in a batch of rewards, of any shape."""
+        count, mean = rewards.numel(), float(rewards.mean())
+        total, shift = self.count + count, mean - self.mean
+        self.squares += float(((rewards - mean) ** 2).sum())
+        self.squares += shift**2 * self.count * count / total
+        self.mean += shift * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """1 until two rewards that differ have been seen."""
+        variance = self.squares / max(self.count - 1, 1)
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.count, self.mean = int(state["count"]), state["mean"]
+        self.squares = state["squares"]

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from rlhf_lib.data.encoding import Pair
-from rlhf_lib.data.pairs import PreferenceData
+from rlhf_lib.data.pairs import PreferenceData, subset
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, over_seeds, verdict
-from rlhf_lib.methods.learning_curve import subset
 from rlhf_lib.runs import Stage
 
 

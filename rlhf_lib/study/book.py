@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlhf_lib import proofs
+from rlhf_lib import catalogue, proofs
 from rlhf_lib.report import exporters
 from rlhf_lib.results import verdict
 from rlhf_lib.runs import write_json
@@ -20,7 +20,6 @@ from rlhf_lib.settings import Profile
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import HEADLINE_CAPTION, figure_bundle, headline_table, table_bundle
 from rlhf_lib.study.schedule import StudyError, notebook_path
-from rlhf_lib.study.stages import NOTEBOOKS
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
 
@@ -46,7 +45,7 @@ def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
     Raises StudyError when a notebook has not been executed yet.
     """
     results = load_results(evaluation_folder(profile, run_dir))
-    chapters = [notebook_path(profile, run_dir, name) for name in NOTEBOOKS]
+    chapters = [notebook_path(profile, run_dir, name) for name in catalogue.notebooks()]
     for path in chapters:
         if not path.exists():
             raise StudyError(

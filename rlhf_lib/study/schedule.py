@@ -9,15 +9,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import psutil
 import torch
 from traitlets.config import Config
 
+from rlhf_lib import catalogue
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import Profile, UserError, unknown
-from rlhf_lib.study.stages import NEEDS, NOTEBOOKS, Study, needs, next_seed, stage_names
+from rlhf_lib.study.stages import Study, next_seed
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
@@ -38,26 +40,30 @@ class Job:
 
 def plan(profile: Profile) -> list[Job]:
     """Seed 0 trains in notebooks, further seeds in bare stages; notebook 07 comes last."""
-    *chapters, last = NOTEBOOKS
-    home = {stage: notebook for notebook in chapters for stage in NOTEBOOKS[notebook]}
-    jobs = []
-    for notebook in chapters:
-        before = {home[need] for stage in NOTEBOOKS[notebook] for need in NEEDS[stage]}
-        before -= {notebook}
-        jobs.append(Job(notebook, 0, True, tuple(f"{need}/0" for need in sorted(before))))
+    chapters = catalogue.notebooks()
+    last = list(chapters)[-1]
+    home = {
+        stage: notebook
+        for notebook, stages in chapters.items()
+        if notebook != last
+        for stage in stages
+    }
 
     def key(stage: str, seed: int) -> str:
         return f"{stage if seed else home.get(stage, stage)}/{seed}"
 
+    before: dict[str, set[str]] = {}  # of each job, in the order in which jobs are listed
     for seed in range(profile.seeds):
-        for name in stage_names(profile, seed):
-            if seed == 0 and name in home:
-                continue
-            before = {key(need, seed) for need in needs(profile, name)}
-            if name == "second_opinion":
-                before.add(key("reward_model", next_seed(profile, seed)))
-            jobs.append(Job(name, seed, False, tuple(sorted(before))))
-    jobs.sort(key=lambda job: job.name == "second_opinion")  # other seeds come before it
+        for stage in catalogue.stages(profile, seed):
+            needs = {key(need, seed) for need in catalogue.needs(profile, stage.name, seed)}
+            if stage.name == "second_opinion":
+                needs.add(key("reward_model", next_seed(profile, seed)))
+            mine = key(stage.name, seed)
+            before.setdefault(mine, set()).update(needs - {mine})
+    jobs = [
+        Job(name, int(seed), f"{name}/{seed}" in {f"{n}/0" for n in home.values()}, needs)
+        for (name, seed), needs in ((k.split("/"), tuple(sorted(n))) for k, n in before.items())
+    ]
     return [*jobs, Job(last, 0, True, tuple(job.key for job in jobs))]
 
 
@@ -68,8 +74,8 @@ def run_study(
 
     On a CPU up to `profile.jobs` jobs run side by side. Whatever is done already is not run again.
     """
-    if only is not None and only not in NOTEBOOKS:
-        raise unknown("notebook", only, NOTEBOOKS)
+    if only is not None and only not in catalogue.notebooks():
+        raise unknown("notebook", only, catalogue.notebooks())
     jobs = plan(profile)
     if only is not None:
         jobs = [replace(job, needs=()) for job in jobs if job.key == f"{only}/0"]
@@ -83,16 +89,25 @@ def run_study(
 
 
 def _run_jobs(
-    pool: ProcessPoolExecutor, workers: int, jobs: list[Job], profile: str, run_dir: Path,
+    pool: ProcessPoolExecutor,
+    workers: int,
+    jobs: list[Job],
+    profile: str,
+    run_dir: Path,
     overrides: Sequence[str],
-) -> None:  # fmt: skip
-    waiting, running, ended = list(jobs), {}, set()
+) -> None:
+    by_key, running = {job.key: job for job in jobs}, {}
+    order = TopologicalSorter({job.key: job.needs for job in jobs})
+    order.prepare()
     bar = progress(range(len(jobs)), "study", total=len(jobs))
     next(bar)
-    while waiting or running:
-        ready = [job for job in waiting if set(job.needs) <= ended]
-        for job in ready[: workers - len(running)]:
-            waiting.remove(job)
+    ready: list[str] = []
+    ended = 0
+    while order.is_active():
+        ready += order.get_ready()
+        ready.sort(key=list(by_key).index)  # of those that may start, the first in the plan
+        while ready and len(running) < workers:
+            job = by_key[ready.pop(0)]
             arguments = (job, profile, str(run_dir), list(overrides))
             running[pool.submit(_run_job, *arguments)] = job
         done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
@@ -106,8 +121,9 @@ def _run_jobs(
                     f"{job.name} (seed {job.seed}) failed: {error}\n"
                     "What was finished is kept: the same command goes on from here."
                 ) from error
-            ended.add(job.key)
-            count = f"{len(ended):3}/{len(jobs)}"
+            order.done(job.key)
+            ended += 1
+            count = f"{ended:3}/{len(jobs)}"
             print(f"{count}  seed {job.seed}  {job.name:<22} {seconds:7.1f} s", flush=True)
             next(bar, None)
 

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from rlhf_lib.methods import ppo
-from rlhf_lib.methods.rollout import Rollout, Sampler
+from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_value_model
 from rlhf_lib.models.logprobs import token_values
@@ -26,6 +27,7 @@ from rlhf_lib.objectives.masked import masked_whiten
 from rlhf_lib.runs import Run
 from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import PPOConfig
+from tests.conftest import numbers, train_stage
 
 CONFIG = PPOConfig(batch_size=8, minibatch_size=8, micro_batch_size=3, epochs=1, kl_coef=0.1)
 
@@ -36,17 +38,26 @@ def learner_of(model: Any, rate: float = 0.0) -> Learner:
 
 
 @pytest.fixture
-def rollout_at(make_run: Callable, finished: Any, tiny_data: Any, tiny_base: Path) -> Callable:
+def rollout_at(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Callable:
     """`rollout_at(temperature)`: eight responses of the base model, the SFT model as reference."""
 
     def sample(temperature: float = 1.0) -> Rollout:
-        sampler = Sampler(
-            make_run(Path("unused")), make_accelerator("fp32"), str(finished.sft.model_path),
-            str(finished.reward_model.model_path), temperature=temperature, batch_size=3,
-        )  # fmt: skip
-        return sampler.sample(load_policy(tiny_base), tiny_data.prompts["train"][:8])
+        policy, prompts = load_policy(tiny_base), tiny_data.prompts["train"][:8]
+        return make_sampler().sample(policy, prompts, temperature=temperature, batch_size=3)
 
     return sample
+
+
+def experience_of(rollout: Rollout, value: Learner, config: PPOConfig) -> ppo.Experience:
+    whiten = config.reward_normalization == "batch"
+    given = numbers(ppo.make_experience, config)
+    return ppo.make_experience(rollout, value, **given, whiten_rewards=whiten)
+
+
+def update(
+    policy: Learner, value: Learner, experience: ppo.Experience, config: PPOConfig, seed: int
+) -> dict[str, float]:
+    return ppo.update(policy, value, experience, **numbers(ppo.update, config), seed=seed)
 
 
 @pytest.fixture
@@ -57,7 +68,7 @@ def value_model(finished: Any) -> Any:
 def test_returns_come_before_whitening(rollout_at: Callable, value_model: Any) -> None:
     rollout = rollout_at()
     mask = rollout.response_mask
-    experience = ppo.make_experience(rollout, learner_of(value_model), CONFIG)
+    experience = experience_of(rollout, learner_of(value_model), CONFIG)
     values = token_values(value_model, rollout.prompts, rollout.responses).detach()
     assert torch.allclose(experience.values, values, atol=1e-5)
     rewards = kl_shaped_rewards(rollout.rewards, rollout.logprobs, rollout.ref_logprobs, mask, 0.1)
@@ -75,7 +86,7 @@ def test_returns_come_before_whitening(rollout_at: Callable, value_model: Any) -
 def test_whitening_rewards_keeps_their_mean(rollout_at: Callable, value_model: Any) -> None:
     rollout, config = rollout_at(), replace(CONFIG, reward_normalization="batch", gae_lambda=1.0)
     mask = rollout.response_mask
-    experience = ppo.make_experience(rollout, learner_of(value_model), config)
+    experience = experience_of(rollout, learner_of(value_model), config)
     rewards = kl_shaped_rewards(rollout.rewards, rollout.logprobs, rollout.ref_logprobs, mask, 0.1)
     mean, std = rewards[mask.bool()].mean(), rewards[mask.bool()].std()
     whitened = ((rewards - mean) / std + mean) * mask
@@ -88,8 +99,8 @@ def test_the_first_ratio_is_one(
 ) -> None:
     rollout, value = rollout_at(temperature), learner_of(value_model)
     config = replace(CONFIG, temperature=temperature)
-    experience = ppo.make_experience(rollout, value, config)
-    metrics = ppo.update(learner_of(load_policy(tiny_base)), value, experience, config, seed=0)
+    experience = experience_of(rollout, value, config)
+    metrics = update(learner_of(load_policy(tiny_base)), value, experience, config, seed=0)
     assert metrics["val/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["val/ratio_var"] == pytest.approx(0, abs=1e-9)
     assert metrics["policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
@@ -112,8 +123,8 @@ def test_accumulated_equals_one_big_batch(
         policy = learner_of(load_policy(tiny_base), rate=1.0)
         value_model = load_value_model(str(finished.reward_model.model_path))
         value = learner_of(value_model, rate=1.0)
-        experience = ppo.make_experience(rollout, value, config)
-        metrics = ppo.update(policy, value, experience, config, seed=1)
+        experience = experience_of(rollout, value, config)
+        metrics = update(policy, value, experience, config, seed=1)
         weights = [*policy.model.parameters(), *value.model.parameters()]
         results.append((metrics, [w.detach() for w in weights]))
     (metrics, weights), *others = results
@@ -127,19 +138,21 @@ def test_every_row_is_seen_once_an_epoch_in_a_fresh_order(
 ) -> None:
     rollout, value, rows = rollout_at(), learner_of(value_model), []
     config = replace(CONFIG, epochs=3, minibatch_size=4, micro_batch_size=4)
-    experience = ppo.make_experience(rollout, value, config)
-    losses = ppo._policy_losses
-    monkeypatch.setattr(ppo, "_policy_losses", lambda *a: (rows.append(a[2]), losses(*a))[1])
-    ppo.update(learner_of(load_policy(tiny_base)), value, experience, config, seed=5)
-    epochs = [rows[i] + rows[i + 1] for i in (0, 2, 4)]
+    experience = experience_of(rollout, value, config)
+    cut = Rollout.micro_batches
+    monkeypatch.setattr(Rollout, "micro_batches", lambda *a: (rows.append(a[1]), cut(*a))[1])
+    update(learner_of(load_policy(tiny_base)), value, experience, config, seed=5)
+    seen = rows[0::2]  # each minibatch is cut for the policy and for the value model
+    assert seen == rows[1::2]
+    epochs = [seen[i] + seen[i + 1] for i in (0, 2, 4)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
 
 
 def test_metrics_by_the_names_of_the_ecosystem(rollout_at: Callable, value_model: Any) -> None:
     rollout = rollout_at()
-    experience = ppo.make_experience(rollout, learner_of(value_model), CONFIG)
-    metrics = ppo.rollout_metrics(experience, CONFIG)
+    experience = experience_of(rollout, learner_of(value_model), CONFIG)
+    metrics = ppo.rollout_metrics(experience, CONFIG.kl_coef)
     kl, scores = rollout.kl.mean().item(), rollout.scores.mean().item()
     assert abs(kl) > 1e-4
     expected = {
@@ -165,13 +178,13 @@ def test_the_value_model_starts_as_the_reward_model_and_apart_from_the_policy(
     seen = []
     make = ppo.make_experience
 
-    def look(rollout: Rollout, value: Learner, *rest: Any) -> ppo.Experience:
+    def look(rollout: Rollout, value: Learner, **rest: Any) -> ppo.Experience:
         if not seen:
             seen.append({k: w.clone() for k, w in value.model.state_dict().items()})
-        return make(rollout, value, *rest)
+        return make(rollout, value, **rest)
 
     monkeypatch.setattr(ppo, "make_experience", look)
-    stage = ppo.train(make_run(tmp_path), tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(make_run(tmp_path), "ppo", tiny_data, finished)
     start = load_value_model(str(finished.reward_model.model_path)).state_dict()
     assert all(torch.equal(seen[0][name], weight) for name, weight in start.items())
     policy = load_policy(str(finished.sft.model_path)).state_dict()
@@ -194,16 +207,14 @@ def test_a_run_with_less_kl_is_a_stage_of_its_own(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, "ppo.updates=1")
-    upstream = tiny_data, finished.sft, finished.reward_model
-    stage = ppo.train(run, *upstream)
-    low = ppo.train(run, *upstream, "ppo_low_kl", {"kl_coef": 0.01})
+    stage = train_stage(run, "ppo", tiny_data, finished)
+    low = train_stage(run, "ppo", tiny_data, finished, "ppo_low_kl", kl_coef=0.01)
     assert low.hash != stage.hash
     assert (low.config["settings"]["kl_coef"], stage.config["settings"]["kl_coef"]) == (0.01, 0.2)
     one, other = low.metrics()[0], stage.metrics()[0]
     assert one["objective/scores"] == other["objective/scores"], "the same first samples"
-    again = ppo.train(
-        run, tiny_data, finished.reward_model, finished.reward_model, "ppo_low_kl", {"kl_coef": 0.2}
-    )
+    other_start = SimpleNamespace(sft=stage, reward_model=finished.reward_model)
+    again = train_stage(run, "ppo", tiny_data, other_start)
     assert again.hash != stage.hash, "what it starts from is in the hash"
 
 
@@ -215,7 +226,7 @@ def test_it_learns_to_please_the_reward_model(
         "ppo.micro_batch_size=16", "ppo.learning_rate=1e-2", "ppo.value_learning_rate=1e-2",
         "ppo.kl_coef=0", "ppo.missing_eos_penalty=0",
     )  # fmt: skip
-    stage = ppo.train(run, tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(run, "ppo", tiny_data, finished)
     scores = [row["objective/scores"] for row in stage.metrics()]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
 
@@ -223,14 +234,14 @@ def test_it_learns_to_please_the_reward_model(
 def test_killed_and_resumed_ends_like_never_killed(
     check_resume: Callable, finished: Any, tiny_data: Any
 ) -> None:
-    check_resume(lambda run: ppo.train(run, tiny_data, finished.sft, finished.reward_model))
+    check_resume(lambda run: train_stage(run, "ppo", tiny_data, finished))
 
 
 KILLED_PROCESS = """
 import os, pickle, signal, sys
 import torch
 torch.set_num_threads(1)
-from rlhf_lib import ppo
+from tests.conftest import train_stage
 from rlhf_lib.runs import Work
 
 log = Work.log
@@ -240,7 +251,8 @@ def log_and_die(work, step, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
 Work.log = log_and_die
 with open(sys.argv[1], "rb") as file:
-    ppo.train(*pickle.load(file))
+    run, data, needed = pickle.load(file)
+    train_stage(run, "ppo", data, needed)
 """
 
 
@@ -249,14 +261,10 @@ def test_a_process_killed_outright_is_resumed_by_another(
     check_resume: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     def kill(run: Run) -> None:
-        (tmp_path / "arguments").write_bytes(
-            pickle.dumps((run, tiny_data, finished.sft, finished.reward_model))
-        )
+        (tmp_path / "arguments").write_bytes(pickle.dumps((run, tiny_data, finished)))
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", KILLED_PROCESS, str(tmp_path / "arguments")]
         ended = subprocess.run(command, cwd=root, env=os.environ, timeout=300, check=False)
         assert ended.returncode == -signal.SIGKILL
 
-    check_resume(
-        lambda run: ppo.train(run, tiny_data, finished.sft, finished.reward_model), kill=kill
-    )
+    check_resume(lambda run: train_stage(run, "ppo", tiny_data, finished), kill=kill)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lib.models.logprobs import length_mask
+from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives.advantages import (
     explained_variance,
     gae,

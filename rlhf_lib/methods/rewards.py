@@ -1,0 +1,206 @@
+"""Rewards: functions that say how good replies are.
+
+A reward takes prompts and the replies to them and gives one number a reply. A reward model, the
+gold reward of the bundled world, a rule and a function of the user's are four makers of one; PPO,
+GRPO, best-of-n and evaluation do not know which they got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_lib.catalogue import resolve
+from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.data.truth import Truth
+from rlhf_lib.models.load import eos_id
+from rlhf_lib.models.logprobs import sequence_scores
+from rlhf_lib.models.packing import Tokens, by_prompt
+from rlhf_lib.runtime import phase
+from rlhf_lib.settings import SettingsError, UserError
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply. `ids` end with the end-of-sequence token if it `finished`; `text` is without."""
+
+    text: str
+    ids: list[int]
+    finished: bool
+
+
+# (prompts, replies) -> (B,)
+Reward = Callable[[Sequence[Prompt], Sequence[Reply]], Tensor | Sequence[float]]
+
+
+class RewardError(UserError):
+    """A reward function failed; the message names it and the first reply that it failed on."""
+
+
+def read_replies(tokenizer: PreTrainedTokenizerBase, responses: Tokens) -> list[Reply]:
+    """Sampled token ids as replies."""
+    rows, eos = [list(row) for row in responses], eos_id(tokenizer)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [Reply(text, ids, ids[-1] == eos) for text, ids in zip(texts, rows, strict=True)]
+
+
+# --------------------------------------------------------------------------------- reward models
+
+
+@phase("scoring")
+@torch.no_grad()
+def raw_scores(
+    reward_model: PreTrainedModel, prompts: Tokens, responses: Tokens, batch_size: int = 64
+) -> Tensor:
+    """The reward model's own output for each response, (B,) on the CPU."""
+    scores = torch.zeros(len(prompts))
+    for rows in by_prompt(prompts, responses, batch_size):
+        batch = [prompts[i] for i in rows], [responses[i] for i in rows]
+        scores[rows] = sequence_scores(reward_model, *batch).cpu()
+    return scores
+
+
+def of_model(model: PreTrainedModel, accelerator: Accelerator, batch_size: int = 64) -> Reward:
+    """The normalised score of a reward model: 0 and 1 are mean and deviation over demonstrations.
+
+    The two numbers were measured after its training and stand in its config.
+    """
+
+    def reward(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+        ids = [p.ids for p in prompts], [r.ids for r in replies]
+        with accelerator.autocast():
+            scores = raw_scores(model, *ids, batch_size)
+        return (scores - model.config.reward_mean) / model.config.reward_std
+
+    return reward
+
+
+# ------------------------------------------------------------------------------- known and ruled
+
+
+def of_truth(truth: Truth) -> Reward:
+    """The gold reward, float64."""
+
+    def gold(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+        pairs = zip(prompts, replies, strict=True)
+        found = [truth.gold(p.text, r.text, r.finished).total for p, r in pairs]
+        return torch.tensor(found, dtype=torch.float64)
+
+    return gold
+
+
+def brevity(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+    """Minus a tenth of a point for each word."""
+    return torch.tensor([-0.1 * len(reply.text.split()) for reply in replies])
+
+
+def ended(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+    """1 for a reply that ended by itself, 0 for one that was cut."""
+    return torch.tensor([float(reply.finished) for reply in replies])
+
+
+RULES: dict[str, Reward] = {"brevity": brevity, "ended": ended}
+
+# ------------------------------------------------------------------- what the settings ask for
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Rewards by name, each with its weight; as a reward, their sum."""
+
+    parts: dict[str, tuple[float, Reward]]
+
+    def each(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> dict[str, Tensor]:
+        """What each reward says before it is weighed, (B,) float32."""
+        return {n: checked(n, r, prompts, replies) for n, (_, r) in self.parts.items()}
+
+    def total(self, each: dict[str, Tensor]) -> Tensor:
+        weighed = [weight * each[name] for name, (weight, _) in self.parts.items()]
+        return torch.stack(weighed).sum(0)
+
+    def __call__(self, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+        return self.total(self.each(prompts, replies))
+
+
+def terms(setting: str) -> dict[str, float]:
+    """`0.5*model, gold, mine.py:polite` as {name: weight}. Raises SettingsError."""
+    found: dict[str, float] = {}
+    for term in setting.split(","):
+        weight, star, name = term.rpartition("*")
+        try:
+            found[name.strip()] = float(weight) if star else 1.0
+        except ValueError:
+            raise SettingsError(f"reward {term.strip()!r}: {weight!r} is no weight") from None
+    return found
+
+
+def named(setting: str, model: Reward, truth: Truth | None) -> WeightedSum:
+    """The rewards that a setting such as `ppo.reward` names.
+
+    `model` is the reward model, `gold` the gold reward, others a rule of RULES, or a function
+    `package.module:name` or `FILE.py:name`. Raises SettingsError for a name that leads nowhere.
+    """
+    found: dict[str, tuple[float, Reward]] = {}
+    for name, weight in terms(setting).items():
+        if name == "gold" and truth is None:
+            raise SettingsError("reward gold: nobody knows the true reward of these data")
+        if name == "model":
+            found[name] = weight, model
+        elif name == "gold" and truth is not None:
+            found[name] = weight, of_truth(truth)
+        elif name in RULES:
+            found[name] = weight, RULES[name]
+        elif ":" in name:
+            found[name] = weight, resolve(name)
+        else:
+            known = ", ".join(("model", "gold", *RULES))
+            raise SettingsError(
+                f"reward {name!r}: choose among {known}, package.module:function and "
+                "FILE.py:function"
+            )
+    return WeightedSum(found)
+
+
+def modules(setting: str) -> list[str]:
+    """The modules and files whose source such a setting brings in."""
+    return [name.rpartition(":")[0] for name in terms(setting) if ":" in name]
+
+
+def checked(
+    name: str, reward: Reward, prompts: Sequence[Prompt], replies: Sequence[Reply]
+) -> Tensor:
+    """What a reward says, (B,) float32. Raises RewardError unless it is a finite number a reply."""
+    try:
+        found = torch.as_tensor(reward(prompts, replies), dtype=torch.float32).cpu()
+    except RewardError:
+        raise
+    except Exception as error:
+        first = _first_failing(reward, prompts, replies)
+        raise RewardError(f"reward {name} failed: {error!r}; first on {_shown(first)}") from error
+    if found.shape != (len(replies),):
+        raise RewardError(
+            f"reward {name} gave shape {tuple(found.shape)} for {len(replies)} replies, the first "
+            f"{_shown(replies[0])}: it has to give one number a reply"
+        )
+    if not found.isfinite().all():
+        place = int((~found.isfinite()).nonzero()[0])
+        raise RewardError(f"reward {name} is {found[place]} for {_shown(replies[place])}")
+    return found
+
+
+def _first_failing(reward: Reward, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Reply:
+    for prompt, reply in zip(prompts, replies, strict=True):
+        try:
+            reward([prompt], [reply])
+        except Exception:
+            return reply
+    return replies[0]  # it fails on all of them together, and on none alone
+
+
+def _shown(reply: Reply) -> str:
+    return f"the reply {reply.text[:80]!r} ({len(reply.ids)} tokens)"
