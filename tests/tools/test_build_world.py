@@ -59,7 +59,7 @@ def as_it_was():
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world") / "data"
-    build(folder, MINIATURE, say=lambda text: None)
+    build(folder, MINIATURE)
     return folder
 
 
@@ -73,7 +73,7 @@ def shipped() -> Path:
 
 def test_a_second_build_gives_the_same_files(miniature, tmp_path):
     torch.manual_seed(123)  # whatever ran before must not matter
-    build(tmp_path / "data", MINIATURE, say=lambda text: None)
+    build(tmp_path / "data", MINIATURE)
     first = (miniature / "manifest.json").read_bytes()
     assert (tmp_path / "data" / "manifest.json").read_bytes() == first
     assert differences(tmp_path / "data", miniature) == []
@@ -84,7 +84,7 @@ def test_a_second_build_gives_the_same_files(miniature, tmp_path):
 
 def test_another_seed_gives_other_rows(miniature, tmp_path):
     other = dataclasses.replace(MINIATURE, seed=1)
-    build(tmp_path / "data", other, say=lambda text: None)
+    build(tmp_path / "data", other)
     files, others = describe(miniature), describe(tmp_path / "data")
     same = {name for name in files if files[name] == others[name]}
     assert not [name for name in same if name.endswith((".gz", ".safetensors"))]
@@ -230,20 +230,20 @@ def test_shipped_pairs_are_different_and_judged_by_both_annotators(shipped, spli
 
 def test_statistics_of_the_shipped_pairs(shipped):
     biased = pair_statistics(read_rows(shipped / "pairs-train.jsonl.gz"))
-    assert biased.bayes_accuracy == pytest.approx(0.74, abs=0.015)
-    assert biased.annotator_agreement == pytest.approx(0.65, abs=0.02)
-    assert biased.longer_wins == pytest.approx(0.57, abs=0.015)
+    assert biased["bayes_accuracy"] == pytest.approx(0.74, abs=0.015)
+    assert biased["annotator_agreement"] == pytest.approx(0.65, abs=0.02)
+    assert biased["longer_wins"] == pytest.approx(0.57, abs=0.015)
     control = pair_statistics(read_rows(shipped / "control-train.jsonl.gz"), rewards.CONTROL)
-    assert control.longer_wins < 0.54
-    assert biased.politer_wins > control.politer_wins + 0.04
-    assert control.gold_agreement > biased.gold_agreement + 0.01
+    assert control["longer_wins"] < 0.54
+    assert biased["politer_wins"] > control["politer_wins"] + 0.04
+    assert control["gold_agreement"] > biased["gold_agreement"] + 0.01
 
 
 def test_card_shows_the_measured_numbers(shipped):
     card = (shipped / "README.md").read_text()
     found = pair_statistics(read_rows(shipped / "pairs-test.jsonl.gz"))
-    assert f"{found.bayes_accuracy:.3f}" in card
-    assert f"{found.longer_wins:.3f}" in card
+    assert f"{found['bayes_accuracy']:.3f}" in card
+    assert f"{found['longer_wins']:.3f}" in card
     assert "{" not in card.replace("{0-2}", "").replace('{\n  "chosen"', "")
 
 
