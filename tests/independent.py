@@ -17,14 +17,13 @@ from torch import Tensor
 
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models.learner import Learner
-from rlhf_lib.models.logprobs import length_mask
 from rlhf_lib.proofs import plain
 from rlhf_lib.runtime import make_accelerator
 
 PROMPTS = [[5, 9, 4], [11, 3, 17, 8, 21], [30], [4, 4], [13, 14, 15, 16], [26, 25, 24]]
 RESPONSES = [[7, 8, 1], [21, 1], [9, 10, 11, 12, 13], [19, 20, 5, 1], [1], [18, 15, 14, 6, 28, 1]]
 SCORES = [0.7, -1.2, 0.1, 2.0, -0.4, 0.9]
-RATE = 0.02  # large: the second and the third step start from other log-probs than the first
+RATE = 0.001  # the second and third step start from other log-probs than the first
 
 
 def moved(model: Any, by: float, seed: int) -> Any:
@@ -38,10 +37,8 @@ def moved(model: Any, by: float, seed: int) -> Any:
 
 def learner_of(model: Any, rate: float = RATE, max_grad_norm: float = math.inf) -> Learner:
     """A learner of a copy, at one learning rate for as long as a test lasts."""
-    return Learner(
-        make_accelerator("fp32"), copy.deepcopy(model), learning_rate=rate, steps=10**9,
-        max_grad_norm=max_grad_norm, eps=1e-5,
-    )  # fmt: skip
+    rates = {"learning_rate": rate, "steps": 10**9, "max_grad_norm": max_grad_norm, "eps": 1e-5}
+    return Learner(make_accelerator("fp32"), copy.deepcopy(model), **rates)
 
 
 def double(model: Any) -> Any:
@@ -49,18 +46,17 @@ def double(model: Any) -> Any:
 
 
 def rollout_of(
-    policy: Any, reference: Any, prompts: list[list[int]], temperature: float
+    policy: Any, reference: Any, asked: list[list[int]], temperature: float, padding: float
 ) -> Rollout:
-    """`RESPONSES` as if they had been sampled and scored; padding holds what must never matter."""
-    batch = plain.pad(prompts, RESPONSES)
+    """`RESPONSES` as if `policy` had sampled them; `padding` stands behind their ends."""
+    batch = plain.pad(asked, RESPONSES)
     with torch.no_grad():
-        both = [plain.logprobs(double(m), batch, temperature).float() for m in (policy, reference)]
-    mask, scores = length_mask([len(r) for r in RESPONSES]), torch.tensor(SCORES)
-    logprobs, ref_logprobs = (x.masked_fill(mask == 0, math.nan) for x in both)
+        both = [plain.logprobs(double(m), batch, temperature) for m in (policy, reference)]
+    mask, scores, ended = batch.mask.float(), torch.tensor(SCORES), torch.ones(6).bool()
+    logprobs, ref_logprobs = (x.float().masked_fill(mask == 0, padding) for x in both)
     return Rollout(
-        prompts, RESPONSES, mask, logprobs, ref_logprobs, finished=torch.ones(6).bool(),
-        scores=scores, rewards=scores, entropies=mask, gold=None, exact_kl=None,
-    )  # fmt: skip
+        asked, RESPONSES, mask, logprobs, ref_logprobs, ended, scores, scores, mask, None, None
+    )
 
 
 def caught_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -81,7 +77,7 @@ def caught_losses(patch: pytest.MonkeyPatch) -> list[float]:
     descend: Callable = plain.descend
 
     def noted(loss: Tensor, *rest: Any) -> None:
-        caught.append(float(loss))
+        caught.append(loss.item())
         descend(loss, *rest)
 
     patch.setattr(plain, "descend", noted)
@@ -89,12 +85,11 @@ def caught_losses(patch: pytest.MonkeyPatch) -> list[float]:
 
 
 def assert_gradients(ours: list[Tensor], theirs: list[Tensor], steps: int = 3) -> None:
-    """The first is the same to float32; later ones follow weights that Adam has rounded."""
+    """Each is the same but for float32: some millionths of its length on most processors."""
     assert len(ours) == len(theirs) == steps
-    for step, (gradient, expected) in enumerate(zip(ours, theirs, strict=True)):
-        size = expected.norm()
-        assert size > 0.05
-        assert (gradient - expected).norm() < (1e-5 if step == 0 else 1e-3) * size, step
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert expected.norm() > 0.05
+        assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
 def assert_weights(ours: Any, theirs: Any, start: Any) -> None:

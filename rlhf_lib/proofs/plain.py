@@ -190,7 +190,7 @@ def dpo_update(policy, reference, pairs, optimizer, s: Settings) -> float:
         rises.append(logprobs(policy, batch, 1.0).sum(1) - before)
     loss = -torch.nn.functional.logsigmoid(s.beta * (rises[0] - rises[1])).mean()
     descend(loss, [optimizer], s.max_grad_norm)
-    return float(loss)
+    return loss.item()
 
 
 def dpo(policy, reference, pairs, s: Settings) -> Iterator[float]:

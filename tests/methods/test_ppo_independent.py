@@ -17,12 +17,11 @@ from torch import Tensor
 from rlhf_lib.methods import ppo
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models.learner import Learner
-from rlhf_lib.models.logprobs import length_mask
+from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives.advantages import gae, kl_shaped_rewards
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lib.objectives.masked import masked_mean, masked_whiten
 from rlhf_lib.proofs import plain
-from rlhf_lib.settings import PPOConfig
 from tests.independent import (
     PROMPTS,
     RATE,
@@ -49,13 +48,15 @@ def library_update(
     policy: Learner, value: Learner, rollout: Rollout, s: plain.Settings, seed: int = 0
 ) -> dict[str, float]:
     """One update by the library, with the settings of `plain`."""
-    shared = ("kl_coef", "gamma", "gae_lambda", "temperature", "clip_range", "value_clip_range")
-    config = PPOConfig(
-        **{name: getattr(s, name) for name in shared},
-        epochs=s.epochs, minibatch_size=s.minibatch_size, micro_batch_size=2,
+    experience = ppo.make_experience(
+        rollout, value, kl_coef=s.kl_coef, gamma=s.gamma, gae_lambda=s.gae_lambda,
+        micro_batch_size=2,
     )  # fmt: skip
-    experience = ppo.make_experience(rollout, value, config)
-    return ppo.update(policy, value, experience, config, seed=seed)
+    return ppo.update(
+        policy, value, experience, epochs=s.epochs, minibatch_size=s.minibatch_size,
+        micro_batch_size=2, temperature=s.temperature, clip_range=s.clip_range,
+        value_clip_range=s.value_clip_range, seed=seed,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -92,7 +93,7 @@ class Models(NamedTuple):
     value: Any
 
     def rollout(self) -> Rollout:
-        return rollout_of(self.policy, self.reference, PROMPTS, SETTINGS.temperature)
+        return rollout_of(self.policy, self.reference, PROMPTS, SETTINGS.temperature, math.nan)
 
 
 def models_of(make_model: Callable, kind: str) -> Models:
