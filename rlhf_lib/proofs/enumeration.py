@@ -22,14 +22,7 @@ EOS = 0  # the token that ends a response
 
 
 def list_responses(vocabulary: int, max_length: int) -> list[tuple[int, ...]]:
-    """Every response of tokens 0 .. vocabulary - 1 that ends at `EOS` or is cut at `max_length`.
-
-    Raises ValueError for fewer than two tokens or a length below 1.
-    """
-    if vocabulary < 2 or max_length < 1:
-        raise ValueError(
-            f"vocabulary={vocabulary}, max_length={max_length}: needs at least 2 tokens, length 1"
-        )
+    """Every response of tokens 0 .. vocabulary - 1 that ends at `EOS` or is cut at `max_length`."""
 
     def grow(prefix: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         for token in range(vocabulary):
@@ -93,11 +86,6 @@ class TinyPolicy:
     def gradient(self, value: Tensor) -> Tensor:
         """Exact gradient (S, V) of a scalar in this policy's logits. The graph stays for more."""
         return torch.autograd.grad(value, self.logits, retain_graph=True)[0]
-
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Row numbers of `count` sampled responses: (count,). For checks against sampling."""
-        probabilities = self.probabilities().detach()
-        return torch.multinomial(probabilities, count, replacement=True, generator=generator)
 
 
 class Example(NamedTuple):

@@ -31,7 +31,7 @@ from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logprobs, token_logprobs
 from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives import advantages, losses, preference
-from rlhf_lib.proofs import parity_trl
+from rlhf_lib.proofs import parity_trl, plain
 from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.parity_trl import VERSION, caught_gradients, undisturbed
 from rlhf_lib.settings import DPOConfig
@@ -46,15 +46,8 @@ def parity_table() -> list[Proof]:
 
     Raises UserError where TRL is not installed.
     """
-    return [
-        *preference_rows(),
-        *length_rows(),
-        *reward_rows(),
-        *grpo_rows(),
-        *advantage_rows(),
-        *step_rows(),
-        *position_rows(),
-    ]
+    of_losses = [*preference_rows(), *length_rows(), *reward_rows(), *grpo_rows()]
+    return [*of_losses, *advantage_rows(), *step_rows(), *position_rows()]
 
 
 def _row(
@@ -138,18 +131,14 @@ def preference_rows() -> list[Proof]:
     kto = kto_trainer.compute_loss(parity_trl.Table(x.policy, x.other), batch)
     kl = ((x.other - x.ref_other) * x.mask).sum(1).mean()
     on_ratios = "CPOTrainer.cpo_loss on log-ratios, loss_type"
-    ours = {
-        "DPO": preference.dpo_loss(*x.sums, BETA),
-        "conservative DPO": preference.dpo_loss(*x.sums, BETA, **smoothing),
-        "IPO": preference.ipo_loss(*x.sums, BETA),
-        "KTO": preference.kto_loss(*x.sums, kl, BETA, *weights.values()),
-    }
+    our_doubtful = preference.dpo_loss(*x.sums, BETA, **smoothing)
+    our_kto = preference.kto_loss(*x.sums, kl, BETA, *weights.values())
     return _loss_rows(
         x.policy,
-        ("DPO", ours["DPO"], dpo_trl, "DPOTrainer, loss_type='sigmoid'"),
-        ("conservative DPO", ours["conservative DPO"], doubtful, f"{on_ratios}='sigmoid'"),
-        ("IPO", ours["IPO"], ipo, f"{on_ratios}='ipo'"),
-        ("KTO", ours["KTO"], kto, "KTOTrainer, loss_type='kto'"),
+        ("DPO", preference.dpo_loss(*x.sums, BETA), dpo_trl, "DPOTrainer, loss_type='sigmoid'"),
+        ("conservative DPO", our_doubtful, doubtful, f"{on_ratios}='sigmoid'"),
+        ("IPO", preference.ipo_loss(*x.sums, BETA), ipo, f"{on_ratios}='ipo'"),
+        ("KTO", our_kto, kto, "KTOTrainer, loss_type='kto'"),
     )
 
 
@@ -275,7 +264,7 @@ def advantage_rows() -> list[Proof]:
 
 MICRO_BATCH = 4  # ours goes in parts: 4 rows and 2
 # tokens of prompt, chosen and rejected reply; 1 ends a reply, and the third is cut off before it
-TRIPLES = [
+TRIPLES: list[Any] = [
     ([5, 9, 4], [7, 8, 1], [6, 6, 12, 1]),
     ([11, 3], [21, 1], [22, 23, 24, 25, 1]),
     ([30, 31, 6, 7, 8], [9, 10, 11], [17, 18, 1]),
@@ -299,15 +288,11 @@ def tiny_model(kind: str, make: Any = AutoModelForCausalLM, seed: int = 0) -> Pr
         "gpt2": {"num_attention_heads": 2, **dropout},
         "llama": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32},
     }
-    rest = {"initializer_range": 0.3, "num_labels": 1}
-    return make.from_config(
-        AutoConfig.for_model(kind, **words, **shape, **own[kind], **rest)
-    ).eval()
+    shared = words | shape | {"initializer_range": 0.3, "num_labels": 1}
+    return make.from_config(AutoConfig.for_model(kind, **shared, **own[kind])).eval()
 
 
-def _our_step(
-    model: PreTrainedModel, update: Callable[..., dict[str, float]], *rest: Any
-) -> Tensor:
+def _our_step(model: PreTrainedModel, update: Callable[..., dict], *rest: Any) -> Tensor:
     """`update(learner, *rest)`: its loss, and after it the gradient of all parameters."""
     accelerator = Accelerator(cpu=True)
     learner = Learner(accelerator, model, learning_rate=1e-3, steps=1, max_grad_norm=math.inf)
@@ -325,7 +310,7 @@ def dpo_step(kind: str) -> tuple[Tensor, Tensor]:
     update = partial(dpo.update, micro_batch_size=MICRO_BATCH)
     loss = dpo.preference_loss(DPOConfig(beta=BETA))
     ours = _our_step(tiny_model(kind), update, pairs, table, loss)
-    return ours, parity_trl.step("DPO", tiny_model(kind), rows, reference, beta=BETA)
+    return ours, parity_trl.step("DPO", tiny_model(kind), rows, {"beta": BETA}, ref_model=reference)
 
 
 def reward_step(kind: str) -> tuple[Tensor, Tensor]:
@@ -333,19 +318,18 @@ def reward_step(kind: str) -> tuple[Tensor, Tensor]:
     rows = [{"chosen_ids": p + c, "rejected_ids": p + r, "margin": m} for (p, c, r), m in given]
     pairs = [Pair("", "", "", "", *triple, margin=margin) for triple, margin in given]
     ours, theirs = (tiny_model(kind, AutoModelForSequenceClassification) for _ in range(2))
-    centred = {"center_rewards_coefficient": CENTER_COEF}
     update = partial(reward_model.update, center_coef=CENTER_COEF)
-    trl = parity_trl.step("Reward", theirs, rows, **centred)
+    trl = parity_trl.step("Reward", theirs, rows, {"center_rewards_coefficient": CENTER_COEF})
     return _our_step(ours, update, pairs, MICRO_BATCH), trl
 
 
 def sft_step(kind: str) -> tuple[Tensor, Tensor]:
-    rows = [
-        {"input_ids": p + c, "completion_mask": [0] * len(p) + [1] * len(c)} for p, c, _ in TRIPLES
-    ]
-    examples = [Demonstration("", "", p, c) for p, c, _ in TRIPLES]
+    rows, examples = [], [Demonstration("", "", p, c) for p, c, _ in TRIPLES]
+    for prompt, reply, _ in TRIPLES:
+        mask = [0] * len(prompt) + [1] * len(reply)
+        rows.append({"input_ids": prompt + reply, "completion_mask": mask})
     ours = _our_step(tiny_model(kind), sft.update, examples, MICRO_BATCH)
-    return ours, parity_trl.step("SFT", tiny_model(kind), rows, completion_only_loss=True)
+    return ours, parity_trl.step("SFT", tiny_model(kind), rows, {"completion_only_loss": True})
 
 
 @undisturbed()
@@ -365,10 +349,8 @@ def padded_logprobs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     model = tiny_model(kind)
     ours, mask = response_logprobs(model, PROMPTS, RESPONSES)
     truth = torch.zeros_like(ours)
-    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        table = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        predicting = range(len(prompt) - 1, len(prompt) + len(response) - 1)
-        truth[row, : len(response)] = table[predicting, response]
+    for row, prompt, response in zip(truth, PROMPTS, RESPONSES, strict=True):
+        row[: len(response)] = plain.logprobs(model, plain.pad([prompt], [response]), 1.0)[0]
     return ours, parity_trl.padded_logprobs(model, PROMPTS, RESPONSES) * mask, truth
 
 

@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -109,7 +110,7 @@ class Table(nn.Module):
 def bare_trainer(name: str, module: str = "trl", **settings: Any) -> Any:
     """A trainer without __init__: `settings`, what all trainers need, and None for all the rest."""
     made = type(name, (trl_class(name, module),), {"__getattr__": Off.__getattr__})
-    trainer = object.__new__(made)
+    trainer: Any = object.__new__(made)
     zeros = ("label_smoothing", "alpha", "cpo_alpha", "pad_token_id", "padding_value", "beta")
     ones = ("current_gradient_accumulation_steps", "num_iterations", "top_entropy_quantile")
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
@@ -139,12 +140,8 @@ def dpo_loss(kind: str, logprobs: Tensor, reference: Tensor, mask: Tensor, beta:
     return trainer.compute_loss(Table(logprobs), places(mask))
 
 
-def cpo_trainer(**settings: Any) -> Any:
-    return bare_trainer("CPOTrainer", "trl.experimental.cpo", **settings)
-
-
-def orpo_trainer(**settings: Any) -> Any:
-    return bare_trainer("ORPOTrainer", "trl.experimental.orpo", **settings)
+cpo_trainer = partial(bare_trainer, "CPOTrainer", "trl.experimental.cpo")
+orpo_trainer = partial(bare_trainer, "ORPOTrainer", "trl.experimental.orpo")
 
 
 def loss_of_logits(trainer: Any, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -181,21 +178,21 @@ def advantages(
     count, reference = len(rewards), Table()
     policy, other, mask = kl or torch.ones(3, count, 1)
     made: tuple = ([[1]] * count, [[1] * int(n) for n in mask.sum(1)], ["a response"] * count)
+
+    def logprobs(model: nn.Module, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        return (other if model is reference else policy), None, None
+
     if name == "GRPOTrainer":
         made = (*made[:2], None, made[2], None, {}, None, None)
     trainer = bare_trainer(name, num_generations=group_size, ref_model=reference, **settings)
     trainer.reward_weights, trainer.reward_func_names = torch.ones(1), ["reward"]
     trainer.multi_objective_aggregation = "sum_then_normalize"
-    trainer._tokenizer, trainer._logs = (
-        Off(pad_token_id=0),
-        defaultdict(list, rewards={"reward": []}),
-    )
+    trainer._logs = defaultdict(list, rewards={"reward": []})
+    trainer._tokenizer = Off(pad_token_id=0)
     trainer._pending_extra_logs, trainer._pending_metrics = {}, {}
     trainer._generate = lambda prompts: made
     trainer._calculate_rewards = lambda *_: rewards[:, None]
-    trainer._get_per_token_logps_and_entropies = lambda model, *_, **__: (
-        (other if model is reference else policy), None, None
-    )  # fmt: skip
+    trainer._get_per_token_logps_and_entropies = logprobs
     return trainer._generate_and_score_completions([{"prompt": "a prompt"}] * count)["advantages"]
 
 
@@ -227,23 +224,24 @@ def caught_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return caught
 
 
-def step(
-    name: str, model: nn.Module, rows: list[dict], reference: Any = None, **settings: Any
-) -> Tensor:
+def step(name: str, model: nn.Module, rows: list[dict], settings: dict, **models: Any) -> Tensor:
     """One step of the trainer of that name on all rows, which are token ids, as one batch.
 
     The loss, and after it the gradient of all parameters, unclipped.
     """
     optimizer = torch.optim.SGD(model.parameters())
     gradients = caught_gradients(optimizer)
+    names = {"pad_token": "<pad>", "eos_token": "<eos>"}
     words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
-    )
     # DPO alone of TRL's trainers does not recognise rows that are token ids already
     ready = {"_prepare_dataset": lambda self, dataset, *_: dataset} if name == "DPO" else {}
     with tempfile.TemporaryDirectory() as folder:
-        settings |= {"output_dir": folder, "max_steps": 1, "max_length": None, "use_cpu": True}
+        settings = settings | {
+            "output_dir": folder,
+            "max_steps": 1,
+            "max_length": None,
+            "use_cpu": True,
+        }
         settings |= {"per_device_train_batch_size": len(rows), "lr_scheduler_type": "constant"}
         settings |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
         settings |= {"bf16": False, "gradient_checkpointing": False, "max_grad_norm": 0.0}
@@ -252,9 +250,9 @@ def step(
             model,
             args=config,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, **names),
             optimizers=(optimizer, None),
-            **({} if reference is None else {"ref_model": reference}),
+            **models,
         )
         trainer.remove_callback(PrinterCallback)
         loss = trainer.train().training_loss

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lib.objectives import advantages, losses, preference
+from rlhf_lib.proofs import plain
 from rlhf_lib.proofs.claims import Proof, angle, equal
 from rlhf_lib.proofs.enumeration import Example, example
 
@@ -34,17 +35,12 @@ def gae_by_definition() -> list[Proof]:
     rewards, values = _random(3, 2, *policy.mask.shape)
     gamma, gae_lambda = 0.97, 0.9
     measured, returns = advantages.gae(rewards, values, policy.mask, gamma, gae_lambda)
-    expected = torch.zeros_like(rewards)
-    for i, response in enumerate(policy.responses):
-        value = [*values[i, : len(response)].tolist(), 0.0]
-        for t in range(len(response)):
-            for k in range(t, len(response)):
-                residual = rewards[i, k] + gamma * value[k + 1] - value[k]
-                expected[i, t] += (gamma * gae_lambda) ** (k - t) * residual
-    kept = policy.mask.bool()
+    values = values * policy.mask
+    # a matrix times the residuals: no recursion
+    expected, _ = plain.gae(rewards, values, policy.mask, gamma, gae_lambda)
     return [
         equal("GAE = its definition, token by token", measured, expected, GAE),
-        equal("GAE's return = advantage + value", returns[kept], (expected + values)[kept], GAE),
+        equal("GAE's return = advantage + value", returns, expected + values, GAE),
     ]
 
 
@@ -87,7 +83,8 @@ def sampled() -> list[Proof]:
     """
     given, batches, size, group_size = example(), 64, 1024, 8
     policy, mask, exact = given.policy, given.policy.mask, _exact(given)
-    draws = policy.sample(batches * size, torch.Generator().manual_seed(4)).view(batches, size)
+    draw = torch.Generator().manual_seed(4)
+    draws = torch.multinomial(given.weights, batches * size, replacement=True, generator=draw)
     ppo_advantages = _ppo_advantages(given, gae_lambda=1.0)
 
     def ppo_loss(rows: Tensor) -> Tensor:
@@ -103,7 +100,7 @@ def sampled() -> list[Proof]:
         claim: str, loss: Callable[[Tensor], Tensor], expected: Tensor, source: str
     ) -> Proof:
         length = expected.norm()
-        steps = [-policy.gradient(loss(rows)) for rows in draws]
+        steps = [-policy.gradient(loss(rows)) for rows in draws.view(batches, size)]
         slopes = torch.stack([(step * expected).sum() / length for step in steps])
         error = (slopes.mean() - length).abs() / (slopes.std() / math.sqrt(batches))
         shown = slopes.mean().item(), length.item(), error.item()
