@@ -49,19 +49,21 @@ def _panels(rows: int, columns: int, height: float, sharey: bool = False) -> tup
 
 
 def dots(
-    axis: Axes, records: Sequence[Mapping], places: Sequence[float], color: str, **style: Any
+    axis: Axes,
+    records: Sequence[Mapping],
+    places: Sequence[float],
+    color: str,
+    upright: bool = False,
+    **style: Any,
 ) -> None:
-    """A dot with its interval for each record at these heights; with `upright`, over these places.
+    """A dot with its interval for each record, at these heights; `upright`: over these places.
 
     Further `style` is that of matplotlib's `errorbar`.
     """
     rows = pd.DataFrame(list(records))
     ends = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-    across = {"x": rows["mean"], "y": places, "xerr": ends}
-    upright = {"x": places, "y": rows["mean"], "yerr": ends}
-    axis.errorbar(
-        **(upright if style.pop("upright", False) else across), color=color, **DOT | style
-    )
+    x, y, bars = (places, rows["mean"], "yerr") if upright else (rows["mean"], places, "xerr")
+    axis.errorbar(x, y, color=color, **({bars: ends} | DOT | style))
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
@@ -110,7 +112,7 @@ def seeds(axis: Axes, frames: Sequence[pd.DataFrame], key: str, color: str) -> N
 def smooth(metrics: Sequence[Mapping] | pd.DataFrame, key: str) -> pd.DataFrame:
     """A metric by step, averaged over the last three times that it was logged."""
     logged = pd.DataFrame(metrics)[["step", key]].dropna()  # type: ignore[arg-type]
-    return logged.assign(**{key: logged[key].rolling(3, 1).mean()})
+    return logged.assign(**{key: pd.Series(logged[key]).rolling(3, 1).mean()})
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -122,7 +122,7 @@ def pair_name(key: str) -> str:
 
 def _corrected(differences: Sequence[Mapping]) -> list[Column]:
     """Corrected p and smallest detectable difference; an old study has neither."""
-    columns = [
+    columns: list[Column] = [
         ("p (Holm)", lambda row: "<0.001" if (p := row["p_adjusted"]) < 0.001 else f"{p:.3f}"),
         ("smallest seen", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
     ]
