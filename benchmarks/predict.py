@@ -122,10 +122,10 @@ def predict(measured: Mapping, profile_name: str = "full") -> dict:
     env = measured["environment"]
     rows = []
     for part in parts(profile, gpt2_sizes(), lengths):
-        rate = rates.get(part.rate_of)
-        hours = None if rate is None else part.work.flops / rate / 3600
-        rows.append({"stage": part.name, "items": part.work.items, "rate_of": part.rate_of,
-                     "flops": part.work.flops, "hours": hours})  # fmt: skip
+        rate, flops = rates.get(part.rate_of), part.work.flops
+        hours = None if rate is None else flops / rate / 3600
+        row = {"stage": part.name, "items": part.work.items, "rate_of": part.rate_of}
+        rows.append({**row, "flops": flops, "hours": hours})
     known = [row["hours"] for row in rows if row["hours"] is not None]
     return {
         "profile": profile_name,

@@ -7,8 +7,11 @@ its path can be read there.
 from __future__ import annotations
 
 from rlhf_lib.catalogue import color, label, policies, stages
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.measure.statistics import bootstrap, contrast, holm, interval, verdict
-from rlhf_lib.methods.rollout import Sampler, score
+from rlhf_lib.methods.rewards import Reply
+from rlhf_lib.models.generation import generate
+from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (
     load_policy,
     load_reference,
@@ -18,6 +21,7 @@ from rlhf_lib.models.load import (
     trainable,
 )
 from rlhf_lib.runtime import choose_precision, make_accelerator, seed_everything
+from rlhf_lib.settings import numbers
 from rlhf_lib.show import figures, tables, widgets
 from rlhf_lib.show.display import last_request, say, show, source, table
 from rlhf_lib.show.exercises import check
@@ -26,7 +30,9 @@ from rlhf_lib.study.stages import Study, summarise
 from rlhf_lib.world.rewards import observe
 
 __all__ = [
-    "Sampler",
+    "Learner",
+    "Prompt",
+    "Reply",
     "Study",
     "bootstrap",
     "check",
@@ -34,6 +40,7 @@ __all__ = [
     "color",
     "contrast",
     "figures",
+    "generate",
     "holm",
     "interval",
     "label",
@@ -45,10 +52,10 @@ __all__ = [
     "load_tokenizer",
     "load_value_model",
     "make_accelerator",
+    "numbers",
     "observe",
     "policies",
     "say",
-    "score",
     "seed_everything",
     "show",
     "source",

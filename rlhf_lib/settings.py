@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import shlex
 import typing
@@ -282,6 +283,12 @@ def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
 def as_dict(config: object) -> dict:
     """A settings record as plain JSON values."""
     return dataclasses.asdict(config)  # type: ignore[call-overload]
+
+
+def numbers(function: typing.Callable, config: object) -> dict[str, typing.Any]:
+    """The settings that a function takes by name, from a record of them."""
+    names = inspect.signature(function).parameters
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def content_hash(value: object) -> str:

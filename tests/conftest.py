@@ -21,9 +21,9 @@ os.environ.update(
     }
 )
 
-import inspect
 import random
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -237,12 +237,6 @@ def learner_of(model: PreTrainedModel, rate: float = 0.0) -> Any:
     return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
 
 
-def numbers(function: Callable, config: Any) -> dict[str, Any]:
-    """The settings that a function takes by name, from a record of them."""
-    names = inspect.signature(function).parameters
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
-
-
 @pytest.fixture(scope="session")
 def make_sampler(finished: Any) -> Callable[..., Any]:
     """`make_sampler(reward=None)`: of the made-up SFT policy and, by default, its reward model."""
@@ -263,6 +257,16 @@ def make_sampler(finished: Any) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a test writes code of the user's; what Python imports from it is forgotten again."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

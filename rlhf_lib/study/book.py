@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue, proofs
 from rlhf_lib.report import exporters
+from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results import verdict
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile
@@ -43,7 +44,7 @@ def load_results(folder: Path) -> dict:
 def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
     """Render `index.html` and `report.pdf` into runs/<profile>/report; returns their paths.
 
-    Raises StudyError when a notebook has not been executed yet.
+    Raises StudyError when a notebook has not been executed yet, or cannot be typeset.
     """
     results = load_results(evaluation_folder(profile, run_dir))
     chapters = [notebook_path(profile, run_dir, name) for name in catalogue.notebooks()]
@@ -60,13 +61,16 @@ def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
         front, appendix = Path(folder) / "front.ipynb", Path(folder) / "appendix.ipynb"
         nbformat.write(front_page(results), front)
         nbformat.write(appendix_page(results), appendix)
-        return exporters.render(
-            [front, *chapters, appendix],
-            run_dir / profile.name / "report",
-            title=TITLE,
-            subtitle=_subtitle(results),
-            banner=banner,
-        )
+        try:
+            return exporters.render(
+                [front, *chapters, appendix],
+                run_dir / profile.name / "report",
+                title=TITLE,
+                subtitle=_subtitle(results),
+                banner=banner,
+            )
+        except ReportError as error:
+            raise StudyError(str(error)) from error
 
 
 def _subtitle(results: Mapping) -> str:

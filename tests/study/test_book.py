@@ -81,6 +81,15 @@ def test_a_notebook_that_was_not_executed_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "laptop" / "report").exists()
 
 
+def test_what_cannot_be_typeset_is_an_error_of_the_study(tmp_path: Path) -> None:
+    publish(tmp_path)
+    executed(tmp_path, "laptop")
+    unrun = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    nbformat.write(unrun, tmp_path / "laptop" / "notebooks" / "04_ppo.ipynb")
+    with pytest.raises(StudyError, match=r"04_ppo\.ipynb, cell 1 was never executed"):
+        book.write_report(load_profile("laptop"), tmp_path)
+
+
 def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: Path) -> None:
     results = publish(tmp_path)
     executed(tmp_path, "laptop")

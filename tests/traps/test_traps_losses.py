@@ -17,8 +17,7 @@ from rlhf_lib.methods.rollout import MicroBatch, Rollout
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logits
 from rlhf_lib.objectives import advantages, kl, losses
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
-from tests.conftest import numbers
+from rlhf_lib.settings import DPOConfig
 from tests.traps.test_traps import (
     PROMPTS,
     RESPONSES,
@@ -160,22 +159,22 @@ def update(
         loss = dpo.preference_loss(DPOConfig())
         return dpo.update(learner, pairs, table, loss, micro_batch_size=size)
     if method == "ppo":
-        config = PPOConfig(epochs=1, minibatch_size=count, micro_batch_size=size)
-        experience = ppo.make_experience(sample, value, **numbers(ppo.make_experience, config))
-        shared = ppo.rollout_metrics(experience, config.kl_coef)
-        return ppo.update(learner, value, experience, **numbers(ppo.update, config)) | shared
-    group = GRPOConfig(
-        group_size=count,
-        iterations=1,
+        experience = ppo.make_experience(sample, value, kl_coef=0.2, micro_batch_size=size)
+        metrics = ppo.update(
+            learner, value, experience, epochs=1, minibatch_size=count, micro_batch_size=size
+        )
+        return metrics | ppo.rollout_metrics(experience, kl_coef=0.2)
+    rewards, compared = grpo.make_advantages(sample, group_size=count, kl_reward_coef=0.2)
+    metrics = grpo.update(
+        learner,
+        sample,
+        compared,
+        constant=8,
         micro_batch_size=size,
-        aggregation=aggregation,
         kl_coef=0.1,
+        aggregation=aggregation,
     )
-    rewards, compared = grpo.make_advantages(sample, **numbers(grpo.make_advantages, group))
-    shared = grpo.rollout_metrics(sample, rewards, compared, count)
-    return (
-        grpo.update(learner, sample, compared, **numbers(grpo.update, group), constant=8) | shared
-    )
+    return metrics | grpo.rollout_metrics(sample, rewards, compared, group_size=count)
 
 
 # -------------------------------------------------------------------- 7: statistics over padding
@@ -207,10 +206,11 @@ def padded(sample: Rollout) -> Rollout:
     """The same rollout with five more places, at which there stands anything."""
     rows = len(sample.prompts)
     fills = {"response_mask": 0.0, "logprobs": 3.0, "ref_logprobs": -2.0, "entropies": 5.0}
-    return replace(sample, **{
+    wider = {
         name: torch.cat([getattr(sample, name), torch.full((rows, 5), fill)], dim=1)
         for name, fill in fills.items()
-    })  # fmt: skip
+    }
+    return replace(sample, **wider)
 
 
 def logged(
@@ -219,8 +219,8 @@ def logged(
     """Every number that the methods log of these responses, by method and name."""
     found = {}
     for method in ("sft", "reward_model", "dpo", "ppo", "grpo"):
-        metrics = update(method, policy, value, sample, micro_batch_size, "sequence")
-        found |= {f"{method}: {name}": number for name, number in metrics.items()}
+        numbers = update(method, policy, value, sample, micro_batch_size, "sequence")
+        found |= {f"{method}: {name}": number for name, number in numbers.items()}
     return found
 
 
@@ -267,9 +267,12 @@ def gradients_of(learner: Learner, step: Callable, *args: Any) -> Tensor:
     """The gradient with which `step` moves the model, as one vector."""
     kept: list[Tensor] = []
     take = learner.optimizer.step
-    learner.optimizer.step = lambda: (  # type: ignore[method-assign]
-        kept.extend(p.grad.flatten() for p in learner.model.parameters()), take()
-    )  # fmt: skip
+
+    def keep_and_take() -> None:
+        kept.extend(p.grad.flatten() for p in learner.model.parameters())
+        take()
+
+    learner.optimizer.step = keep_and_take  # type: ignore[method-assign]
     step(learner, *args)
     return torch.cat(kept)
 
