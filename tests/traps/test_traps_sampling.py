@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -217,10 +217,10 @@ FILTERS = ("top_k", "top_p", "min_p", "typical_p", "min_new_tokens", "min_length
 
 def a_setting_that_filters(patch: pytest.MonkeyPatch) -> None:
     """PPO is given what every sampler has."""
-    own = {f.name: f.default for f in fields(PPOConfig)}
     config = make_dataclass("Config", [("top_k", int, 50)], bases=(PPOConfig,), frozen=True)
-    profile = replace(settings.PROFILES["smoke"], ppo=config(**own))
-    patch.setitem(settings.PROFILES, "smoke", profile)
+    ppo_with_it = ("ppo", config, field(default_factory=config))
+    profile = make_dataclass("Profile", [ppo_with_it], bases=(settings.Profile,), frozen=True)
+    patch.setattr(settings, "Profile", profile)
 
 
 @put_back(a_setting_that_filters)
