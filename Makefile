@@ -5,6 +5,7 @@
 #   make lint       ruff, notebooks included, and pyright
 #   make proofs     set up, prove the methods by enumeration and print the table
 #   make bench      compare speed and memory with TRL and transformers
+#   make readme     fill the README's numbers from the exported studies
 #   make data       rebuild the bundled world in data/ from its own source
 #   make help       every target
 #
@@ -30,7 +31,7 @@ STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml requirements.lock;
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := report
-.PHONY: help setup report test lint format proofs bench data offline-model hooks lock clean clean-runs
+.PHONY: help setup report test lint format proofs bench readme data offline-model hooks lock clean clean-runs
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +84,9 @@ $(BENCH_STAMP): | $(STAMP)
 
 bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transformers
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python $(BENCH_ARGS)
+
+readme: $(STAMP) ## fill the README's numbers from the exported studies
+	$(BIN)/python -m tools.readme
 
 data: $(STAMP) ## rebuild the bundled world in data/
 	$(BIN)/python -m tools.build_world

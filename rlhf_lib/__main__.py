@@ -118,17 +118,6 @@ def export(
 
 
 @app.command()
-def readme(
-    text: Annotated[Path, typer.Argument(help="the file to fill")] = Path("README.md"),
-    figures: Annotated[Path, typer.Option(help="folder of exported studies")] = Path("figures"),
-) -> None:
-    """Fill the README's result blocks from the JSON of the exported studies."""
-    from tools import readme as blocks
-
-    text.write_text(blocks.fill(text.read_text(), figures))
-
-
-@app.command()
 def proofs(
     target: Annotated[
         Optional[Path],  # noqa: UP045

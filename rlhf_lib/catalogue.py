@@ -101,17 +101,26 @@ def resolve(name: str) -> Any:
     module, colon, attribute = name.rpartition(":")
     if not colon or not attribute:
         raise SettingsError(f"{name!r}: name it as package.module:name or FILE.py:name")
-    if module.endswith(".py"):
-        path = Path(module).expanduser().resolve()
-        if not path.is_file():
-            raise SettingsError(f"{name}: there is no file {path}")
+    path = user_file(module) if module.endswith(".py") else None
+    if path is not None:
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
         module = path.stem
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        if path is not None and found.__file__ != str(path):
+            raise SettingsError(f"{name}: Python has another {module}; give the file another name")
+        return getattr(found, attribute)
     except (ImportError, AttributeError) as error:
         raise SettingsError(f"{name}: {error}") from error
+
+
+def user_file(name: str) -> Path:
+    """Where `FILE.py` is. Raises SettingsError if it is not there."""
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise SettingsError(f"{name}: there is no file {path}")
+    return path
 
 
 # ------------------------------------------------------------------------------------ questions
@@ -336,7 +345,7 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
 add(
     Record(
         "probes", "probes",
-        runs="rlhf_lib.measure.ask:measure", needs=("policies", "reward_model"),
+        runs="rlhf_lib.measure.probes:measure", needs=("policies", "reward_model"),
         sections=("evaluation",), notebook="07_evaluation",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "heldout_texts",
                 "bootstrap_samples"),

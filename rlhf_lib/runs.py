@@ -38,7 +38,7 @@ from rlhf_lib.runtime import (
     reset_peak_memory,
     seed_everything,
 )
-from rlhf_lib.settings import Profile, as_dict, content_hash
+from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash
 
 PACKAGE = Path(__file__).resolve().parent
 BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
@@ -273,21 +273,28 @@ def source_hash(*modules: str) -> str:
     """SHA-256 of what `modules` do, and all that they import of this library or of their own.
 
     A module is named as Python names it, or by the path of its file. Comments, docstrings and
-    layout do not count; files beside a module that it imports by their bare name do.
+    layout do not count; files beside a module that it imports by their bare name do. Raises
+    SettingsError for a file of the user's that is not there, or not what this process has run.
     """
     own = {PACKAGE.name, *(name.partition(".")[0] for name in modules)}
     seen: dict[str, str] = {}
     waiting = [(name, source_file(name)) for name in modules]
     while waiting:
         name, path = waiting.pop()
-        if path is None or path.name in seen or name in seen or name in BY_VALUE:
+        if path is None or name in BY_VALUE:
             continue
-        seen[path.name if name.endswith(".py") else name], imported = _read_source(path, name)
+        key = path.name if name.endswith(".py") else name  # wherever the file lies
+        if key in seen:
+            continue
+        seen[key], imported, text = _read_source(path, name)
+        of_user = name.partition(".")[0] != PACKAGE.name
+        if of_user and path.read_bytes() != text:
+            raise SettingsError(f"{path} has been edited: start Python anew to run it as it is now")
         for other in imported:
             beside = path.parent / f"{other}.py"
             if other.partition(".")[0] in own:
                 waiting.append((other, source_file(other)))
-            elif name in modules and beside.is_file():
+            elif of_user and beside.is_file():
                 waiting.append((str(beside), beside))
     return content_hash(seen)
 
@@ -295,7 +302,7 @@ def source_hash(*modules: str) -> str:
 def source_file(name: str) -> Path | None:
     """The file of a module, or of `FILE.py`; None for one that is not there or no Python file."""
     if name.endswith(".py"):
-        return Path(name).resolve()
+        return catalogue.user_file(name)
     if name.partition(".")[0] == PACKAGE.name:  # found without importing what is above it
         path = PACKAGE.parent.joinpath(*name.split("."))
         found = [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()]
@@ -309,16 +316,20 @@ def source_file(name: str) -> Path | None:
 
 
 @cache
-def _read_source(path: Path, name: str) -> tuple[str, list[str]]:
-    """Hash of what a file says in code, and every module that it may import, anywhere in it."""
-    tree = ast.parse(path.read_bytes())
+def _read_source(path: Path, name: str) -> tuple[str, list[str], bytes]:
+    """Hash of a file's code, every module that it may import, anywhere in it, and its text.
+
+    Kept for as long as Python keeps a module that it has imported.
+    """
+    text = path.read_bytes()
+    tree = ast.parse(text)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     imported = imported_modules(tree, package)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported, text
 
 
 def imported_modules(tree: ast.AST, package: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import shlex
 import typing
@@ -235,8 +236,8 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """An outside judge behind an OpenAI-compatible endpoint. Off while `url` is empty."""
+class EndpointConfig:
+    """An outside opinion from an OpenAI-compatible endpoint. Off while `url` is empty."""
 
     url: str = ""  # such as https://host/v1; the key comes from the environment, OPENAI_API_KEY
     model: str = ""
@@ -265,7 +266,7 @@ class Profile:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
 
 def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
@@ -282,6 +283,12 @@ def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
 def as_dict(config: object) -> dict:
     """A settings record as plain JSON values."""
     return dataclasses.asdict(config)  # type: ignore[call-overload]
+
+
+def numbers(function: typing.Callable, config: object) -> dict[str, typing.Any]:
+    """The settings that a function takes by name, from a record of them."""
+    names = inspect.signature(function).parameters
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def content_hash(value: object) -> str:

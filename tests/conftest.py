@@ -21,9 +21,9 @@ os.environ.update(
     }
 )
 
-import inspect
 import random
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -128,7 +128,8 @@ def _random_ids(rng: random.Random, shortest: int, longest: int) -> list[int]:
 @pytest.fixture(scope="session")
 def tiny_data(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
     """Made-up `PreferenceData`: 24 training pairs of mixed lengths; one reply in six has no end."""
-    from rlhf_lib.data.pairs import Demonstration, Pair, PreferenceData, Prompt
+    from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
+    from rlhf_lib.data.pairs import PreferenceData
 
     rng = random.Random(5)
     text = tiny_tokenizer.decode
@@ -227,10 +228,13 @@ def train_stage(
     return run_stage(run, record, data, {need: stages[need] for need in record.needs})
 
 
-def numbers(function: Callable, config: Any) -> dict[str, Any]:
-    """The settings that a function takes by name, from a record of them."""
-    names = inspect.signature(function).parameters
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+def learner_of(model: PreTrainedModel, rate: float = 0.0) -> Any:
+    """A learner whose updates are proportional to the gradient: rounding is not blown up."""
+    from rlhf_lib.models.learner import Learner
+    from rlhf_lib.runtime import make_accelerator
+
+    # that is what a large eps does to Adam
+    return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
 
 
 @pytest.fixture(scope="session")
@@ -238,8 +242,7 @@ def make_sampler(finished: Any) -> Callable[..., Any]:
     """`make_sampler(reward=None)`: of the made-up SFT policy and, by default, its reward model."""
     from rlhf_lib.methods.rewards import of_model
     from rlhf_lib.methods.rollout import Sampler
-    from rlhf_lib.models.learner import freeze
-    from rlhf_lib.models.load import load_reference, load_reward_model, load_tokenizer
+    from rlhf_lib.models.load import freeze, load_reference, load_reward_model, load_tokenizer
     from rlhf_lib.runtime import make_accelerator
 
     def make(reward: Any = None, **settings: Any) -> Sampler:
@@ -254,6 +257,16 @@ def make_sampler(finished: Any) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a test writes code of the user's; what Python imports from it is forgotten again."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from rlhf_lib import runs
-from rlhf_lib.runs import Run, Stage, Work, read_jsonl, stage_folders, write_jsonl
+from rlhf_lib.runs import Run, Stage, Work, read_jsonl, write_jsonl
+from rlhf_lib.settings import SettingsError
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,46 @@ def test_words_and_layout_change_no_hash(package: Path) -> None:
 
 
 def test_a_module_of_the_user_counts_with_what_lies_beside_it(tmp_path: Path) -> None:
-    mine, helper = tmp_path / "mine.py", tmp_path / "helper.py"
-    mine.write_text("import helper, torch\nfrom rlhf_lib.objectives.kl import k1\n")
-    helper.write_text("WEIGHT = 1\n")
-    before = runs.source_hash(str(mine))
-    edit(helper, "1", "2")
-    assert runs.source_hash(str(mine)) != before
+    sources = {
+        "mine": "import helper, torch\nfrom rlhf_lib.objectives.kl import k1\n",
+        "helper": "WEIGHT = 1\nimport far\n",
+        "far": "WEIGHT = 1\n",
+        "unread": "WEIGHT = 1\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    hashes = [runs.source_hash(str(tmp_path / "mine.py"))]
+    for name in ("unread", "helper", "far"):
+        edit(tmp_path / f"{name}.py", "1", "2")
+        hashes.append(runs.source_hash(str(tmp_path / "mine.py")))
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
     moved = tmp_path / "elsewhere"
     moved.mkdir()
-    for path in (mine, helper):
-        (moved / path.name).write_text(path.read_text())
-    assert runs.source_hash(str(moved / "mine.py")) == runs.source_hash(str(mine))
+    for name in sources:
+        (moved / f"{name}.py").write_text((tmp_path / f"{name}.py").read_text())
+    assert runs.source_hash(str(moved / "mine.py")) == hashes[-1]
+
+
+def test_a_file_of_the_user_hides_no_module_of_the_same_name(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "top.py").write_text("WEIGHT = 1\n")
+    modules = "rlhf_lib.upper.top", str(tmp_path / "top.py")
+    before = runs.source_hash(*modules)
+    edit(package / "upper" / "top.py", "import torch", "import math")
+    assert runs.source_hash(*modules) != before
+
+
+def test_a_file_of_the_user_that_python_has_run_otherwise_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("WEIGHT = 1\n")
+    before = runs.source_hash(str(mine))
+    mine.write_text("WEIGHT = 2\n")
+    with pytest.raises(SettingsError, match=r"mine\.py has been edited: start Python anew"):
+        runs.source_hash(str(mine))
+    mine.write_text("WEIGHT = 1\n")
+    assert runs.source_hash(str(mine)) == before
+    with pytest.raises(SettingsError, match=r"there is no file .*no\.py"):
+        runs.source_hash(str(tmp_path / "no.py"))
 
 
 def test_every_form_of_import_is_seen() -> None:
@@ -288,21 +318,6 @@ def test_who_wants_the_same_stage_waits_for_the_first(run: Run) -> None:
     with ThreadPoolExecutor(4) as pool:
         stages = list(pool.map(lambda _: stage_of(run).ensure(build), range(4)))
     assert [stage.result()["answer"] for stage in stages] == [1] * 4
-
-
-def test_stage_folders_tell_done_from_under_way(run: Run, tmp_path: Path) -> None:
-    stage_of(run).ensure(lambda work: {})
-    work = Work(stage_of(run, "dpo"))
-    work.log(0, 1, {})
-    work.log(1, 1, {})
-    rows = stage_folders(tmp_path / "smoke")
-    assert [(row["stage"].split("-")[0], row["state"]) for row in rows] == [
-        ("dpo", "under way: 2"),
-        ("sft", "done"),
-    ]
-    assert rows[0]["seconds"] is None
-    assert rows[1]["seconds"] >= 0
-    assert {row["seed"] for row in rows} == {"seed-3"}
 
 
 def test_json_lines_come_back(tmp_path: Path) -> None:

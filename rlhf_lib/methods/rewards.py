@@ -7,6 +7,7 @@ GRPO, best-of-n and evaluation do not know which they got.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -130,40 +131,49 @@ class WeightedSum:
 def terms(setting: str) -> dict[str, float]:
     """`0.5*model, gold, mine.py:polite` as {name: weight}. Raises SettingsError."""
     found: dict[str, float] = {}
-    for term in setting.split(","):
-        weight, star, name = term.rpartition("*")
+    for term in (part.strip() for part in setting.split(",")):
+        weight, star, name = (part.strip() for part in term.rpartition("*"))
         try:
-            found[name.strip()] = float(weight) if star else 1.0
+            value = float(weight) if star else 1.0
         except ValueError:
-            raise SettingsError(f"reward {term.strip()!r}: {weight!r} is no weight") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise SettingsError(f"reward {term!r}: {weight!r} is no weight")
+        if name in found:
+            raise SettingsError(f"reward {setting!r} names {name} twice")
+        found[name] = value
     return found
 
 
-def named(setting: str, model: Reward, truth: Truth | None) -> WeightedSum:
+def named(setting: str, model: Callable[[], Reward], truth: Truth | None) -> WeightedSum:
     """The rewards that a setting such as `ppo.reward` names.
 
-    `model` is the reward model, `gold` the gold reward, others a rule of RULES, or a function
-    `package.module:name` or `FILE.py:name`. Raises SettingsError for a name that leads nowhere.
+    `model` stands for what `model()` returns, `gold` for the gold reward, others for a rule of
+    RULES, or a function `package.module:name` or `FILE.py:name`. Raises SettingsError for a name
+    that leads nowhere.
     """
-    found: dict[str, tuple[float, Reward]] = {}
-    for name, weight in terms(setting).items():
-        if name == "gold" and truth is None:
+    parts = terms(setting).items()
+    return WeightedSum({name: (weight, _named(name, model, truth)) for name, weight in parts})
+
+
+def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Reward:
+    if name == "model":
+        return model()
+    if name == "gold":
+        if truth is None:
             raise SettingsError("reward gold: nobody knows the true reward of these data")
-        if name == "model":
-            found[name] = weight, model
-        elif name == "gold" and truth is not None:
-            found[name] = weight, of_truth(truth)
-        elif name in RULES:
-            found[name] = weight, RULES[name]
-        elif ":" in name:
-            found[name] = weight, resolve(name)
-        else:
-            known = ", ".join(("model", "gold", *RULES))
-            raise SettingsError(
-                f"reward {name!r}: choose among {known}, package.module:function and "
-                "FILE.py:function"
-            )
-    return WeightedSum(found)
+        return of_truth(truth)
+    if name in RULES:
+        return RULES[name]
+    if ":" not in name:
+        known = ", ".join(("model", "gold", *RULES))
+        raise SettingsError(
+            f"reward {name!r}: choose among {known}, package.module:function and FILE.py:function"
+        )
+    found = resolve(name)
+    if not callable(found):
+        raise SettingsError(f"reward {name}: it is no function")
+    return found
 
 
 def modules(setting: str) -> list[str]:

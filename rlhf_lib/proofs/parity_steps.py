@@ -29,7 +29,7 @@ from transformers import (
     PrinterCallback,
 )
 
-from rlhf_lib.data.pairs import Demonstration, Pair
+from rlhf_lib.data.encoding import Demonstration, Pair
 from rlhf_lib.methods import dpo, reward_model, sft
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logprobs

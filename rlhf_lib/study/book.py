@@ -19,7 +19,8 @@ from rlhf_lib.results import verdict
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import HEADLINE_CAPTION, figure_bundle, headline_table, table_bundle
+from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
 from rlhf_lib.study.schedule import StudyError, notebook_path
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
@@ -83,7 +84,7 @@ def _subtitle(results: Mapping) -> str:
 def front_page(results: Mapping) -> nbformat.NotebookNode:
     """The answer first: the verdict in short, one figure, one table, on one page."""
     said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
-    caption = HEADLINE_CAPTION.format(judge=results["judge"])
+    caption = HEADLINE_CAPTION.format(deciding=results["deciding"])
     return _notebook([
         _prose("## The verdict\n\n" + "\n\n".join(said)),
         _figure(figures.gains(results), _gains_caption(results)),
@@ -174,12 +175,12 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     points.to_csv(target / "frontier.csv", index=False)
     drawn = {
         "gains": figures.gains(results),
-        "frontier": figures.frontier(points, results["judge"]),
+        "frontier": figures.frontier(points, results["deciding"]),
         "reward_model": figures.accuracy_bars(
             results["reward_model"]["accuracy"], results["reward_model"].get("ceiling")
         ),
         "calibration": figures.reliability({"as trained": results["reward_model"]["calibration"]}),
-        "best_of_n": figures.best_of_n(results["best_of_n"], results["judge"]),
+        "best_of_n": figures.best_of_n(results["best_of_n"], results["deciding"]),
     }
     paths = [target / "results.json", target / "frontier.csv"]
     for name, figure in drawn.items():

@@ -45,6 +45,7 @@ from rlhf_lib.settings import (
     Profile,
     RejectionConfig,
     RewardModelConfig,
+    SettingsError,
     SFTConfig,
     as_dict,
 )
@@ -93,20 +94,36 @@ def _modules(run: Run, record: Record) -> list[str]:
 
 
 class Offer:
-    """What a stage may ask for. Each thing is made when it is asked for, and once."""
+    """What a stage may ask for. Each thing is made when it is asked for, and once.
+
+    Without `work` nothing can be run: the objects are there to be looked at.
+    """
 
     def __init__(
-        self, run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage],
-        work: Work,
-    ) -> None:  # fmt: skip
-        self.run, self.record, self.data, self.needed, self.work = run, record, data, needed, work
+        self,
+        run: Run,
+        record: Record,
+        data: PreferenceData,
+        needed: Mapping[str, Stage],
+        work: Work | None = None,
+    ) -> None:
+        self.run, self.record, self.data, self.needed = run, record, data, needed
         self.profile, self.seed, self.truth = run.profile, run.seed, data.truth
         self.config = record.config(run.profile)
-        self.log, self.kept = work.log, work.kept
+        if work is not None:
+            self.work, self.log, self.kept = work, work.log, work.kept
 
     def call(self, stage: Callable[..., dict]) -> dict:
-        """Run a stage with what its parameters name."""
-        return stage(**{name: getattr(self, name) for name in inspect.signature(stage).parameters})
+        """Run a stage with what its parameters name. Raises SettingsError for another name."""
+        wanted = inspect.signature(stage).parameters
+        offered = {name for name in dir(self) if not name.startswith("_")} - {"call", "save"}
+        for name in wanted:
+            if name not in offered:
+                raise SettingsError(
+                    f"stage {self.record.name}: {self.record.runs} asks for {name!r}; offered are "
+                    + ", ".join(sorted(offered))
+                )
+        return stage(**{name: getattr(self, name) for name in wanted})
 
     def save(self) -> dict:
         """Write the model that was trained, if one was, to `model/`."""
@@ -146,8 +163,9 @@ class Offer:
     @cached_property
     def start(self) -> str:
         """What a policy is trained from: SFT, or the pretrained model where SFT is not needed."""
-        from_sft = self.needed.get("sft") or self.needed.get("reward_model")
-        return str(from_sft.model_path) if from_sft else self.profile.model.name
+        return (
+            str(self.needed["sft"].model_path) if "sft" in self.needed else self.profile.model.name
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -176,7 +194,7 @@ class Offer:
         """A value model that learns, from the reward model; or the policy, with a second head."""
         if self._one_trunk:
             return self.policy
-        model = load_value_model(str(self.needed["reward_model"].model_path))
+        model = load_value_model(str(self._stage("reward_model").model_path))
         rate = self.config.value_learning_rate
         return self._learner(trainable(model, self.profile.model), self.config, rate)
 
@@ -201,9 +219,16 @@ class Offer:
             eps=config.adam_eps,
         )
 
+    def _stage(self, name: str) -> Stage:
+        if name not in self.needed:
+            raise SettingsError(
+                f"stage {self.record.name} asks for what reads {name}, which its `needs` leave out"
+            )
+        return self.needed[name]
+
     def frozen(self, name: str) -> PreTrainedModel:
         """The reward model of a stage, to be read only."""
-        model, _ = load_reward_model(self.needed[name].model_path, self.tokenizer, self.seed)
+        model, _ = load_reward_model(self._stage(name).model_path, self.tokenizer, self.seed)
         return freeze(self.accelerator, model)
 
     def rater(self, name: str) -> rewards.Reward:
@@ -218,9 +243,8 @@ class Offer:
             reference = self.policy.model  # with its adapters off
         else:
             reference = freeze(self.accelerator, load_reference(self.start))
-        reward = rewards.named(
-            getattr(self.config, "reward", "model"), self.rater("reward_model"), self.truth
-        )
+        setting = getattr(self.config, "reward", "model")
+        reward = rewards.named(setting, lambda: self.rater("reward_model"), self.truth)
         return Sampler(
             self.accelerator, self.tokenizer, reference, reward,
             max_new_tokens=self.profile.data.max_response_tokens, truth=self.truth,

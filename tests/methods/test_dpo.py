@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -18,6 +19,7 @@ from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.runs import Run
 from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import DPOConfig, SettingsError
+from tests.conftest import learner_of, train_stage
 
 CONFIG = DPOConfig(batch_size=6, micro_batch_size=4, beta=0.3)
 # every loss, at a beta that suits it
@@ -34,8 +36,19 @@ def with_loss(run: Run, name: str) -> Run:
     return replace(run, profile=replace(run.profile, dpo=changed))
 
 
-def learner_of(model: Any, rate: float = 0.0) -> Learner:
-    return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
+def update(
+    policy: Learner, pairs: list, table: torch.Tensor, config: DPOConfig, others: Any = ()
+) -> dict[str, float]:
+    """A step as `train` takes it: KTO alone is given replies to other prompts."""
+    unrelated, loss = others if config.loss == "kto" else (), dpo.preference_loss(config)
+    return dpo.update(
+        policy, pairs, table, loss, unrelated, micro_batch_size=config.micro_batch_size
+    )
+
+
+def table_for(reference: Any, pairs: list, others: list, config: DPOConfig) -> torch.Tensor:
+    size = config.micro_batch_size
+    return dpo.reference_table(reference, pairs, others, config.loss, size)
 
 
 def table_of(model: Any, pairs: list) -> torch.Tensor:
@@ -59,7 +72,7 @@ def test_the_first_loss_is_ln_2(smoothing: float, tiny_base: Path, tiny_data: An
     pairs = tiny_data.pairs["train"][:6]
     table = dpo.reference_logprobs(load_reference(tiny_base), pairs, 4)
     config = replace(CONFIG, label_smoothing=smoothing)
-    metrics = dpo.update(learner_of(load_policy(tiny_base)), pairs, table, config)
+    metrics = update(learner_of(load_policy(tiny_base)), pairs, table, config)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-4)
 
@@ -70,7 +83,7 @@ def test_loss_and_metrics_of_a_batch(make_model: Callable, tiny_data: Any) -> No
     table = table_of(model, pairs)
     rewards = 0.3 * (table - reference)
     margins = rewards[:, 0] - rewards[:, 1]
-    metrics = dpo.update(learner_of(model), pairs, reference, CONFIG)
+    metrics = update(learner_of(model), pairs, reference, CONFIG)
     expected = {
         "loss": (1 + (-margins).exp()).log().mean(),
         "rewards/chosen": rewards[:, 0].mean(),
@@ -89,13 +102,13 @@ def test_loss_and_metrics_of_a_batch(make_model: Callable, tiny_data: Any) -> No
 def test_accumulated_equals_one_big_batch(name: str, make_model: Callable, tiny_data: Any) -> None:
     pairs, results = tiny_data.pairs["train"][:6], []
     others = dpo.unrelated_replies(pairs)
-    reference = dpo.reference_table(make_model("gpt2"), pairs, others, CONFIGS[name])
+    reference = table_for(make_model("gpt2"), pairs, others, CONFIGS[name])
     if name == "kto":
         reference[:, 2] -= torch.tensor([20.0, 0, 0, 0, 0, 70])  # a KL above 0, of unequal parts
     for micro_batch_size in (6, 4, 1):
         learner = learner_of(make_model("llama"), rate=1.0)
         config = replace(CONFIGS[name], micro_batch_size=micro_batch_size)
-        metrics = [dpo.update(learner, pairs, reference, config, others) for _ in range(2)]
+        metrics = [update(learner, pairs, reference, config, others) for _ in range(2)]
         assert metrics[0].get("kto/kl", 1.0) > 0
         results.append((metrics, [w.detach() for w in learner.model.parameters()]))
     (metrics, weights), *others = results
@@ -111,11 +124,11 @@ def test_a_step_prefers_the_chosen_replies_a_little_more(
 ) -> None:
     pairs = tiny_data.pairs["train"][:6]
     others = dpo.unrelated_replies(pairs)
-    table = dpo.reference_table(load_reference(tiny_base), pairs, others, CONFIGS[name])
+    table = table_for(load_reference(tiny_base), pairs, others, CONFIGS[name])
     learner = Learner(
         make_accelerator("fp32"), load_policy(tiny_base), learning_rate=1e-3, steps=100
     )
-    rows = [dpo.update(learner, pairs, table, CONFIGS[name], others) for _ in range(8)]
+    rows = [update(learner, pairs, table, CONFIGS[name], others) for _ in range(8)]
     margins = [row["rewards/margins"] for row in rows]
     assert margins[-1] > margins[1] > margins[0]
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -124,7 +137,7 @@ def test_a_step_prefers_the_chosen_replies_a_little_more(
 def test_the_stage_starts_at_ln_2_and_probes_itself(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
-    stage = dpo.train(make_run(tmp_path), tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(make_run(tmp_path), "dpo", tiny_data, finished)
     rows = stage.metrics()
     assert len(rows) == 4
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -141,12 +154,11 @@ def test_the_stage_starts_at_ln_2_and_probes_itself(
 def test_the_reward_model_gives_no_gradient(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
-    from rlhf_lib.methods import reward_model
-
-    other = reward_model.train(make_run(tmp_path / "other", seed=8), tiny_data)
+    other = train_stage(make_run(tmp_path / "other", seed=8), "reward_model", tiny_data)
     run = make_run(tmp_path, "dpo.probes=1", "dpo.probe_prompts=4")
-    one = dpo.train(run, tiny_data, finished.sft, finished.reward_model)
-    two = dpo.train(run, tiny_data, finished.sft, other)
+    one = train_stage(run, "dpo", tiny_data, finished)
+    other_start = SimpleNamespace(sft=finished.sft, reward_model=other)
+    two = train_stage(run, "dpo", tiny_data, other_start)
     assert one.hash != two.hash
     assert one.metrics()[0]["reward"] != two.metrics()[0]["reward"]
     assert [row["loss"] for row in one.metrics()] == [row["loss"] for row in two.metrics()]
@@ -162,7 +174,7 @@ def test_killed_and_resumed_ends_like_never_killed(
         return reference_logprobs(reference, pairs, batch_size)
 
     def train(run: Any) -> Any:
-        stages.append(dpo.train(run, tiny_data, finished.sft, finished.reward_model))
+        stages.append(train_stage(run, "dpo", tiny_data, finished))
         return stages[-1]
 
     monkeypatch.setattr(dpo, "reference_logprobs", count)
@@ -174,21 +186,23 @@ def test_killed_and_resumed_ends_like_never_killed(
 # -------------------------------------------------------------------------------- the whole family
 
 
-def test_the_setting_and_the_table_name_the_same_losses() -> None:
-    assert set(get_args(get_type_hints(DPOConfig)["loss"])) == set(dpo.PREFERENCE_LOSSES)
-    assert set(CONFIGS) == set(dpo.PREFERENCE_LOSSES)
+def test_every_loss_of_the_setting_exists_and_no_other() -> None:
+    names = get_args(get_type_hints(DPOConfig)["loss"])
+    assert set(CONFIGS) == set(names)
+    for name in names:
+        assert callable(dpo.preference_loss(CONFIGS[name]))
+    with pytest.raises(SettingsError, match=f"Known: {', '.join(sorted(names))}$"):
+        dpo.preference_loss(replace(CONFIG, loss="ippo"))
 
 
-def test_an_unknown_loss_is_refused_before_a_model_is_loaded(
-    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+def test_an_unknown_loss_is_refused_before_anything_is_computed(
+    make_run: Callable, tiny_data: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=r"unknown dpo\.loss = 'ippo': did you mean 'ipo'"):
         make_run(tmp_path, "dpo.loss=ippo")
-    run = make_run(tmp_path)
-    run = replace(run, profile=replace(run.profile, dpo=replace(run.profile.dpo, loss="ippo")))
+    nothing: Any = object()  # neither policy nor sampler is asked for anything
     with pytest.raises(SettingsError, match=r"unknown dpo\.loss = 'ippo': did you mean 'ipo'"):
-        dpo.train(run, tiny_data, finished.sft, finished.reward_model)
-    assert not list(tmp_path.iterdir()), "nothing was begun"
+        dpo.train(nothing, nothing, tiny_data.pairs["train"], [], replace(CONFIG, loss="ippo"))
 
 
 def test_label_smoothing_is_refused_where_nothing_would_read_it(
@@ -196,7 +210,7 @@ def test_label_smoothing_is_refused_where_nothing_would_read_it(
 ) -> None:
     run = make_run(tmp_path, "dpo.loss=ipo", "dpo.label_smoothing=0.1")
     with pytest.raises(SettingsError, match=r"label_smoothing=0\.1 means nothing to dpo\.loss=ipo"):
-        dpo.train(run, tiny_data, finished.sft, finished.reward_model)
+        train_stage(run, "dpo", tiny_data, finished)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dpo"])
@@ -210,7 +224,7 @@ def test_the_stage_runs_with_every_loss(
     monkeypatch.setattr(
         dpo, "reference_logprobs", lambda *args: (tables.append(args), compute(*args))[1]
     )
-    stage = dpo.train(run, tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(run, "dpo", tiny_data, finished)
     rows = stage.metrics()
     assert len(rows) == 4
     assert all(math.isfinite(value) for row in rows for value in row.values())
@@ -250,8 +264,9 @@ def test_every_loss_is_given_what_it_reads(make_model: Callable, tiny_data: Any)
         "simpo": -(2 * own_average - 0.7).sigmoid().log(),
     }
     for name, losses in expected.items():
-        config = replace(CONFIGS[name], simpo_margin=0.7, label_smoothing=0.2)
-        metrics = dpo.update(learner_of(model), pairs, reference, config)
+        smoothing = 0.2 if name in dpo.SMOOTHED else 0.0
+        config = replace(CONFIGS[name], simpo_margin=0.7, label_smoothing=smoothing)
+        metrics = update(learner_of(model), pairs, reference, config)
         assert metrics["loss"] == pytest.approx(losses.mean().item(), rel=1e-4), name
 
 
@@ -269,7 +284,7 @@ def test_kto_measures_its_kl_on_the_chosen_reply_of_the_next_pair(
             for p, r in zip(pairs, others, strict=True)
         ])  # fmt: skip
 
-    table = dpo.reference_table(reference, pairs, others, CONFIGS["kto"])
+    table = table_for(reference, pairs, others, CONFIGS["kto"])
     assert not table.requires_grad
     assert torch.allclose(table[:, :2], table_of(reference, pairs), atol=5e-5)
     assert torch.allclose(table[:, 2], logprobs(reference), atol=5e-5)
@@ -277,7 +292,7 @@ def test_kto_measures_its_kl_on_the_chosen_reply_of_the_next_pair(
     kl = (logprobs(model) - table[:, 2]).mean().item()
     assert kl > 1
     config = replace(CONFIGS["kto"], desirable_weight=1.5, undesirable_weight=0.5)
-    metrics = dpo.update(learner_of(model), pairs, table, config, others)
+    metrics = update(learner_of(model), pairs, table, config, others)
     assert metrics["kto/kl"] == pytest.approx(kl, rel=1e-4)
     chosen, rejected = (0.3 * (table_of(model, pairs) - table[:, :2])).unbind(1)
     losses = 1.5 * (0.3 * kl - chosen).sigmoid() + 0.5 * (rejected - 0.3 * kl).sigmoid()
@@ -287,6 +302,4 @@ def test_kto_measures_its_kl_on_the_chosen_reply_of_the_next_pair(
 def test_kto_killed_and_resumed_ends_like_never_killed(
     check_resume: Callable, finished: Any, tiny_data: Any
 ) -> None:
-    check_resume(
-        lambda run: dpo.train(with_loss(run, "kto"), tiny_data, finished.sft, finished.reward_model)
-    )
+    check_resume(lambda run: train_stage(with_loss(run, "kto"), "dpo", tiny_data, finished))

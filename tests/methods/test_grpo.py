@@ -17,28 +17,32 @@ from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives.losses import grpo_loss
-from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import GRPOConfig
+from tests.conftest import learner_of, numbers, train_stage
 
 CONFIG = GRPOConfig(prompts_per_update=2, group_size=4, micro_batch_size=3, iterations=1)
 CONSTANT = 8
 
 
-def learner_of(model: Any, rate: float = 0.0) -> Learner:
-    return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
+def make_advantages(rollout: Rollout, config: GRPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    return grpo.make_advantages(rollout, **numbers(grpo.make_advantages, config))
+
+
+def update(
+    policy: Learner, rollout: Rollout, advantages: torch.Tensor, config: GRPOConfig, constant: int
+) -> dict[str, float]:
+    given = numbers(grpo.update, config)
+    return grpo.update(policy, rollout, advantages, **given, constant=constant)
 
 
 @pytest.fixture
-def rollout_at(make_run: Callable, finished: Any, tiny_data: Any, tiny_base: Path) -> Callable:
+def rollout_at(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Callable:
     """`rollout_at(temperature)`: four responses to each of two prompts, some cut and some ended."""
 
     def sample(temperature: float = 1.0) -> Rollout:
-        sampler = Sampler(
-            make_run(Path("unused")), make_accelerator("fp32"), str(finished.sft.model_path),
-            str(finished.reward_model.model_path), temperature=temperature, batch_size=3,
-        )  # fmt: skip
+        policy = load_policy(tiny_base)
         prompts = [p for p in tiny_data.prompts["train"][:2] for _ in range(4)]
-        rollout = sampler.sample(load_policy(tiny_base), prompts)
+        rollout = make_sampler().sample(policy, prompts, temperature=temperature, batch_size=3)
         # cut some shorter, so that the aggregations differ
         return cut(rollout, [8, 3, 5, 1, 2, 8, 4, 6])
 
@@ -61,7 +65,7 @@ def cut(rollout: Rollout, lengths: list[int]) -> Rollout:
 def test_rewards_pay_for_the_divergence_of_the_whole_response(rollout_at: Callable) -> None:
     rollout = rollout_at()
     config = replace(CONFIG, kl_reward_coef=0.3, scale="none")
-    rewards, advantages = grpo.make_advantages(rollout, config)
+    rewards, advantages = make_advantages(rollout, config)
     for i, length in enumerate(map(len, rollout.responses)):
         kl = (rollout.logprobs[i, :length] - rollout.ref_logprobs[i, :length]).sum()
         assert rewards[i].item() == pytest.approx((rollout.rewards[i] - 0.3 * kl).item(), abs=1e-5)
@@ -74,9 +78,9 @@ def test_rewards_pay_for_the_divergence_of_the_whole_response(rollout_at: Callab
 def test_the_first_ratio_is_one(temperature: float, rollout_at: Callable, tiny_base: Path) -> None:
     rollout = rollout_at(temperature)
     config = replace(CONFIG, temperature=temperature)
-    _, advantages = grpo.make_advantages(rollout, config)
+    _, advantages = make_advantages(rollout, config)
     policy = learner_of(load_policy(tiny_base))
-    metrics = grpo.update(policy, rollout, advantages, config, CONSTANT)
+    metrics = update(policy, rollout, advantages, config, CONSTANT)
     assert metrics["val/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["policy/approxkl_avg"] == pytest.approx(0, abs=1e-9)
     assert metrics["clip_ratio/region_mean"] == 0
@@ -94,9 +98,9 @@ def test_accumulated_equals_one_big_batch(
             CONFIG, micro_batch_size=micro_batch_size, aggregation=aggregation, iterations=2,
             kl_coef=0.1,
         )  # fmt: skip
-        _, advantages = grpo.make_advantages(rollout, config)
+        _, advantages = make_advantages(rollout, config)
         policy = learner_of(load_policy(tiny_base), rate=1.0)
-        metrics = grpo.update(policy, rollout, advantages, config, CONSTANT)
+        metrics = update(policy, rollout, advantages, config, CONSTANT)
         results.append((metrics, [w.detach() for w in policy.model.parameters()]))
     (metrics, weights), *others = results
     for other_metrics, other in others:
@@ -110,7 +114,7 @@ def test_the_loss_is_that_of_the_pure_function(
 ) -> None:
     rollout = rollout_at()
     config = replace(CONFIG, aggregation=aggregation, kl_coef=0.1, clip_low=0.1, clip_high=0.3)
-    _, advantages = grpo.make_advantages(rollout, config)
+    _, advantages = make_advantages(rollout, config)
     model = load_policy(finished.sft.model_path)  # not the policy that sampled
     logprobs, mask = response_logprobs(model, rollout.prompts, rollout.responses)
     loss, _ = grpo_loss(
@@ -119,7 +123,7 @@ def test_the_loss_is_that_of_the_pure_function(
     )  # fmt: skip
     # the pure function divides by its own width, here 8 as well
     assert mask.shape == (8, CONSTANT)
-    metrics = grpo.update(learner_of(model), rollout, advantages, config, CONSTANT)
+    metrics = update(learner_of(model), rollout, advantages, config, CONSTANT)
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
@@ -129,9 +133,9 @@ def test_the_constant_does_not_hang_on_the_longest_response(
     config = replace(CONFIG, aggregation="constant")
     rollout, losses = rollout_at(), []
     for constant in (8, 16):
-        _, advantages = grpo.make_advantages(rollout, config)
+        _, advantages = make_advantages(rollout, config)
         policy = learner_of(load_policy(tiny_base))
-        losses.append(grpo.update(policy, rollout, advantages, config, constant)["loss"])
+        losses.append(update(policy, rollout, advantages, config, constant)["loss"])
     assert losses[0] == pytest.approx(2 * losses[1], rel=1e-5)
 
 
@@ -142,23 +146,23 @@ def test_a_silent_group_gives_no_gradient_and_is_counted(
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 1.0, 2.0, 0.0, 5.0])
     config = replace(CONFIG, kl_reward_coef=0.0)
     half = replace(rollout, rewards=rewards)
-    shaped, advantages = grpo.make_advantages(half, config)
+    shaped, advantages = make_advantages(half, config)
     assert advantages[:4].tolist() == [0, 0, 0, 0]
-    metrics = grpo.rollout_metrics(half, shaped, advantages, config)
+    metrics = grpo.rollout_metrics(half, shaped, advantages, 4)
     assert metrics["frac_reward_zero_std"] == 0.5
     assert metrics["reward_std"] == pytest.approx(rewards[4:].std().item() / 2)
 
     silent = replace(rollout, rewards=torch.full((8,), 0.1))
-    shaped, advantages = grpo.make_advantages(silent, config)
-    assert grpo.rollout_metrics(silent, shaped, advantages, config)["frac_reward_zero_std"] == 1
-    metrics = grpo.update(learner_of(load_policy(tiny_base)), silent, advantages, config, CONSTANT)
+    shaped, advantages = make_advantages(silent, config)
+    assert grpo.rollout_metrics(silent, shaped, advantages, 4)["frac_reward_zero_std"] == 1
+    metrics = update(learner_of(load_policy(tiny_base)), silent, advantages, config, CONSTANT)
     assert (metrics["loss"], metrics["grad_norm"]) == (0, 0)
 
 
 def test_the_stage_logs_and_trains(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
-    stage = grpo.train(make_run(tmp_path), tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(make_run(tmp_path), "grpo", tiny_data, finished)
     rows = stage.metrics()
     assert len(rows) == 4
     assert rows[0].keys() >= {
@@ -181,8 +185,8 @@ def test_a_group_answers_one_prompt(
 ) -> None:  # fmt: skip
     asked = []
     sample = Sampler.sample
-    monkeypatch.setattr(Sampler, "sample", lambda *a: (asked.append(a[2]), sample(*a))[1])
-    grpo.train(make_run(tmp_path, "grpo.updates=2"), tiny_data, finished.sft, finished.reward_model)
+    monkeypatch.setattr(Sampler, "sample", lambda *a, **k: (asked.append(a[2]), sample(*a, **k))[1])
+    train_stage(make_run(tmp_path, "grpo.updates=2"), "grpo", tiny_data, finished)
     for prompts in asked:
         first, second = prompts[:4], prompts[4:]
         assert first == [first[0]] * 4
@@ -198,7 +202,7 @@ def test_it_learns_to_please_the_reward_model(
         tmp_path, "grpo.updates=12", "grpo.micro_batch_size=16", "grpo.prompts_per_update=8",
         "grpo.learning_rate=1e-2", "grpo.kl_reward_coef=0", "grpo.missing_eos_penalty=0",
     )  # fmt: skip
-    stage = grpo.train(run, tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(run, "grpo", tiny_data, finished)
     scores = [row["reward"] for row in stage.metrics()]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3
 
@@ -206,4 +210,4 @@ def test_it_learns_to_please_the_reward_model(
 def test_killed_and_resumed_ends_like_never_killed(
     check_resume: Callable, finished: Any, tiny_data: Any
 ) -> None:
-    check_resume(lambda run: grpo.train(run, tiny_data, finished.sft, finished.reward_model))
+    check_resume(lambda run: train_stage(run, "grpo", tiny_data, finished))

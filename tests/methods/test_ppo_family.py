@@ -12,29 +12,29 @@ import pytest
 import torch
 
 from rlhf_lib.methods import ppo
-from rlhf_lib.methods.rollout import Rollout, Sampler
+from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models.learner import Learner
-from rlhf_lib.models.load import load_policy, load_value_model
+from rlhf_lib.models.load import add_value_head, load_policy, load_value_model
 from rlhf_lib.models.logprobs import response_logprobs, token_values
 from rlhf_lib.objectives.kl import ESTIMATORS
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import PPOConfig
+from tests.conftest import learner_of, numbers, train_stage
 
 CONFIG = PPOConfig(batch_size=8, minibatch_size=8, micro_batch_size=3, epochs=1, kl_coef=0.1)
 
 
-def learner_of(model: Any, rate: float = 0.0) -> Learner:
-    return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
+def make_experience(
+    rollout: Rollout, value: Learner, config: PPOConfig, **more: float
+) -> ppo.Experience:
+    given = numbers(ppo.make_experience, config)
+    return ppo.make_experience(rollout, value, **given, **more)
 
 
 @pytest.fixture
-def rollout(make_run: Callable, finished: Any, tiny_data: Any, tiny_base: Path) -> Rollout:
-    sampler = Sampler(
-        make_run(Path("unused")), make_accelerator("fp32"), str(finished.sft.model_path),
-        str(finished.reward_model.model_path), batch_size=3,
-    )  # fmt: skip
-    return sampler.sample(load_policy(tiny_base), tiny_data.prompts["train"][:8])
+def rollout(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Rollout:
+    policy, prompts = load_policy(tiny_base), tiny_data.prompts["train"][:8]
+    return make_sampler().sample(policy, prompts, batch_size=3)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def value(finished: Any) -> Learner:
 def returns_of_first_token(rollout: Rollout, value: Learner, config: PPOConfig) -> torch.Tensor:
     # with lambda 1 and gamma 1 the first return is the sum of all rewards
     whole = replace(config, gae_lambda=1.0)
-    return ppo.make_experience(rollout, value, whole).returns[:, 0]
+    return make_experience(rollout, value, whole).returns[:, 0]
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
@@ -59,14 +59,14 @@ def test_the_estimator_in_the_reward_is_the_one_asked_for(
 
 def test_rewards_are_scaled_before_the_kl_is_taken_off(rollout: Rollout, value: Learner) -> None:
     config = replace(CONFIG, gae_lambda=1.0)
-    got = ppo.make_experience(rollout, value, config, reward_scale=4.0).returns[:, 0]
+    got = make_experience(rollout, value, config, reward_scale=4.0).returns[:, 0]
     assert torch.allclose(got, rollout.rewards / 4 - 0.1 * rollout.kl, atol=1e-5)
 
 
 @pytest.fixture
 def shared(tiny_base: Path) -> Learner:
     model = load_policy(tiny_base)
-    ppo.add_value_head(model)
+    add_value_head(model)
     return learner_of(model)
 
 
@@ -78,7 +78,7 @@ def test_a_fresh_value_head_knows_nothing(rollout: Rollout, shared: Learner) -> 
 
 def test_one_trunk_descends_both_losses_at_once(rollout: Rollout, shared: Learner) -> None:
     torch.nn.init.normal_(shared.model.score.weight, std=0.1)
-    experience = ppo.make_experience(rollout, shared, CONFIG)
+    experience = make_experience(rollout, shared, CONFIG)
     logprobs, mask = response_logprobs(shared.model, rollout.prompts, rollout.responses)
     values = token_values(shared.model, rollout.prompts, rollout.responses)
     policy_loss, _ = ppo_policy_loss(logprobs, rollout.logprobs, experience.advantages, mask)
@@ -87,7 +87,7 @@ def test_one_trunk_descends_both_losses_at_once(rollout: Rollout, shared: Learne
     gradients = torch.autograd.grad(policy_loss + 0.1 * value_loss, parameters)
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
 
-    metrics = ppo.update(shared, shared, experience, CONFIG, seed=0)
+    metrics = ppo.update(shared, shared, experience, **numbers(ppo.update, CONFIG), seed=0)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["value_grad_norm"] == metrics["grad_norm"]
     assert metrics["loss/policy_avg"] == pytest.approx(policy_loss.item(), abs=1e-5)
@@ -104,7 +104,7 @@ def test_the_whole_family_trains_and_leaves_a_language_model(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, *FAMILY, "ppo.learning_rate=1e-2")
-    stage = ppo.train(run, tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(run, "ppo", tiny_data, finished)
     rows = stage.metrics()
     for before, after in pairwise(rows):
         error = min(max(before["kl"] / 0.05 - 1, -0.2), 0.2)
@@ -117,12 +117,11 @@ def test_the_whole_family_trains_and_leaves_a_language_model(
 def test_adapted_and_running_states_survive_a_kill(
     check_resume: Callable, finished: Any, tiny_data: Any
 ) -> None:
-    check_resume(
-        lambda run: ppo.train(
-            replace(run, profile=with_family(run.profile)), tiny_data, finished.sft,
-            finished.reward_model,
-        )
-    )  # fmt: skip
+    def train(run: Any) -> Any:
+        run = replace(run, profile=with_family(run.profile))
+        return train_stage(run, "ppo", tiny_data, finished)
+
+    check_resume(train)
 
 
 def with_family(profile: Any) -> Any:

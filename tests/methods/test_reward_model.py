@@ -12,16 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import reward_model
-from rlhf_lib.methods.rollout import score
+from rlhf_lib.methods.rewards import Reply, of_model
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
 from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.runtime import make_accelerator
-
-
-def learner_of(model: Any) -> Learner:
-    return Learner(make_accelerator("fp32"), model, learning_rate=1.0, steps=10, eps=100.0)
+from tests.conftest import learner_of, train_stage
 
 
 def scores_of(model: Any, pairs: list) -> list[tuple[float, float]]:
@@ -59,7 +57,7 @@ def test_the_loss_and_metrics_of_a_batch(make_model: Callable, tiny_data: Any) -
 def test_accumulated_equals_one_big_batch(make_model: Callable, tiny_data: Any) -> None:
     results = []
     for micro_batch_size in (5, 2, 1):
-        learner = learner_of(make_model("gpt2", head="score"))
+        learner = learner_of(make_model("gpt2", head="score"), rate=1.0)
         metrics = reward_model.update(
             learner, tiny_data.pairs["train"][:5], micro_batch_size, 0.1, 0.01
         )
@@ -84,11 +82,12 @@ def test_the_scale_is_that_of_the_demonstrations(
     raw = torch.tensor(
         [sequence_scores(model, [d.prompt], [d.response]).item() for d in tiny_data.demonstrations]
     )
-    assert reward_model.measure_scale(model, tiny_data, batch_size=5) == pytest.approx(
+    demonstrations = tiny_data.demonstrations
+    assert reward_model.measure_scale(model, demonstrations, batch_size=5) == pytest.approx(
         (raw.mean().item(), raw.std().item()), abs=1e-5
     )
     monkeypatch.setattr(reward_model, "NORMALISATION_SAMPLE", 7)
-    assert reward_model.measure_scale(model, tiny_data)[0] == pytest.approx(
+    assert reward_model.measure_scale(model, demonstrations)[0] == pytest.approx(
         raw[:7].mean().item(), abs=1e-5
     )
 
@@ -109,10 +108,9 @@ def test_the_stage_saves_a_classifier_with_its_scale(finished: Any, tiny_data: A
     validation = scores_of(model, tiny_data.pairs["validation"])
     assert result["validation_accuracy"] == pytest.approx(sum(c > r for c, r in validation) / 8)
 
-    demonstrations = tiny_data.demonstrations
-    normalised = score(
-        model, [d.prompt for d in demonstrations], [d.response for d in demonstrations]
-    )
+    asked = [Prompt("", d.prompt) for d in tiny_data.demonstrations]
+    replies = [Reply("", d.response, True) for d in tiny_data.demonstrations]
+    normalised = of_model(model, make_accelerator("fp32"))(asked, replies)
     assert normalised.mean().item() == pytest.approx(0, abs=1e-5)
     assert normalised.std().item() == pytest.approx(1, abs=1e-5)
 
@@ -139,7 +137,7 @@ def test_it_learns_an_easy_preference(make_run: Callable, tiny_data: Any, tmp_pa
         hash="easy",
     )
     overrides = "reward_model.epochs=12", "reward_model.learning_rate=2e-2"
-    stage = reward_model.train(make_run(tmp_path, *overrides), data)
+    stage = train_stage(make_run(tmp_path, *overrides), "reward_model", data)
     assert stage.result()["accuracy"] >= 0.85
     rows = stage.metrics()
     assert len(rows) == 12 * 4
@@ -149,7 +147,7 @@ def test_it_learns_an_easy_preference(make_run: Callable, tiny_data: Any, tmp_pa
 def test_the_control_is_a_stage_of_its_own(
     make_run: Callable, tiny_data: Any, finished: Any, tmp_path: Path
 ) -> None:
-    stage = reward_model.train(make_run(tmp_path), tiny_data, "reward_model_control")
+    stage = train_stage(make_run(tmp_path), "reward_model_control", tiny_data)
     assert stage.name == "reward_model_control"
     assert stage.hash != finished.reward_model.hash
 
@@ -166,10 +164,10 @@ def test_the_judge_learns_from_its_own_pairs_for_twice_as_long(
         return update(learner, batch, *rest)
 
     monkeypatch.setattr(reward_model, "update", watch)
-    stage = reward_model.train_judge(make_run(tmp_path), data)
+    stage = train_stage(make_run(tmp_path), "judge", data)
     assert (stage.name, stage.result()["train_pairs"]) == ("judge", 6)
     assert sorted(seen) == sorted(2 * [f"kept {i}" for i in range(6)]), "twice its one epoch"
 
 
 def test_killed_and_resumed_ends_like_never_killed(check_resume: Callable, tiny_data: Any) -> None:
-    check_resume(lambda run: reward_model.train(run, tiny_data))
+    check_resume(lambda run: train_stage(run, "reward_model", tiny_data))

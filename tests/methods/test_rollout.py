@@ -1,4 +1,4 @@
-"""Scoring and rollouts: what responses are worth, and metrics that padding does not change."""
+"""Rollouts: what responses are worth, and metrics that padding does not change."""
 
 from __future__ import annotations
 
@@ -10,83 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Prompt
-from rlhf_lib.methods import rollout
-from rlhf_lib.methods.rollout import Rollout, Sampler, gold_rewards, is_finished, score
+from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.methods.rewards import read_replies
+from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models.load import load_policy
-from rlhf_lib.models.logprobs import (
-    length_mask,
-    response_logits,
-    response_logprobs,
-    sequence_scores,
-)
+from rlhf_lib.models.logprobs import response_logits, response_logprobs
+from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives.kl import full_kl
 from rlhf_lib.objectives.masked import entropy, masked_mean
-from rlhf_lib.runtime import make_accelerator
+from tests.conftest import EOS
 
-EOS = 1
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [9, 8, 7, 6], [20, 21, 22]]
-
-
-@pytest.fixture(autouse=True)
-def _readable_ids(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tiny_tokenizer.eos_token_id == EOS
-
-
-# ---------------------------------------------------------------------------------------- score
-
-
-def test_scores_are_normalised_and_padding_plays_no_part(score_model: PreTrainedModel) -> None:
-    score_model.config.reward_mean, score_model.config.reward_std = 3.0, 2.0
-    responses = [[15, 1], [16, 17, 18, 19, 20], [21, 0, 1], [3], [4, 4]]
-    raw = torch.cat(
-        [sequence_scores(score_model, [p], [r]) for p, r in zip(PROMPTS, responses, strict=True)]
-    )
-    for batch_size in (64, 2, 1):
-        scores = score(score_model, PROMPTS, responses, batch_size)
-        assert torch.allclose(scores, (raw - 3) / 2, atol=1e-5)
-    assert not scores.requires_grad
-
-
-def test_the_score_is_that_of_the_end_token(score_model: PreTrainedModel) -> None:
-    score_model.config.reward_mean, score_model.config.reward_std = 0.0, 1.0
-    hidden = score_model.base_model(torch.tensor([[5, 6, 7, EOS]])).last_hidden_state
-    expected = score_model.score(hidden)[0, :, 0]
-    got = score(score_model, [[5, 6], [5] * 9], [[7, EOS], [7]])[0]
-    assert got.item() == pytest.approx(expected[3].item(), abs=1e-5)
-    assert abs(expected[3] - expected[2]) > 1e-3
-
-
-def test_is_finished_looks_at_the_last_token() -> None:
-    assert is_finished([[5, EOS], [EOS, 5], [EOS]], EOS).tolist() == [True, False, True]
-
-
-def test_gold_rewards_see_text_and_whether_it_ended(
-    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def gold(prompt: str, text: str, finished: bool) -> SimpleNamespace:
-        seen.append((prompt, text, finished))
-        return SimpleNamespace(total=float(len(seen)))
-
-    monkeypatch.setattr(rollout, "gold_reward", gold)
-    assert gold_rewards(tiny_tokenizer, ["p", "q"], [[5, 6, EOS], [7]]) == [1.0, 2.0]
-    assert seen == [("p", "a b", True), ("q", "c", False)]
-
-
-# -------------------------------------------------------------------------------------- rollouts
+SETTINGS = {"temperature": 0.7, "batch_size": 3, "reward_clip": 0.5, "missing_eos_penalty": 2.0}
 
 
 @pytest.fixture
-def sampler(make_run: Callable, finished: Any, tmp_path: Path) -> Sampler:
-    return Sampler(
-        make_run(tmp_path), make_accelerator("fp32"), str(finished.sft.model_path),
-        str(finished.reward_model.model_path), temperature=0.7, batch_size=3, reward_clip=0.5,
-        missing_eos_penalty=2.0,
-    )  # fmt: skip
+def sampler(make_sampler: Callable) -> Sampler:
+    return make_sampler()
 
 
 @pytest.fixture
@@ -104,7 +46,7 @@ def prompts() -> list[Prompt]:
 
 
 def test_a_rollout_is_what_its_parts_say(sampler: Sampler, policy: PreTrainedModel) -> None:
-    sample = sampler.sample(policy, prompts(), exact_kl=True)
+    sample = sampler.sample(policy, prompts(), **SETTINGS, exact_kl=True)
     assert max(map(len, sample.responses)) <= 8
     assert sample.response_mask.sum(1).tolist() == [len(r) for r in sample.responses]
     # rows were computed three at a time; each must be what it is alone
@@ -124,9 +66,10 @@ def test_a_rollout_is_what_its_parts_say(sampler: Sampler, policy: PreTrainedMod
             assert (got[i, n:] == 0).all()
     logits, _, _ = response_logits(policy, sample.prompts, sample.responses, temperature=0.7)
     assert sample.entropy == pytest.approx(entropy(logits).mean().item(), abs=1e-5)
-    assert torch.allclose(
-        sample.scores, score(sampler.reward_model, sample.prompts, sample.responses), atol=1e-5
-    )
+    replies = read_replies(sampler.tokenizer, sample.responses)
+    scores, parts = sampler.score(prompts(), replies)
+    assert torch.allclose(sample.scores, scores, atol=1e-5)
+    assert sample.parts == parts == {}, "one reward has no parts"
     assert sample.finished.tolist() == [r[-1] == EOS for r in sample.responses]
     assert sample.num_tokens == sum(map(len, sample.prompts + sample.responses))
 
@@ -134,7 +77,7 @@ def test_a_rollout_is_what_its_parts_say(sampler: Sampler, policy: PreTrainedMod
 def test_rewards_are_clipped_and_pay_for_a_missing_end(
     sampler: Sampler, policy: PreTrainedModel
 ) -> None:
-    sample = sampler.sample(policy, prompts())
+    sample = sampler.sample(policy, prompts(), **SETTINGS)
     assert 0 < sample.finished.sum() < len(sample.finished)
     assert (sample.scores.abs() > 0.5).any()
     for got, raw, end in zip(sample.rewards, sample.scores, sample.finished, strict=True):
@@ -143,7 +86,7 @@ def test_rewards_are_clipped_and_pay_for_a_missing_end(
 
 
 def test_against_itself_a_policy_has_no_divergence(sampler: Sampler) -> None:
-    sample = sampler.sample(sampler.reference, prompts(), exact_kl=True)
+    sample = sampler.sample(sampler.reference, prompts(), **SETTINGS, exact_kl=True)
     assert torch.equal(sample.logprobs, sample.ref_logprobs)
     assert sample.kl.tolist() == [0.0] * 20
     assert sample.exact_kl is not None
@@ -152,7 +95,7 @@ def test_against_itself_a_policy_has_no_divergence(sampler: Sampler) -> None:
 
 def test_the_sampled_kl_estimates_the_exact_one(sampler: Sampler, policy: PreTrainedModel) -> None:
     # E[k1] at a position given what came before is the full KL there: their sums agree in the mean
-    sample = sampler.sample(policy, prompts() * 20, exact_kl=True)
+    sample = sampler.sample(policy, prompts() * 20, **SETTINGS, exact_kl=True)
     assert sample.exact_kl is not None
     difference = sample.kl - sample.exact_kl.sum(1)
     standard_error = difference.std().item() / len(difference) ** 0.5
@@ -160,15 +103,16 @@ def test_the_sampled_kl_estimates_the_exact_one(sampler: Sampler, policy: PreTra
     assert sample.exact_kl.sum(1).mean() > 5 * standard_error, "the example cannot tell them apart"
 
 
-def test_gold_rewards_come_with_the_bundled_world_only(
-    sampler: Sampler, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def test_gold_rewards_come_where_the_truth_is_known_only(
+    make_sampler: Callable, policy: PreTrainedModel
 ) -> None:
-    monkeypatch.setattr(rollout, "gold_reward", lambda *_: SimpleNamespace(total=2.5))
-    sample = sampler.sample(policy, prompts())
+    sampler = make_sampler()
+    sample = sampler.sample(policy, prompts(), **SETTINGS)
     assert sample.gold is None
     assert "gold" not in sample.metrics()
-    sampler.gold_known = True
-    sample = sampler.sample(policy, prompts())
+    truth = SimpleNamespace(gold=lambda *_: SimpleNamespace(total=2.5))
+    sampler = make_sampler(truth=truth)
+    sample = sampler.sample(policy, prompts(), **SETTINGS)
     assert sample.gold == [2.5] * 20
     assert sample.metrics()["gold"] == 2.5
 

@@ -10,20 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import sft
-from rlhf_lib.methods.rollout import Sampler
+from rlhf_lib.methods.rewards import Reply, read_replies
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_tokenizer
 from rlhf_lib.models.logprobs import response_logits, response_logprobs
 from rlhf_lib.objectives.masked import entropy
 from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import SFTConfig
-
-
-def learner_of(model: Any) -> Learner:
-    # with a large eps, Adam's update is proportional to the gradient: rounding is not blown up
-    return Learner(make_accelerator("fp32"), model, learning_rate=1.0, steps=10, eps=100.0)
+from tests.conftest import learner_of, train_stage
 
 
 def test_the_loss_is_the_mean_over_response_tokens(make_model: Callable, tiny_data: Any) -> None:
@@ -46,7 +42,7 @@ def test_accumulated_equals_one_big_batch(make_model: Callable, tiny_data: Any) 
     batch = tiny_data.demonstrations[:6]
     results = []
     for micro_batch_size in (6, 4, 1):
-        learner = learner_of(make_model("gpt2"))
+        learner = learner_of(make_model("gpt2"), rate=1.0)
         results.append((sft.update(learner, batch, micro_batch_size), learner.model.state_dict()))
     (metrics, weights), *others = results
     for other_metrics, other in others:
@@ -69,7 +65,7 @@ def test_prompts_are_not_trained_on(make_model: Callable, tiny_data: Any) -> Non
     assert torch.allclose(gradient, expected, atol=1e-6)
 
 
-def test_fit_learns_the_demonstrations(make_model: Callable, tiny_data: Any) -> None:
+def test_it_learns_the_demonstrations(make_model: Callable, tiny_data: Any) -> None:
     model = make_model("gpt2")
 
     def loss() -> float:
@@ -79,20 +75,16 @@ def test_fit_learns_the_demonstrations(make_model: Callable, tiny_data: Any) -> 
         )
         return -(logprobs.sum() / mask.sum()).item()
 
-    before = loss()
-    sft.fit(
-        model,
-        tiny_data.demonstrations,
-        SFTConfig(epochs=5, batch_size=8, learning_rate=1e-2),
-        seed=0,
-    )
+    before, config = loss(), SFTConfig(epochs=5, batch_size=8)
+    learner = Learner(make_accelerator("fp32"), model, learning_rate=1e-2, steps=15)
+    assert sft.train(learner, tiny_data.demonstrations, config) == {"examples": 24}
     assert loss() < before - 0.5
 
 
 def test_the_stage_saves_what_it_trained(
     make_run: Callable, tiny_data: Any, tmp_path: Path, tiny_base: Path
 ) -> None:
-    stage = sft.train(make_run(tmp_path), tiny_data)
+    stage = train_stage(make_run(tmp_path), "sft", tiny_data)
     rows = stage.metrics()
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert {"loss", "grad_norm", "learning_rate", "step_time", "num_tokens"} <= rows[0].keys()
@@ -111,18 +103,18 @@ def test_what_the_stage_reads_is_in_its_hash(
     make_run: Callable, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, "sft.epochs=1")
-    stage = sft.train(run, tiny_data)
-    assert sft.train(run, tiny_data).path == stage.path
+    stage = train_stage(run, "sft", tiny_data)
+    assert train_stage(run, "sft", tiny_data).path == stage.path
     others = [
-        sft.train(run, replace(tiny_data, hash="other")),
-        sft.train(make_run(tmp_path, "sft.epochs=1", "sft.learning_rate=1e-5"), tiny_data),
-        sft.train(make_run(tmp_path, "sft.epochs=1", seed=4), tiny_data),
+        train_stage(run, "sft", replace(tiny_data, hash="other")),
+        train_stage(make_run(tmp_path, "sft.epochs=1", "sft.learning_rate=1e-5"), "sft", tiny_data),
+        train_stage(make_run(tmp_path, "sft.epochs=1", seed=4), "sft", tiny_data),
     ]
     assert len({stage.hash, *(other.hash for other in others)}) == 4
 
 
 def test_killed_and_resumed_ends_like_never_killed(check_resume: Callable, tiny_data: Any) -> None:
-    check_resume(lambda run: sft.train(run, tiny_data))
+    check_resume(lambda run: train_stage(run, "sft", tiny_data))
 
 
 # -------------------------------------------------------------------------- the best of n samples
@@ -137,12 +129,16 @@ class Oracle:
     def __init__(self, tokenizer: Any, ends: tuple[bool, ...]) -> None:
         self.tokenizer, self.ends, self.drawn = tokenizer, ends, 0
 
-    def draw(self, policy: None, prompts: list[Prompt]) -> tuple[list[list[int]], torch.Tensor]:
+    def draw(self, policy: None, prompts: list[Prompt], temperature: float) -> list[Reply]:
         self.drawn += len(prompts)
         groups = len(prompts) // 4
         replies = [[p.ids[0], 4 + i] for i, p in zip([0, 1, 2, 3] * groups, prompts, strict=True)]
         ended = [r + [1] * end for r, end in zip(replies, self.ends * groups, strict=True)]
-        return ended, torch.tensor(self.SCORES * groups)
+        return read_replies(self.tokenizer, ended)
+
+    def score(self, prompts: list[Prompt], replies: list[Reply]) -> tuple[torch.Tensor, dict]:
+        assert len(prompts) == len(replies)
+        return torch.tensor(self.SCORES * (len(prompts) // 4)), {}
 
 
 @pytest.mark.parametrize(
@@ -169,24 +165,22 @@ def test_the_favourite_among_those_that_ended_is_imitated(
 
 
 def test_training_on_the_best_raises_what_the_reward_model_says(
-    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+    make_run: Callable, make_sampler: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(
         tmp_path, "rejection.prompts=16", "rejection.samples=16", "rejection.epochs=20",
         "rejection.learning_rate=1e-2",
     )  # fmt: skip
-    stage = sft.train_on_best(run, tiny_data, finished.sft, finished.reward_model)
+    stage = train_stage(run, "rejection_sft", tiny_data, finished)
     assert stage.result()["examples"] == 16
     assert stage.result()["samples"] == 256
     trained = sum(len(p.ids) + 1 for p in tiny_data.prompts["train"][:16])
     assert stage.metrics()[0]["num_tokens"] > 16 * trained, "sampling costs tokens as well"
-    sampler = Sampler(
-        run, make_accelerator("fp32"), str(finished.sft.model_path),
-        str(finished.reward_model.model_path),
-    )  # fmt: skip
-    prompts = tiny_data.prompts["train"] * 32
-    before = sampler.draw(sampler.reference, prompts)[1].mean()
-    after = sampler.draw(load_policy(stage.model_path).eval(), prompts)[1].mean()
+    sampler, prompts = make_sampler(), tiny_data.prompts["train"] * 32
+    before, after = (
+        sampler.score(prompts, sampler.draw(policy, prompts))[0].mean()
+        for policy in (sampler.reference, load_policy(stage.model_path).eval())
+    )
     assert after > before + 0.15
 
 
@@ -196,6 +190,6 @@ def test_training_on_the_best_resumes(
     def train(run: Any) -> Any:
         few = replace(run.profile.rejection, prompts=12, samples=2, epochs=2)
         run = replace(run, profile=replace(run.profile, rejection=few))
-        return sft.train_on_best(run, tiny_data, finished.sft, finished.reward_model)
+        return train_stage(run, "rejection_sft", tiny_data, finished)
 
     check_resume(train)

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lib.models import attention, load_policy
-from rlhf_lib.models.logprobs import lay_out, response_logprobs
+from rlhf_lib.models import attention
+from rlhf_lib.models.load import load_policy
+from rlhf_lib.models.logprobs import response_logprobs
+from rlhf_lib.models.packing import lay_out
 
 PROMPTS = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 10]]
 REPLIES = [[11, 12], [13], [14, 15, 16]]

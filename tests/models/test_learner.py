@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.models.learner import Averages, Learner, freeze
+from rlhf_lib.models.learner import Averages, Learner
 from rlhf_lib.models.load import load_policy, trainable
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.runtime import make_accelerator
@@ -144,24 +144,6 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     (plain, expected), (recomputed, got) = results
     assert (plain, recomputed) == (1, 2)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, got, strict=True))
-
-
-def test_a_frozen_model_has_no_gradients(make_model: Callable, accelerator: Accelerator) -> None:
-    model = freeze(accelerator, make_model("gpt2").train())
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
-    assert model.dtype is torch.float32
-
-
-def test_a_frozen_model_takes_the_compute_precision_but_its_head_does_not(
-    make_model: Callable,
-) -> None:
-    class Half:
-        mixed_precision, device = "bf16", torch.device("cpu")
-
-    model = freeze(Half(), make_model("gpt2", head="score"))  # type: ignore[arg-type]
-    assert model.transformer.wte.weight.dtype is torch.bfloat16
-    assert model.score.weight.dtype is torch.float32
 
 
 def test_averages_weigh_what_they_are_given() -> None:

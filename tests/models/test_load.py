@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_lib.models.attention import attention
 from rlhf_lib.models.load import (
-    attention,
     fingerprint,
+    freeze,
     load_policy,
     load_reference,
     load_reward_model,
@@ -31,6 +33,7 @@ from rlhf_lib.models.load import (
     save_model,
     trainable,
 )
+from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import ModelConfig, SettingsError
 
 VOCABULARY = 97
@@ -198,6 +201,24 @@ def test_reference_is_frozen(base: Path) -> None:
     reference = load_reference(base)
     assert not reference.training
     assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_a_frozen_model_has_no_gradients(make_model: Callable) -> None:
+    model = freeze(make_accelerator("fp32"), make_model("gpt2").train())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.dtype is torch.float32
+
+
+def test_a_frozen_model_takes_the_compute_precision_but_its_head_does_not(
+    make_model: Callable,
+) -> None:
+    class Half:
+        mixed_precision, device = "bf16", torch.device("cpu")
+
+    model = freeze(Half(), make_model("gpt2", head="score"))  # type: ignore[arg-type]
+    assert model.transformer.wte.weight.dtype is torch.bfloat16
+    assert model.score.weight.dtype is torch.float32
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else(base: Path) -> None:

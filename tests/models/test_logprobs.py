@@ -7,11 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rlhf_lib.models.logprobs import (
-    length_mask,
-    pad,
     paired_logprobs,
     paired_scores,
     response_logits,
@@ -19,8 +18,8 @@ from rlhf_lib.models.logprobs import (
     sequence_scores,
     token_logprobs,
     token_values,
-    unflatten,
 )
+from rlhf_lib.models.packing import length_mask
 
 # mixed lengths; a real EOS (1) and the padding's own id (0) stand inside on purpose
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [0, 13, 14], [9, 8, 7, 6]]
@@ -45,16 +44,6 @@ def test_token_logprobs_are_fp32() -> None:
     logprobs = token_logprobs(logits, torch.arange(5))
     assert logprobs.dtype is torch.float32
     assert torch.allclose(logprobs, logits.float().log_softmax(-1)[range(5), range(5)])
-
-
-def test_padding_and_masks_come_from_lengths() -> None:
-    assert pad([[1], [2, 3, 0]]).tolist() == [[1, 0, 0], [2, 3, 0]]
-    assert length_mask([1, 3]).tolist() == [[1, 0, 0], [1, 1, 1]]
-
-
-def test_unflatten_puts_rows_back() -> None:
-    mask = length_mask([1, 3, 2])
-    assert unflatten(torch.arange(1.0, 7), mask).tolist() == [[1, 0, 0], [2, 3, 4], [5, 6, 0]]
 
 
 def test_padded_equals_unpadded(causal_model: PreTrainedModel) -> None:
@@ -167,8 +156,9 @@ def test_scores_agree_with_transformers_own_classifier(score_model: PreTrainedMo
     prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14]]
     replies = [[15, 1], [16, 17, 18, 19, 20], [21, 1]]
     rows = [[*p, *r] for p, r in zip(prompts, replies, strict=True)]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = length_mask([len(row) for row in rows])
-    theirs = score_model(input_ids=pad(rows), attention_mask=mask).logits[:, 0]
+    theirs = score_model(input_ids=ids, attention_mask=mask).logits[:, 0]
     assert torch.allclose(sequence_scores(score_model, prompts, replies), theirs, atol=1e-5)
 
 

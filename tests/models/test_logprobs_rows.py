@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from rlhf_lib.models import logprobs
 from rlhf_lib.models.logprobs import (
-    lay_out,
     output_logprobs,
     response_hidden,
     response_logprobs,
     sequence_scores,
     token_values,
 )
+from rlhf_lib.models.packing import Layout, lay_out
 from rlhf_lib.objectives.masked import entropy
 
 # a pair, a group, and loners short enough to stand behind one another
@@ -70,16 +70,6 @@ def assert_same(model: PreTrainedModel, values: Tensor, expected: Tensor) -> Non
     assert (gradient(model, values) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-def test_neighbours_share_their_prompt_and_short_ones_a_row() -> None:
-    layout = lay_out(PROMPTS, RESPONSES)
-    assert layout.ids.shape == (4, 10)  # 10 + 7 + 4 + 2 + 4 + 4 places in rows of 10
-    assert int((layout.ids != 0).sum()) == 31 - 2, "every token once, two of them being 0"
-    assert layout.ids[layout.ends].tolist() == [r[-1] for r in RESPONSES]
-    assert layout.positions is not None
-    last = [len(p) + len(r) - 1 for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    assert layout.positions[layout.ends].tolist() == last, "as in a row of its own"
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("what", ["logprobs", "values", "scores"])
 def test_shared_rows_equal_one_row_at_a_time(what: str, kind: str, make_model: Callable) -> None:
@@ -87,12 +77,12 @@ def test_shared_rows_equal_one_row_at_a_time(what: str, kind: str, make_model: C
     assert_same(model, together(model, what), one_at_a_time(model, what))
 
 
-def without_mask(layout: logprobs.Layout) -> logprobs.Layout:
+def without_mask(layout: Layout) -> Layout:
     length = layout.ids.shape[1]
     return layout._replace(visible=torch.ones(length, length).bool().tril()[None, None])
 
 
-def without_positions(layout: logprobs.Layout) -> logprobs.Layout:
+def without_positions(layout: Layout) -> Layout:
     return layout._replace(positions=torch.arange(layout.ids.shape[1])[None])
 
 

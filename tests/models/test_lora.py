@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
-from rlhf_lib.methods.rollout import Sampler
+from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer, trainable
 from rlhf_lib.models.logprobs import response_logprobs, sequence_scores
 from rlhf_lib.models.lora import adapters_off, add_lora, merge_lora
-from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import ModelConfig
+from tests.conftest import train_stage
 
+LORA = ("model.lora_rank=2",)
 PROMPTS, RESPONSES = [[5, 6], [7, 20, 9]], [[3, 1, 4], [5, 1]]
 
 
@@ -99,31 +98,31 @@ def test_without_a_rank_nothing_is_added(make_model: Callable) -> None:
 
 
 def test_the_policy_without_adapters_is_the_reference(
-    make_run: Callable, finished: Any, tiny_data: Any
-) -> None:
-    run = make_run(Path("unused"), "model.lora_rank=2")
-    path, reward = str(finished.sft.model_path), str(finished.reward_model.model_path)
-    policy = trainable(load_policy(path), run.profile.model)
-    disturb(policy)
-    accelerator = make_accelerator("fp32")
-    sampler = Sampler(run, accelerator, path, reward, policy=policy)
-    assert sampler.reference is policy, "a second copy was loaded"
-    rollout = sampler.sample(policy, tiny_data.prompts["train"][:4])
+    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    sample, seen = Sampler.sample, []
+
+    def watch(sampler: Sampler, policy: PreTrainedModel, *rest: Any, **settings: Any) -> Rollout:
+        assert sampler.reference is policy, "a second copy was loaded"
+        disturb(policy)
+        seen.append(sample(sampler, policy, *rest, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(Sampler, "sample", watch)
+    train_stage(make_run(tmp_path, *LORA, "grpo.updates=1"), "grpo", tiny_data, finished)
+    (rollout,), path = seen, finished.sft.model_path
     expected, mask = response_logprobs(load_policy(path), rollout.prompts, rollout.responses)
     assert torch.allclose(rollout.ref_logprobs, expected * mask, atol=1e-6)
     assert rollout.kl.abs().max() > 0.01
 
 
-LORA = ("model.lora_rank=2",)
-
-
-@pytest.mark.parametrize("method", [ppo, grpo, dpo])
+@pytest.mark.parametrize("method", ["ppo", "grpo", "dpo"])
 def test_every_method_trains_adapters_and_saves_a_plain_model(
-    method: ModuleType, make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+    method: str, make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
-    section = method.__name__.rpartition(".")[2]
-    run = make_run(tmp_path, *LORA, f"{section}.learning_rate=1e-2")
-    stage = method.train(run, tiny_data, finished.sft, finished.reward_model)
+    run = make_run(tmp_path, *LORA, f"{method}.learning_rate=1e-2")
+    stage = train_stage(run, method, tiny_data, finished)
     start = load_policy(finished.sft.model_path).state_dict()
     trained = load_policy(stage.model_path).state_dict()  # complains of anything missing
     changed = {name for name in start if not torch.equal(start[name], trained[name])}
@@ -131,7 +130,7 @@ def test_every_method_trains_adapters_and_saves_a_plain_model(
     assert all(name.endswith("weight") and ".h." in name for name in changed)
     assert not any("ln_" in name for name in changed), "only linear layers have adapters"
     first = stage.metrics()[0]
-    if method is dpo:
+    if method == "dpo":
         assert first["loss"] == pytest.approx(0.6931, abs=1e-4)  # the policy is its reference
     else:
         assert first["kl"] == pytest.approx(0, abs=1e-5)
@@ -142,11 +141,11 @@ def test_reward_model_and_sft_train_adapters_too(
 ) -> None:
     run = make_run(tmp_path, *LORA, "sft.learning_rate=1e-2", "reward_model.learning_rate=1e-2")
     start = load_policy(tiny_base).state_dict()
-    trained = load_policy(sft.train(run, tiny_data).model_path).state_dict()
+    trained = load_policy(train_stage(run, "sft", tiny_data).model_path).state_dict()
     assert any(not torch.equal(start[name], trained[name]) for name in start)
     assert torch.equal(start["transformer.wte.weight"], trained["transformer.wte.weight"])
 
-    stage = reward_model.train(run, tiny_data)
+    stage = train_stage(run, "reward_model", tiny_data)
     tokenizer = load_tokenizer(stage.model_path)
     model, _ = load_reward_model(stage.model_path, tokenizer, seed=0)
     untrained, _ = load_reward_model(str(tiny_base), tokenizer, seed=run.seed)
@@ -162,6 +161,6 @@ def test_killed_and_resumed_ends_like_never_killed(
     def train(run: Any) -> Any:
         model = replace(run.profile.model, lora_rank=2)
         run = replace(run, profile=replace(run.profile, model=model))
-        return grpo.train(run, tiny_data, finished.sft, finished.reward_model)
+        return train_stage(run, "grpo", tiny_data, finished)
 
     check_resume(train)

@@ -10,12 +10,12 @@ import nbformat
 import pandas as pd
 import pytest
 
+from rlhf_lib import catalogue
 from rlhf_lib.report.exporters import merge
 from rlhf_lib.results import verdict
 from rlhf_lib.settings import load_profile
 from rlhf_lib.study import book
 from rlhf_lib.study.schedule import StudyError
-from rlhf_lib.study.stages import NOTEBOOKS
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -45,7 +45,7 @@ def publish(
 def executed(run_dir: Path, profile: str) -> None:
     folder = run_dir / profile / "notebooks"
     folder.mkdir(parents=True)
-    for name in NOTEBOOKS:
+    for name in catalogue.notebooks():
         cells = [nbformat.v4.new_markdown_cell(f"# Chapter {name}")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
 
@@ -100,9 +100,10 @@ def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: P
     )
     assert pdf.read_bytes().startswith(b"%PDF")
     text = page.read_text(encoding="utf-8")
-    places = [text.find(part) for part in ("The verdict", *NOTEBOOKS, "Appendix: proofs")]
+    names = list(catalogue.notebooks())
+    places = [text.find(part) for part in ("The verdict", *names, "Appendix: proofs")]
     assert -1 not in places
-    headings = [text.find(f"Chapter {name}</h1>") for name in NOTEBOOKS]
+    headings = [text.find(f"Chapter {name}</h1>") for name in names]
     assert headings == sorted(headings)
     assert "model tiny, data bundled, 3 seeds" in text
     assert "PPO and GRPO raised gold reward over SFT" in text

@@ -21,8 +21,7 @@ from rlhf_lib.models.load import load_policy, load_reward_model
 from rlhf_lib.models.logprobs import paired_logprobs
 from rlhf_lib.models.packing import Tokens
 from rlhf_lib.objectives.masked import masked_whiten
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
-from tests.conftest import numbers
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, numbers
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,

@@ -22,8 +22,7 @@ from rlhf_lib.models import generation, load
 from rlhf_lib.models.generation import draw
 from rlhf_lib.models.logprobs import output_logits
 from rlhf_lib.objectives.kl import k1
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, SettingsError
-from tests.conftest import numbers
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, SettingsError, numbers
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,

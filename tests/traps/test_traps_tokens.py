@@ -15,8 +15,7 @@ from rlhf_lib.methods import dpo, grpo, ppo, sft
 from rlhf_lib.models import generation, logprobs
 from rlhf_lib.models.logprobs import token_logprobs
 from rlhf_lib.models.packing import Layout, Tokens, length_mask
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
-from tests.conftest import numbers
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, numbers
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,

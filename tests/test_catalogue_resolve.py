@@ -1,0 +1,48 @@
+"""Names of code: a package's, a file's, and what is said of those that lead nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_lib.catalogue import resolve
+from rlhf_lib.objectives.kl import k1
+from rlhf_lib.settings import SettingsError
+
+
+def test_a_package_and_a_file_lead_to_what_they_define(user_folder: Path) -> None:
+    (user_folder / "far_away.py").write_text(
+        "from close_by import ANSWER\n\ndef f(): return ANSWER"
+    )
+    (user_folder / "close_by.py").write_text("ANSWER = 42")
+    assert resolve("rlhf_lib.objectives.kl:k1") is k1
+    found = resolve(f"{user_folder}/far_away.py:f")
+    assert found() == 42
+    assert resolve(f"{user_folder}/../{user_folder.name}/far_away.py:f") is found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rlhf_lib.objectives.kl", "name it as package.module:name"),
+        ("rlhf_lib.objectives.kl:", "name it as package.module:name"),
+        ("rlhf_lib.objectives.kl:k9", "has no attribute 'k9'"),
+        ("rlhf_lib.objectives.lk:k1", "No module named 'rlhf_lib.objectives.lk'"),
+        ("no/such/file.py:f", "there is no file .*no/such/file.py"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        resolve(name)
+
+
+def test_a_file_under_the_name_of_another_module_is_refused(user_folder: Path) -> None:
+    for folder in ("one", "other"):
+        (user_folder / folder).mkdir()
+        (user_folder / folder / "same_name.py").write_text(f"WHERE = {folder!r}")
+    (user_folder / "json.py").write_text("WHERE = 'here'")
+    assert resolve(f"{user_folder}/one/same_name.py:WHERE") == "one"
+    for wrong in ("other/same_name.py", "json.py"):
+        with pytest.raises(SettingsError, match="give the file another name"):
+            resolve(f"{user_folder}/{wrong}:WHERE")
