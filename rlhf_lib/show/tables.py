@@ -17,7 +17,7 @@ from rlhf_lib.measure.statistics import contrast, interval, listed
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl
-from rlhf_lib.show.display import last_request
+from rlhf_lib.world.grammar import last_request
 
 COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT
 Cell = Callable[[Any], object]

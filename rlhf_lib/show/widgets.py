@@ -25,8 +25,9 @@ from scipy.special import rel_entr, softmax
 
 from rlhf_lib.catalogue import color, label
 from rlhf_lib.data.encoding import Pair
-from rlhf_lib.show.display import figure_bundle, last_request, table_bundle
+from rlhf_lib.show.display import figure_bundle, table_bundle
 from rlhf_lib.show.tables import Column, table_of
+from rlhf_lib.world.grammar import last_request
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 Content = pd.DataFrame | Figure
