@@ -15,7 +15,6 @@ ENV PIP_NO_CACHE_DIR=1
 # The dependencies first: this layer is built again only when they, or how they are installed, change.
 COPY Makefile pyproject.toml requirements.lock README.md LICENSE ./
 COPY rlhf_lib/__init__.py rlhf_lib/__init__.py
-COPY proofs/__init__.py proofs/__init__.py
 RUN make setup PIP_ARGS="$PIP_ARGS"
 
 COPY . .

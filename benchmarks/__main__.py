@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks run | growth | memory | predict."""
+"""Command line: python -m benchmarks run | growth | memory | stream | predict."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _peer(python: str) -> str:
     return sys.executable
 
 
-def _write(path: Path, results: dict) -> None:
+def _write(path: Path, results: dict | list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written: {path}")
@@ -103,6 +103,17 @@ def memory(out: Out = RESULTS / "memory-t4.json", cap_gb: float = 12.0) -> None:
     results = measured.measure(cap_gb, _say)
     _write(out, results)
     print(memory_summary(results))
+
+
+@app.command()
+def stream(
+    rows: Annotated[int, typer.Option(help="made-up pairs to read", min=16)] = 160_000,
+    out: Out = Path("runs/benchmarks/stream.json"),
+) -> None:
+    """Memory and speed of loading many rows."""
+    from benchmarks import stream as measured
+
+    _write(out, measured.measure(rows, _say))
 
 
 @app.command()

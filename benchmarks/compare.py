@@ -19,9 +19,13 @@ from rlhf_lib.runtime import environment
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 2  # the first touch of memory is slow, and the first round may not need all of it
 PEERS = {
-    "sft": "TRL", "reward_model": "TRL", "dpo": "TRL", "grpo": "TRL",
-    "ppo": "plain PPO", "generation": "transformers",
-}  # fmt: skip
+    **dict.fromkeys(("sft", "reward_model", "dpo", "grpo"), "TRL"),
+    "ppo": "plain PPO",
+    "generation": "transformers",
+}
+# what results do not say of a job: paths, texts, and what no side is measured by
+UNSAID = {"model", "reward_model", "sizes", "rows", "prompt_texts"}
+UNSAID |= {"kl_coef", "beta", "learning_rate"}
 
 
 def run_rounds(
@@ -32,13 +36,11 @@ def run_rounds(
     Nothing goes to the network: models are folders, and the hub's client is told to stay offline.
     """
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search
-    }  # fmt: skip
+    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search}
     found: dict[str, list[dict]] = {name: [] for name in commands}
     with (
-        Worker(commands["library"], environment) as library,
-        Worker(commands["peer"], environment) as peer,
+        Worker(commands["library"], settings) as library,
+        Worker(commands["peer"], settings) as peer,
     ):
         for number in range(WARM_UP + rounds):
             for name, worker in (("library", library), ("peer", peer)):
@@ -52,9 +54,13 @@ def run_rounds(
 
 
 def benchmark(
-    job: Job, path: Path, stages: Sequence[str], rounds: int, peer_python: str,
+    job: Job,
+    path: Path,
+    stages: Sequence[str],
+    rounds: int,
+    peer_python: str,
     say: Callable[[str], None] = print,
-) -> dict:  # fmt: skip
+) -> dict:
     """All that the comparison measured, as JSON values. The job is written to `path`."""
     job.write(path)
     say(f"measuring the matmul roof ({job.precision}) ...")
@@ -81,13 +87,9 @@ def benchmark(
 
 def settings(job: Job, rounds: int) -> dict:
     """What was measured, without paths and without text."""
-    named = (
-        "precision", "threads", "batch_size", "max_length", "samples", "samples_per_step",
-        "group_size", "max_new_tokens", "ppo_epochs", "ppo_minibatch", "generation_batch",
-    )  # fmt: skip
     count = len(job.rows)
     return {
-        **{name: getattr(job, name) for name in named},
+        **{name: value for name, value in vars(job).items() if name not in UNSAID},
         "rounds": rounds,
         "pairs": count,
         "mean_tokens": {

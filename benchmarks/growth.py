@@ -7,20 +7,18 @@ the slope of log seconds over log quantity: 1 is proportional, 0 costs nothing m
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from transformers import GPT2Config
 
 from benchmarks import library_worker
 from benchmarks.job import Job
-from benchmarks.prepare import fixed_rows, job_of, random_policy
-from rlhf_lib.models.load import load_tokenizer
+from benchmarks.prepare import fixed_job
+from benchmarks.protocol import timed
 from rlhf_lib.runtime import environment
 
 
@@ -74,29 +72,29 @@ def time_case(case: Case, repeats: int) -> float:
     """Seconds of one round, the least of `repeats`; one more is run before them."""
     with tempfile.TemporaryDirectory() as folder:
         run = library_worker.load(case.stage, make_case(Path(folder), case))
-        times = []
-        for number in range(repeats + 1):
-            started = time.perf_counter()
-            run(number)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+        times = [timed(run, number)[0] for number in range(repeats + 1)]
     return min(times[1:])
 
 
 def make_case(folder: Path, case: Case) -> Job:
     config = GPT2Config(
-        vocab_size=case.vocabulary, n_positions=512, n_embd=128, n_layer=4, n_head=4,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    tokenizer = load_tokenizer("tiny")
-    rows = fixed_rows(tokenizer, case.pairs, prompt=64, reply=case.reply_tokens)
-    job = job_of(folder, random_policy(config), tokenizer, rows, "fp32")
-    step = PROMPTS_PER_STEP * case.group_size
+        vocab_size=case.vocabulary,
+        n_positions=512,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    job = fixed_job(folder, config, case.pairs, prompt=64, reply=case.reply_tokens)
+    samples = PROMPTS_PER_STEP * case.group_size
     return replace(
-        job, batch_size=case.batch_size, group_size=case.group_size, samples=step,
-        samples_per_step=step,
-    )  # fmt: skip
+        job,
+        batch_size=case.batch_size,
+        group_size=case.group_size,
+        samples=samples,
+        samples_per_step=samples,
+    )
 
 
 def draw(results: Mapping) -> Figure:

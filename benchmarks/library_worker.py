@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,20 +16,21 @@ from benchmarks.job import Job, read_job
 from benchmarks.protocol import Round, serve
 from benchmarks.work import Work
 from rlhf_lib.data.batches import chunks, shuffled_batches
-from rlhf_lib.data.pairs import Demonstration, Pair, Prompt
-from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
-from rlhf_lib.methods.rollout import Sampler, generate
-from rlhf_lib.models.learner import Learner, freeze
+from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
+from rlhf_lib.methods import dpo, grpo, ppo, reward_model, rewards, sft
+from rlhf_lib.methods.rollout import Sampler
+from rlhf_lib.models.generation import generate
+from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (
+    freeze,
     load_policy,
     load_reference,
     load_reward_model,
     load_tokenizer,
     load_value_model,
 )
-from rlhf_lib.runs import Run
 from rlhf_lib.runtime import make_accelerator, set_up_process
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
+from rlhf_lib.settings import DPOConfig
 
 ENDLESS = 1_000_000  # steps of a schedule that is never seen to end
 
@@ -81,26 +81,25 @@ def _reward_model(job: Job, accelerator: Accelerator) -> Round:
 def _dpo(job: Job, accelerator: Accelerator) -> Round:
     learner, pairs = _learner(job, accelerator, load_policy(job.model)), _pairs(job)
     reference = freeze(accelerator, load_reference(job.model))
-    config = DPOConfig(
-        batch_size=job.batch_size, micro_batch_size=job.batch_size, beta=job.beta
-    )  # fmt: skip
+    loss = dpo.preference_loss(DPOConfig(beta=job.beta))
 
     def run(number: int) -> Work:
         with accelerator.autocast():
             table = dpo.reference_logprobs(reference, pairs, job.batch_size)
         for batch in shuffled_batches(len(pairs), job.batch_size, 1, number):
-            dpo.update(learner, [pairs[i] for i in batch], table[batch], config)
+            shown = [pairs[i] for i in batch]
+            dpo.update(learner, shown, table[batch], loss, micro_batch_size=job.batch_size)
         return job.pair_work("dpo")
 
     return run
 
 
 def _sampler(job: Job, accelerator: Accelerator) -> Sampler:
-    overrides = ["data.source=path:rows", f"data.max_response_tokens={job.max_new_tokens}"]
-    run = Run.open("offline", 0, Path("unused"), overrides)
-    return Sampler(
-        run, accelerator, job.model, job.reward_model, batch_size=job.samples_per_step
-    )  # fmt: skip
+    tokenizer = load_tokenizer(job.model)
+    reference = freeze(accelerator, load_reference(job.model))
+    model, _ = load_reward_model(job.reward_model, tokenizer, seed=0)
+    reward = rewards.of_model(freeze(accelerator, model), accelerator, job.samples_per_step)
+    return Sampler(accelerator, tokenizer, reference, reward, max_new_tokens=job.max_new_tokens)
 
 
 def _prompts(job: Job, number: int, count: int) -> list[Prompt]:
@@ -115,19 +114,21 @@ def _lengths(replies: list[list[int]]) -> list[int]:
 def _grpo(job: Job, accelerator: Accelerator) -> Round:
     sampler = _sampler(job, accelerator)
     policy = _learner(job, accelerator, load_policy(job.model))
-    config = GRPOConfig(
-        prompts_per_update=job.samples_per_step // job.group_size, group_size=job.group_size,
-        micro_batch_size=job.samples_per_step, iterations=1, kl_coef=job.kl_coef,
-        kl_reward_coef=0.0, missing_eos_penalty=0.0,
-    )  # fmt: skip
 
     def run(number: int) -> Work:
         prompts, replies = _prompts(job, number, job.samples // job.group_size), []
-        for asked in chunks(prompts, config.prompts_per_update):
+        for asked in chunks(prompts, job.samples_per_step // job.group_size):
             batch = [prompt for prompt in asked for _ in range(job.group_size)]
-            rollout = sampler.sample(policy.model, batch)
-            _, advantages = grpo.make_advantages(rollout, config)
-            grpo.update(policy, rollout, advantages, config, job.max_new_tokens)
+            rollout = sampler.sample(policy.model, batch, batch_size=job.samples_per_step)
+            _, advantages = grpo.make_advantages(rollout, group_size=job.group_size)
+            grpo.update(
+                policy,
+                rollout,
+                advantages,
+                micro_batch_size=job.samples_per_step,
+                kl_coef=job.kl_coef,
+                constant=job.max_new_tokens,
+            )
             replies += rollout.responses
         return job.sample_work("grpo", sum(len(p.ids) for p in prompts), _lengths(replies))
 
@@ -138,18 +139,23 @@ def _ppo(job: Job, accelerator: Accelerator) -> Round:
     sampler = _sampler(job, accelerator)
     policy = _learner(job, accelerator, load_policy(job.model))
     value = _learner(job, accelerator, load_value_model(job.reward_model))
-    config = PPOConfig(
-        batch_size=job.samples_per_step, micro_batch_size=job.ppo_minibatch,
-        minibatch_size=job.ppo_minibatch, epochs=job.ppo_epochs, kl_coef=job.kl_coef,
-        missing_eos_penalty=0.0,
-    )  # fmt: skip
 
     def run(number: int) -> Work:
         prompts, replies = _prompts(job, number, job.samples), []
         for step, asked in enumerate(chunks(prompts, job.samples_per_step)):
-            rollout = sampler.sample(policy.model, asked)
-            experience = ppo.make_experience(rollout, value, config)
-            ppo.update(policy, value, experience, config, seed=1000 * number + step)
+            rollout = sampler.sample(policy.model, asked, batch_size=job.samples_per_step)
+            experience = ppo.make_experience(
+                rollout, value, kl_coef=job.kl_coef, micro_batch_size=job.ppo_minibatch
+            )
+            ppo.update(
+                policy,
+                value,
+                experience,
+                epochs=job.ppo_epochs,
+                minibatch_size=job.ppo_minibatch,
+                micro_batch_size=job.ppo_minibatch,
+                seed=1000 * number + step,
+            )
             replies += rollout.responses
         return job.sample_work("ppo", sum(len(p.ids) for p in prompts), _lengths(replies))
 

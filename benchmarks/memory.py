@@ -19,12 +19,11 @@ from transformers import GPT2Config
 
 from benchmarks import library_worker
 from benchmarks.job import Job
-from benchmarks.prepare import fixed_rows, job_of, random_policy
+from benchmarks.prepare import fixed_job
 from benchmarks.saved import watch
-from rlhf_lib.models.load import load_tokenizer
+from rlhf_lib import catalogue
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, load_profile
-from rlhf_lib.show import tables
 
 FP32, HALF = 4, 2  # bytes of a number
 TRAINED = FP32 * 4  # weight, gradient and Adam's two averages
@@ -56,20 +55,23 @@ def t4_job(folder: Path, stage: str, config: GPT2Config) -> Job:
     profile = load_profile("t4")
     on_gpu = torch.cuda.is_available()
     precision = profile.model.precision if on_gpu else "bf16"
-    tokenizer = load_tokenizer("tiny")
     micro = getattr(profile, stage).micro_batch_size
-    rows = fixed_rows(
-        tokenizer, 4 * micro, profile.data.max_prompt_tokens, profile.data.max_response_tokens
-    )
-    job = job_of(folder, random_policy(config), tokenizer, rows, precision)
+    prompt, reply = profile.data.max_prompt_tokens, profile.data.max_response_tokens
+    job = fixed_job(folder, config, 4 * micro, prompt, reply, precision)
     group = profile.grpo.group_size
     whole = {"ppo": profile.ppo.batch_size, "grpo": profile.grpo.prompts_per_update * group}
     samples = whole.get(stage, micro) if on_gpu else micro
     return replace(
-        job, rows=rows[:micro] if stage not in whole else rows, batch_size=micro,
-        samples=samples, samples_per_step=samples, group_size=group,
-        max_new_tokens=profile.data.max_response_tokens, ppo_epochs=1, ppo_minibatch=micro,
-    )  # fmt: skip
+        job,
+        rows=job.rows if stage in whole else job.rows[:micro],
+        batch_size=micro,
+        samples=samples,
+        samples_per_step=samples,
+        group_size=group,
+        max_new_tokens=reply,
+        ppo_epochs=1,
+        ppo_minibatch=micro,
+    )
 
 
 def capped_run(stage: str, job: Job) -> dict:
@@ -87,7 +89,9 @@ def parts(stage: str, job: Job) -> dict:
     with watch(live) as kept:
         run(0)
     weights = job.sizes.trunk + job.sizes.head  # the output layer is the embedding
-    models = tables.parts(as_dict(load_profile("t4")))[stage]
+    passes = catalogue.record(stage).passes
+    assert passes is not None, f"{stage}: its record does not say which models it holds"
+    models = passes(as_dict(load_profile("t4")))
     # the backward pass makes a gradient of the largest saved tensor, the logits, beside it
     training = kept.peak + kept.largest
     sampling = sampling_bytes(stage, job)

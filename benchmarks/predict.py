@@ -7,20 +7,27 @@ none is assumed. Token lengths are the means of that benchmark's rows, cut at th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.work import Sizes, Work, count, sizes_of
+from rlhf_lib import catalogue
+from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure import opinions
 from rlhf_lib.measure.probes import load_probes
-from rlhf_lib.methods import learning_curve, reward_model
-from rlhf_lib.settings import Profile, load_profile
-from rlhf_lib.study.stages import POLICIES, stage_names, variants
-
-ASKED = len(POLICIES) + 1  # all policies and the pretrained model
+from rlhf_lib.settings import (
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    Profile,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+    load_profile,
+)
+from rlhf_lib.study.training import curve_sizes
 
 
 class Part(NamedTuple):
@@ -44,7 +51,7 @@ def gpt2_sizes() -> Sizes:
 
 def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
     """Every stage of the first seed, each with the FLOPs that its settings ask for."""
-    found, methods = [], variants(profile)
+    found: list[Part] = []
 
     def add(
         name: str, stage: str, items: float, prompts: float, replies: float, epochs: int = 1
@@ -59,46 +66,43 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
     def add_samples(name: str, prompts: int, each: int) -> None:
         add(name, "scored_samples", prompts * each, prompts, prompts * each)
 
-    data, scored, measured = profile.data, profile.reward_model, profile.evaluation
-    for stage in stage_names(profile):
-        method, changes = methods.get(stage, (stage, {}))
-        if method in ("reward_model", "reward_model_control"):
-            add_pairs(stage, "reward_model", data.train_pairs * scored.epochs)
-        elif method == "reward_model_curve":
-            smaller = sum(learning_curve.sizes(data.train_pairs, scored.curve_points))
-            add_pairs(stage, "reward_model", smaller * scored.epochs)
-        elif method == "judge":
-            epochs = reward_model.JUDGE_EPOCHS * scored.epochs
-            add_pairs(stage, "reward_model", data.judge_pairs * epochs)
-        elif method == "sft":
-            shown = min(data.demonstrations, data.train_pairs) * profile.sft.epochs
+    data = profile.data
+    asked = len(catalogue.trained()) + 1  # all policies and the pretrained model
+    for record in catalogue.stages(profile):
+        stage, config = record.name, record.config(profile)
+        if stage == "reward_model_curve":
+            smaller = sum(curve_sizes(data.train_pairs, config.curve_points))
+            add_pairs(stage, "reward_model", smaller * config.epochs)
+        elif isinstance(config, RewardModelConfig):
+            pairs = data.judge_pairs if record.pairs == "judge" else data.train_pairs
+            add_pairs(stage, "reward_model", pairs * config.epochs)
+        elif isinstance(config, SFTConfig):
+            shown = min(data.demonstrations, data.train_pairs) * config.epochs
             add(stage, "sft", shown, shown, shown)
-        elif method == "rejection_sft":
-            best = profile.rejection
-            add_samples(f"{stage}: samples", best.prompts, best.samples)
-            shown = best.prompts * best.epochs
+        elif isinstance(config, RejectionConfig):
+            add_samples(f"{stage}: samples", config.prompts, config.samples)
+            shown = config.prompts * config.epochs
             add(f"{stage}: training", "sft", shown, shown, shown)
-        elif method == "ppo":
-            samples = profile.ppo.updates * profile.ppo.batch_size
-            add(stage, "ppo", samples, samples, samples, profile.ppo.epochs)
-        elif method == "grpo":
-            grpo = replace(profile.grpo, **changes)
-            prompts = grpo.updates * grpo.prompts_per_update * grpo.dynamic_sampling
-            samples = prompts * grpo.group_size
-            add(stage, "grpo", samples, prompts, samples, grpo.iterations)
-        elif method == "dpo":
-            add_pairs(stage, "dpo", data.train_pairs * profile.dpo.epochs)
-        elif method == "probes":
-            probes = len(load_probes(data.source, measured.probe_prompts))
-            add_samples(stage, probes, ASKED * measured.probe_samples)
-        elif method == "evaluate":
-            add_samples(f"{stage}: answers", data.evaluation_prompts,
-                        ASKED * measured.samples_per_prompt)  # fmt: skip
-            add_samples(f"{stage}: best of n", measured.best_of_n_prompts, measured.best_of_n)
-        elif method == "second_opinion":
-            scores = 2 * len(opinions.WATCHED) * data.evaluation_prompts
+        elif isinstance(config, PPOConfig):
+            samples = config.updates * config.batch_size
+            add(stage, "ppo", samples, samples, samples, config.epochs)
+        elif isinstance(config, GRPOConfig):
+            prompts = config.updates * config.prompts_per_update * config.dynamic_sampling
+            samples = prompts * config.group_size
+            add(stage, "grpo", samples, prompts, samples, config.iterations)
+        elif isinstance(config, DPOConfig):
+            add_pairs(stage, "dpo", data.train_pairs * config.epochs)
+        elif stage == "probes":
+            probes = len(load_probes(truth_of(data.source), config.probe_prompts))
+            add_samples(stage, probes, asked * config.probe_samples)
+        elif stage == "evaluate":
+            each = asked * config.samples_per_prompt
+            add_samples(f"{stage}: answers", data.evaluation_prompts, each)
+            add_samples(f"{stage}: best of n", config.best_of_n_prompts, config.best_of_n)
+        elif stage == "second_opinion":
+            scores = 2 * len(opinions.watched()) * data.evaluation_prompts
             add(stage, "scored", scores, scores, scores)
-        elif method != "dataset":
+        elif stage != "dataset":
             raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")
     return found
 
@@ -118,10 +122,10 @@ def predict(measured: Mapping, profile_name: str = "full") -> dict:
     env = measured["environment"]
     rows = []
     for part in parts(profile, gpt2_sizes(), lengths):
-        rate = rates.get(part.rate_of)
-        hours = None if rate is None else part.work.flops / rate / 3600
-        rows.append({"stage": part.name, "items": part.work.items, "rate_of": part.rate_of,
-                     "flops": part.work.flops, "hours": hours})  # fmt: skip
+        rate, flops = rates.get(part.rate_of), part.work.flops
+        hours = None if rate is None else flops / rate / 3600
+        row = {"stage": part.name, "items": part.work.items, "rate_of": part.rate_of}
+        rows.append({**row, "flops": flops, "hours": hours})
     known = [row["hours"] for row in rows if row["hours"] is not None]
     return {
         "profile": profile_name,

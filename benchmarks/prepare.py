@@ -60,9 +60,12 @@ def random_policy(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def job_of(
-    folder: Path, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row],
+    folder: Path,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
     precision: str,
-) -> Job:  # fmt: skip
+) -> Job:
     """Save `policy`, and an untrained reward model on its trunk, and name them in a job."""
     load.save_model(policy, tokenizer, folder / "policy")
     score, tokenizer_with_pad = load.load_reward_model(folder / "policy", tokenizer, seed=0)
@@ -98,17 +101,23 @@ def drawn_rows(tokenizer: PreTrainedTokenizerBase, pairs: int, seed: int = 0) ->
         drawn = generator.lognormal(centre, SPREAD, pairs).clip(4, longest)
         return drawn.astype(int).tolist()
 
-    return _rows_of(
-        tokenizer, lengths(PROMPT_MEAN, MAX_PROMPT), lengths(REPLY_MEAN, MAX_REPLY),
-        lengths(REPLY_MEAN, MAX_REPLY),
-    )  # fmt: skip
+    prompts = lengths(PROMPT_MEAN, MAX_PROMPT)
+    chosen, rejected = (lengths(REPLY_MEAN, MAX_REPLY) for _ in range(2))
+    return _rows_of(tokenizer, prompts, chosen, rejected)
 
 
-def fixed_rows(
-    tokenizer: PreTrainedTokenizerBase, pairs: int, prompt: int, reply: int
-) -> list[Row]:
-    """Rows cut from the bundled texts, all of the same lengths."""
-    return _rows_of(tokenizer, [prompt] * pairs, [reply] * pairs, [reply] * pairs)
+def fixed_job(
+    folder: Path,
+    config: PretrainedConfig,
+    pairs: int,
+    prompt: int,
+    reply: int,
+    precision: str = "fp32",
+) -> Job:
+    """A random policy of this shape, and rows cut from the bundled texts to the same lengths."""
+    tokenizer = load.load_tokenizer("tiny")
+    rows = _rows_of(tokenizer, [prompt] * pairs, [reply] * pairs, [reply] * pairs)
+    return job_of(folder, random_policy(config), tokenizer, rows, precision)
 
 
 def _rows_of(

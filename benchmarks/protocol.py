@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import psutil
 import torch
@@ -20,6 +21,16 @@ import torch
 from benchmarks.work import Work
 
 Round = Callable[[int], Work]  # takes the number of the round, tells what was done
+T = TypeVar("T")
+
+
+def timed(function: Callable[..., T], *args: object) -> tuple[float, T]:
+    """Seconds until the device has done it as well, and what came out."""
+    started = time.perf_counter()
+    found = function(*args)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, found
 
 
 def serve(load: Callable[[], Round]) -> None:
@@ -33,11 +44,7 @@ def serve(load: Callable[[], Round]) -> None:
     run = load()
     say({"ready": True})
     for line in sys.stdin:
-        started = time.perf_counter()
-        work = run(json.loads(line)["round"])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds, work = timed(run, json.loads(line)["round"])
         say({"seconds": seconds, **work._asdict(), "peak_memory_gb": peak_memory_gb()})
 
 
@@ -45,6 +52,11 @@ def peak_memory_gb() -> float:
     """Peak of this process since it began, in GB (10^9 bytes): on the GPU, or resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    return resident_peak_gb()
+
+
+def resident_peak_gb() -> float:
+    """Peak of this process's resident memory since it began, in GB."""
     try:
         # not getrusage: its peak is inherited from the process that started this one
         with open("/proc/self/status") as lines:
@@ -64,9 +76,13 @@ class Worker:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None):
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed where the process ends
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
             env={**os.environ, **(environment or {})},
-        )  # fmt: skip
+        )
 
     def __enter__(self) -> Worker:
         self._answer()  # ready

@@ -12,11 +12,8 @@ LEVEL = 0.95
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range over rounds."""
-    return {
-        "median": float(np.median(values)),
-        "min": float(min(values)),
-        "max": float(max(values)),
-    }
+    found = {"median": np.median(values), "min": min(values), "max": max(values)}
+    return {name: float(value) for name, value in found.items()}
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from transformers import PretrainedConfig
+
+from benchmarks.protocol import timed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 2048  # tokens of a batch of 8 rows, cut to 256
@@ -29,18 +29,14 @@ def matmul_rate(
     # weights are stored (out, in), as nn.Linear has them
     b = torch.randn(m, k, device=device, dtype=DTYPES[precision])
 
-    def spell(count: int) -> float:
-        started = time.perf_counter()
+    def spell(count: int) -> None:
         for _ in range(count):
             torch.nn.functional.linear(a, b)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
     with torch.no_grad():
         spell(1)
-        count = max(1, round(seconds / max(spell(2) / 2, 1e-6)))
-        return max(2.0 * n * k * m * count / spell(count) for _ in range(repeats))
+        count = max(1, round(seconds / max(timed(spell, 2)[0] / 2, 1e-6)))
+        return max(2.0 * n * k * m * count / timed(spell, count)[0] for _ in range(repeats))
 
 
 def measure(config: PretrainedConfig, precision: str, seconds: float = 1.0) -> dict:
@@ -49,8 +45,4 @@ def measure(config: PretrainedConfig, precision: str, seconds: float = 1.0) -> d
         " x ".join(map(str, shape)): matmul_rate(shape, precision, seconds)
         for shape in shapes(config)
     }
-    return {
-        "precision": precision,
-        "flops_per_second": max(rates.values()),
-        "shapes": rates,
-    }
+    return {"precision": precision, "flops_per_second": max(rates.values()), "shapes": rates}

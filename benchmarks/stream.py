@@ -1,4 +1,4 @@
-"""Memory while `full`-size data is read: `python -m benchmarks.stream --rows 160000`.
+"""Memory while `full`-size data is read.
 
 Made-up dialogues in HH format (seeded random words) are written to a temporary file, and a process
 of its own loads a sixteenth, a quarter and all of them and reads one epoch of batches. Its peak of
@@ -7,19 +7,19 @@ resident memory is counted above what it held before loading (imports and tokeni
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import psutil
+
+from benchmarks.protocol import resident_peak_gb, timed
 
 BATCH = 64
 PARTS = (16, 4, 1)  # what share of the rows is read: one in so many
@@ -45,7 +45,21 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
             file.write(json.dumps(sides) + "\n")
 
 
-def measure(path: str, rows: int) -> dict[str, float]:
+def measure(rows: int, say: Callable[[str], None]) -> list[dict]:
+    """A record for each share of the rows, every one of a process of its own."""
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:
+            path = Path(folder) / "pairs.jsonl.gz"
+            write_rows(path, rows // part)
+            child = [sys.executable, "-m", "benchmarks.stream", str(path), str(rows // part)]
+            done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True)
+            records.append(json.loads(done.stdout.splitlines()[-1]))
+            say(pd.DataFrame(records[-1:]).round(1).to_string(index=False))
+    return records
+
+
+def load(path: str, rows: int) -> dict[str, float]:
     """Load `rows` pairs in this process and read one epoch. Memory in MB (1e6 bytes)."""
     from rlhf_lib.data.batches import shuffled_batches
     from rlhf_lib.data.pairs import load_data
@@ -54,57 +68,31 @@ def measure(path: str, rows: int) -> dict[str, float]:
 
     tokenizer = load_tokenizer("tiny")  # most made-up words are unknown to it: a token each
     tokenizer.model_max_length = 384  # no model reads these rows
-    held_out = max(1, rows // 100)
-    config = DataConfig(
-        f"path:{path}", max_prompt_tokens=256, max_response_tokens=128, train_pairs=rows,
-        validation_pairs=held_out, test_pairs=held_out, demonstrations=rows, rl_prompts=rows,
-    )  # fmt: skip
-    before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    data = load_data(config, tokenizer)
-    loaded = time.perf_counter()
+    taken = dict.fromkeys(("train_pairs", "demonstrations", "rl_prompts"), rows)
+    held_out = dict.fromkeys(("validation_pairs", "test_pairs"), max(1, rows // 100))
+    limits = {"max_prompt_tokens": 256, "max_response_tokens": 128}
+    config = DataConfig(f"path:{path}", **limits, **taken, **held_out)
+    before = psutil.Process().memory_info().rss / 1e6
+    loading, data = timed(load_data, config, tokenizer)
     pairs = data.pairs["train"]
-    tokens = 0
-    for batch in shuffled_batches(len(pairs), BATCH, epochs=1, seed=0):
-        tokens += sum(len(pair.prompt) for pair in [pairs[i] for i in batch])
-    end = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def read() -> int:
+        batches = shuffled_batches(len(pairs), BATCH, epochs=1, seed=0)
+        return sum(len(pairs[i].prompt) for batch in batches for i in batch)
+
+    reading, tokens = timed(read)
     return {
         "rows": rows,
         "train_pairs": len(pairs),
         "prompt_tokens": tokens,
-        "load_seconds": loaded - start,
-        "loaded_rows_per_second": rows / (loaded - start),
-        "epoch_seconds": end - loaded,
-        "read_rows_per_second": len(pairs) / (end - loaded),
-        "start_mb": before / 1e6,
-        "peak_mb_above_start": (peak - before) / 1e6,
+        "load_seconds": loading,
+        "loaded_rows_per_second": rows / loading,
+        "epoch_seconds": reading,
+        "read_rows_per_second": len(pairs) / reading,
+        "start_mb": before,
+        "peak_mb_above_start": 1e3 * resident_peak_gb() - before,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory and speed of loading many rows.")
-    parser.add_argument("--rows", type=int, default=160_000)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/stream.json"))
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # the child's file
-    options = parser.parse_args()
-    if options.measure:
-        print(json.dumps(measure(options.measure, options.rows)))
-        return
-    records = []
-    with tempfile.TemporaryDirectory() as folder:
-        for part in PARTS:
-            rows, path = options.rows // part, Path(folder) / "pairs.jsonl.gz"
-            write_rows(path, rows)
-            child = [sys.executable, "-m", "benchmarks.stream", "--measure", str(path)]
-            done = subprocess.run(
-                [*child, "--rows", str(rows)], check=True, stdout=subprocess.PIPE, text=True
-            )
-            records.append(json.loads(done.stdout.splitlines()[-1]))
-            print(pd.DataFrame(records[-1:]).round(1).to_string(index=False), flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(records, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(load(sys.argv[1], int(sys.argv[2]))))

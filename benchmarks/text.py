@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from rlhf_lib.show.display import interval, markdown
+from rlhf_lib.measure.statistics import interval
+from rlhf_lib.show.display import markdown
 
 # items a second of this library over the peer's, in one run
 TARGETS = {
@@ -49,23 +50,25 @@ def benchmark_summary(results: Mapping) -> str:
 def benchmark_table(results: Mapping) -> pd.DataFrame:
     """One row a stage: both sides' rates and memory, the ratio with its interval, the target."""
     targets = TARGETS["gpu" if results["environment"]["gpu"] else "cpu"]
-    rows = []
-    for stage, record in results["stages"].items():
-        ours, theirs = record["library"], record["peer"]
-        rows.append({
-            "stage": stage.replace("_", " "),
-            "peer": record["peer_name"],
-            "items/s": _range(ours["items_per_second"]),
-            "peer's": _range(theirs["items_per_second"]),
-            "tokens/s": f"{ours['tokens_per_second']['median']:,.0f}",
-            "of the roof": f"{ours['roof_share']['median']:.0%}",
-            "peer's share": f"{theirs['roof_share']['median']:.0%}",
-            "GB": f"{ours['peak_memory_gb']:.1f}",
-            "peer's GB": f"{theirs['peak_memory_gb']:.1f}",
-            "ratio": interval(record["ratio"], 1),
-            "target": _target(record["ratio"], targets.get(stage)),
-        })  # fmt: skip
+    rows = [_stage(name, found, targets.get(name)) for name, found in results["stages"].items()]
     return pd.DataFrame(rows)
+
+
+def _stage(name: str, record: Mapping, target: float | None) -> dict[str, str]:
+    ours, theirs = record["library"], record["peer"]
+    return {
+        "stage": name.replace("_", " "),
+        "peer": record["peer_name"],
+        "items/s": _range(ours["items_per_second"]),
+        "peer's": _range(theirs["items_per_second"]),
+        "tokens/s": f"{ours['tokens_per_second']['median']:,.0f}",
+        "of the roof": f"{ours['roof_share']['median']:.0%}",
+        "peer's share": f"{theirs['roof_share']['median']:.0%}",
+        "GB": f"{ours['peak_memory_gb']:.1f}",
+        "peer's GB": f"{theirs['peak_memory_gb']:.1f}",
+        "ratio": interval(record["ratio"], 1),
+        "target": _target(record["ratio"], target),
+    }
 
 
 def _range(spread: Mapping) -> str:
@@ -109,28 +112,23 @@ def _reached(stages: Mapping[str, bool]) -> str:
 
 def prediction_summary(prediction: Mapping) -> str:
     """Work and time of each stage of a profile, and what they were derived from, as Markdown."""
+    total = {**prediction, "stage": "all, one seed", "items": ""}
     rows = [
         {
             "stage": row["stage"].replace("_", " "),
-            "items": f"{row['items']:,}",
+            "items": row["items"] and f"{row['items']:,}",
             "PFLOP": f"{row['flops'] / 1e15:,.1f}",
-            "hours": _hours(row["hours"]),
+            "hours": "not measured" if row["hours"] is None else f"{row['hours']:,.1f}",
         }
-        for row in prediction["stages"]
+        for row in (*prediction["stages"], total)
     ]
-    total = {"stage": "all, one seed", "items": "", "PFLOP": f"{prediction['flops'] / 1e15:,.1f}",
-             "hours": _hours(prediction["hours"])}  # fmt: skip
     text = (
         f"Profile `{prediction['profile']}` with GPT-2: FLOPs counted from its settings, and hours "
         f"at the rates above ({prediction['device']})."
     )
     if prediction["gpu"] is None:
         text += " No GPU was measured: the FLOPs hold for any device, the hours are this CPU's."
-    return f"{text}\n\n{markdown(pd.DataFrame([*rows, total]))}"
-
-
-def _hours(hours: float | None) -> str:
-    return "not measured" if hours is None else f"{hours:,.1f}"
+    return f"{text}\n\n{markdown(pd.DataFrame(rows))}"
 
 
 def growth_summary(results: Mapping) -> str:

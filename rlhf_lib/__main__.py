@@ -88,7 +88,7 @@ def status(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """What has been run: each stage folder of the profile, finished or under way."""
-    from rlhf_lib.runs import stage_folders
+    from rlhf_lib.study.stages import stage_folders
 
     load_profile(profile)  # an unknown name is an error, not an empty list
     rows = stage_folders(run_dir / profile)
@@ -118,17 +118,6 @@ def export(
 
 
 @app.command()
-def readme(
-    text: Annotated[Path, typer.Argument(help="the file to fill")] = Path("README.md"),
-    figures: Annotated[Path, typer.Option(help="folder of exported studies")] = Path("figures"),
-) -> None:
-    """Fill the README's result blocks from the JSON of the exported studies."""
-    from tools import readme as blocks
-
-    text.write_text(blocks.fill(text.read_text(), figures))
-
-
-@app.command()
 def proofs(
     target: Annotated[
         Optional[Path],  # noqa: UP045
@@ -136,7 +125,7 @@ def proofs(
     ] = None,
 ) -> None:
     """Prove the methods by enumeration, and compare with TRL; fails where a claim does not hold."""
-    from rlhf_lib import proofs as library
+    from rlhf_lib.proofs import table as library
     from rlhf_lib.runs import write_json
 
     rows, missing = library.with_parity()

@@ -143,8 +143,19 @@ def color(name: str) -> str:
 
 
 def stages(profile: Profile, seed: int = 0) -> list[Record]:
-    """The stages of one seed, each after what it needs."""
-    return [r for r in CATALOGUE.values() if r.runs and r.exists(profile, seed)]
+    """The stages of one seed in the order of their records, but each after what it needs."""
+    present = {r.name: r for r in CATALOGUE.values() if r.runs and r.exists(profile, seed)}
+    placed: dict[str, Record] = {}
+
+    def place(stage: Record) -> None:
+        for need in _expanded(stage):
+            if need in present and need not in placed:  # a record that was added later
+                place(present[need])
+        placed.setdefault(stage.name, stage)
+
+    for stage in present.values():
+        place(stage)
+    return list(placed.values())
 
 
 def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
@@ -345,7 +356,7 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
 add(
     Record(
         "probes", "probes",
-        runs="rlhf_lib.measure.ask:measure", needs=("policies", "reward_model"),
+        runs="rlhf_lib.measure.probes:measure", needs=("policies", "reward_model"),
         sections=("evaluation",), notebook="07_evaluation",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "heldout_texts",
                 "bootstrap_samples"),

@@ -266,23 +266,6 @@ class Work:
         self.path.rename(self.stage.path)
 
 
-def stage_folders(folder: Path) -> list[dict]:
-    """Every stage folder of a profile: seed, name with hash, state, and seconds so far."""
-    rows = []
-    for path in sorted(folder.glob("seed-*/*-*")):
-        if not path.is_dir():
-            continue
-        metrics = path / "metrics.jsonl"
-        steps = len(read_jsonl(metrics)) if metrics.exists() else 0
-        done, seconds = (path / "DONE").exists(), None
-        if done:
-            seconds = json.loads((path / "result.json").read_text())["seconds"]
-        state = "done" if done else f"under way: {steps}"
-        name = path.name.removesuffix(".partial")
-        rows.append({"seed": path.parent.name, "stage": name, "state": state, "seconds": seconds})
-    return rows
-
-
 # ------------------------------------------------------------------------- what a stage runs
 
 

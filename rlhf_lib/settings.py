@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import shlex
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -23,6 +23,11 @@ class UserError(ValueError):
 
 class SettingsError(UserError):
     """A profile, section or setting that does not exist, or a value that does not fit it."""
+
+
+def _in_epochs(config: typing.Any, rows: int) -> int:
+    """Optimizer steps that training on this number of rows takes."""
+    return config.epochs * -(-rows // config.batch_size)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,8 @@ class RewardModelConfig:
     curve_points: int = 3  # smaller models of the learning curve, each on a third of the next
 
     adam_eps: ClassVar[float] = 1e-8
-
-    def optimizer_steps(self, rows: int) -> int:
-        """Steps that training on this number of rows takes."""
-        return self.epochs * -(-rows // self.batch_size)
-
     scoring_batch_size: ClassVar[int] = 32
+    optimizer_steps = _in_epochs
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,7 @@ class SFTConfig:
     max_grad_norm: float = 1.0
 
     adam_eps: ClassVar[float] = 1e-8
-
-    def optimizer_steps(self, rows: int) -> int:
-        """Steps that training on this number of rows takes."""
-        return self.epochs * -(-rows // self.batch_size)
+    optimizer_steps = _in_epochs
 
 
 @dataclass(frozen=True)
@@ -206,12 +204,10 @@ class DPOConfig:
     probe_prompts: int = 128
 
     adam_eps: ClassVar[float] = 1e-8
-
-    def optimizer_steps(self, rows: int) -> int:
-        """Steps that training on this number of rows takes."""
-        return self.epochs * -(-rows // self.batch_size)
+    optimizer_steps = _in_epochs
 
     scoring_batch_size: ClassVar[int] = 64  # of what the policy says at a probe
+    optimizer_steps = _in_epochs
 
 
 @dataclass(frozen=True)
@@ -240,8 +236,8 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """An outside judge behind an OpenAI-compatible endpoint. Off while `url` is empty."""
+class EndpointConfig:
+    """An outside opinion from an OpenAI-compatible endpoint. Off while `url` is empty."""
 
     url: str = ""  # such as https://host/v1; the key comes from the environment, OPENAI_API_KEY
     model: str = ""
@@ -270,7 +266,7 @@ class Profile:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
 
 def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
@@ -289,102 +285,72 @@ def as_dict(config: object) -> dict:
     return dataclasses.asdict(config)  # type: ignore[call-overload]
 
 
+def numbers(function: typing.Callable, config: object) -> dict[str, typing.Any]:
+    """The settings that a function takes by name, from a record of them."""
+    names = inspect.signature(function).parameters
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def content_hash(value: object) -> str:
     """SHA-256 (hex) of a JSON-serialisable value; equal values give equal hashes."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _real_pairs(name: str, source: str, model: str, **changes: dict) -> Profile:
-    """Settings to start from with real pairs and a model of 124-135 M parameters, with changes."""
-    start = {
-        "data": dict(source=source, max_prompt_tokens=192, max_response_tokens=64),
-        "model": dict(name=model),
-        "reward_model": dict(epochs=1, learning_rate=2e-5, weight_decay=0.01),
-        "sft": dict(epochs=1, batch_size=32, learning_rate=2e-5),
-        "rejection": dict(epochs=1, learning_rate=1e-5),
-        "ppo": dict(learning_rate=1e-5, value_learning_rate=1e-5, kl_coef=0.05, low_kl_coef=0.0),
-        "grpo": dict(learning_rate=1e-5, kl_reward_coef=0.05),
-        "dpo": dict(epochs=1, batch_size=32, learning_rate=5e-6),
-        "sweep": {},
-        "evaluation": {},
-    }
-    kinds = typing.get_type_hints(Profile)
-    sections = {
-        key: kinds[key](**{**values, **changes.get(key, {})}) for key, values in start.items()
-    }
-    return Profile(name=name, **sections)
-
-
-HH = "hub:Anthropic/hh-rlhf"
-
-PROFILES: dict[str, Profile] = {
-    profile.name: profile
-    for profile in (
-        Profile(
-            name="smoke",
-            threads=1,
-            data=DataConfig(
-                train_pairs=128, validation_pairs=64, test_pairs=128, demonstrations=256,
-                rl_prompts=128, evaluation_prompts=32,
-            ),
-            model=ModelConfig(precision="fp32"),
-            reward_model=RewardModelConfig(epochs=1, curve_points=2),
-            sft=SFTConfig(epochs=1),
-            rejection=RejectionConfig(prompts=64, samples=4, epochs=1),
-            ppo=PPOConfig(updates=3, batch_size=32, micro_batch_size=16, minibatch_size=16),
-            grpo=GRPOConfig(updates=3, prompts_per_update=4, group_size=4, micro_batch_size=16),
-            dpo=DPOConfig(epochs=1, probes=2, probe_prompts=16),
-            evaluation=EvaluationConfig(
-                best_of_n=8, best_of_n_prompts=32, heldout_texts=64, bootstrap_samples=200,
-                probe_prompts=8, probe_samples=1,
-            ),
-        ),
-        # the tiny model's matrices are too small for two threads, or for bf16, to pay
-        Profile(name="laptop", seeds=3, jobs=3, threads=1, model=ModelConfig(precision="fp32")),
-        _real_pairs(
-            "offline",
-            "path:pairs.jsonl.gz",
-            "smollm2-135m",
-            data=dict(
-                max_prompt_tokens=128, train_pairs=1000, validation_pairs=100, test_pairs=500,
-                demonstrations=1000, rl_prompts=1000, evaluation_prompts=48, judge_pairs=600,
-            ),
-            reward_model=dict(batch_size=16, micro_batch_size=8, curve_points=1),
-            sft=dict(micro_batch_size=8),
-            rejection=dict(prompts=96, samples=8),
-            ppo=dict(updates=8, batch_size=32, minibatch_size=16, micro_batch_size=8),
-            grpo=dict(updates=8, prompts_per_update=4, group_size=8, micro_batch_size=8),
-            dpo=dict(micro_batch_size=8, probes=4, probe_prompts=16),
-            sweep=dict(stronger=0.0),
-            evaluation=dict(batch_size=16, best_of_n=8, best_of_n_prompts=24, heldout_texts=96,
-                            probe_prompts=12, probe_samples=1),
-        ),
-        _real_pairs(
-            "t4",
-            HH,
-            "gpt2",
-            data=dict(train_pairs=10000, test_pairs=2000, demonstrations=10000,
-                      evaluation_prompts=128, judge_pairs=10000),
-            reward_model=dict(micro_batch_size=16),
-            sft=dict(micro_batch_size=16),
-            ppo=dict(updates=60, minibatch_size=32, micro_batch_size=16),
-            grpo=dict(updates=60, micro_batch_size=16),
-            dpo=dict(micro_batch_size=16),
-            sweep=dict(stronger=0.0),
-            evaluation=dict(best_of_n=16, best_of_n_prompts=64, batch_size=64),
-        ),
-        _real_pairs(
-            "full",
-            HH,
-            "gpt2",
-            data=dict(train_pairs=120000, validation_pairs=1000, test_pairs=8000,
-                      demonstrations=120000, rl_prompts=50000, judge_pairs=40000),
-            ppo=dict(updates=150, micro_batch_size=64),
-            grpo=dict(updates=150, micro_batch_size=64),
-        ),
-    )
-}  # fmt: skip
+# A profile is what it changes of the defaults, in the words of any other override.
+REAL_PAIRS = """
+    data.max_prompt_tokens=192 data.max_response_tokens=64
+    reward_model.epochs=1 reward_model.learning_rate=2e-5 reward_model.weight_decay=0.01
+    sft.epochs=1 sft.batch_size=32 sft.learning_rate=2e-5
+    rejection.epochs=1 rejection.learning_rate=1e-5
+    ppo.learning_rate=1e-5 ppo.value_learning_rate=1e-5 ppo.kl_coef=0.05 ppo.low_kl_coef=0
+    grpo.learning_rate=1e-5 grpo.kl_reward_coef=0.05
+    dpo.epochs=1 dpo.batch_size=32 dpo.learning_rate=5e-6
+"""
+PROFILES = {
+    # a slice of everything, to see that it works
+    "smoke": """
+        threads=1 model.precision=fp32
+        data.train_pairs=128 data.validation_pairs=64 data.test_pairs=128
+        data.demonstrations=256 data.rl_prompts=128 data.evaluation_prompts=32
+        reward_model.epochs=1 reward_model.curve_points=2 sft.epochs=1
+        rejection.prompts=64 rejection.samples=4 rejection.epochs=1
+        ppo.updates=3 ppo.batch_size=32 ppo.minibatch_size=16
+        grpo.updates=3 grpo.prompts_per_update=4 grpo.group_size=4
+        dpo.epochs=1 dpo.probes=2 dpo.probe_prompts=16
+        evaluation.best_of_n=8 evaluation.best_of_n_prompts=32 evaluation.heldout_texts=64
+        evaluation.bootstrap_samples=200 evaluation.probe_prompts=8 evaluation.probe_samples=1
+    """,
+    # the tiny model's matrices are too small for two threads, or for bf16, to pay
+    "laptop": "seeds=3 jobs=3 threads=1 model.precision=fp32",
+    "offline": f"""{REAL_PAIRS}
+        data.source=path:pairs.jsonl.gz model.name=smollm2-135m sweep.stronger=0
+        data.max_prompt_tokens=128 data.train_pairs=1000 data.validation_pairs=100
+        data.test_pairs=500 data.demonstrations=1000 data.rl_prompts=1000
+        data.evaluation_prompts=48 data.judge_pairs=600
+        reward_model.batch_size=16 reward_model.curve_points=1 sft.micro_batch_size=8
+        rejection.prompts=96 rejection.samples=8
+        ppo.updates=8 ppo.batch_size=32 ppo.minibatch_size=16 ppo.micro_batch_size=8
+        grpo.updates=8 grpo.prompts_per_update=4 grpo.group_size=8 grpo.micro_batch_size=8
+        dpo.probes=4 dpo.probe_prompts=16
+        evaluation.batch_size=16 evaluation.best_of_n=8 evaluation.best_of_n_prompts=24
+        evaluation.heldout_texts=96 evaluation.probe_prompts=12 evaluation.probe_samples=1
+    """,
+    "t4": f"""{REAL_PAIRS}
+        data.source=hub:Anthropic/hh-rlhf model.name=gpt2 sweep.stronger=0
+        data.train_pairs=10000 data.test_pairs=2000 data.demonstrations=10000
+        data.evaluation_prompts=128 data.judge_pairs=10000
+        reward_model.micro_batch_size=16 dpo.micro_batch_size=16
+        ppo.updates=60 ppo.minibatch_size=32 grpo.updates=60
+        evaluation.best_of_n=16 evaluation.best_of_n_prompts=64 evaluation.batch_size=64
+    """,
+    "full": f"""{REAL_PAIRS}
+        data.source=hub:Anthropic/hh-rlhf model.name=gpt2
+        data.train_pairs=120000 data.validation_pairs=1000 data.test_pairs=8000
+        data.demonstrations=120000 data.rl_prompts=50000 data.judge_pairs=40000
+        ppo.updates=150 ppo.micro_batch_size=64 grpo.updates=150 grpo.micro_batch_size=64
+    """,
+}
 
 
 def load_profile(name: str, overrides: str | typing.Sequence[str] = ()) -> Profile:
@@ -395,9 +361,9 @@ def load_profile(name: str, overrides: str | typing.Sequence[str] = ()) -> Profi
     """
     if name not in PROFILES:
         raise unknown("profile", name, PROFILES)
-    profile = PROFILES[name]
     items = shlex.split(overrides) if isinstance(overrides, str) else overrides
-    for item in items:
+    profile = Profile(name)
+    for item in (*PROFILES[name].split(), *items):
         profile = _override(profile, item)
     return profile
 
@@ -406,39 +372,30 @@ def _override(profile: Profile, item: str) -> Profile:
     path, equals, text = item.partition("=")
     if not equals:
         raise SettingsError(f"override {item!r} has no '=': write it like ppo.kl_coef=0.02")
-    section_name, dot, key = path.strip().partition(".")
-    known = [f.name for f in dataclasses.fields(profile) if f.name != "name"]
-    if section_name not in known:
-        raise unknown("setting", path, _all_paths())
-    section = getattr(profile, section_name)
-    if not dataclasses.is_dataclass(section):
-        if dot:
-            raise unknown("setting", path, _all_paths())
-        return dataclasses.replace(
-            profile, **{section_name: _parse(Profile, section_name, path, text)}
-        )
-    if key not in {f.name for f in dataclasses.fields(section)}:
-        raise unknown("setting", path, _all_paths())
-    value = _parse(type(section), key, path, text)
-    changed = dataclasses.replace(section, **{key: value})  # type: ignore[type-var]
-    return dataclasses.replace(profile, **{section_name: changed})
+    known = _paths()
+    if path.strip() not in known:
+        raise unknown("setting", path, known)
+    value = _parse(known[path.strip()], path, text)
+    section, _, key = path.strip().rpartition(".")
+    if not section:
+        return dataclasses.replace(profile, **{key: value})
+    changed = dataclasses.replace(getattr(profile, section), **{key: value})
+    return dataclasses.replace(profile, **{section: changed})
 
 
-def _all_paths() -> list[str]:
-    paths = []
-    for outer in dataclasses.fields(Profile):
-        default = getattr(PROFILES["laptop"], outer.name)
-        if dataclasses.is_dataclass(default):
-            paths += [f"{outer.name}.{inner.name}" for inner in dataclasses.fields(default)]
-        elif outer.name != "name":
-            paths.append(outer.name)
-    return paths
+def _paths() -> dict[str, typing.Any]:
+    """Every setting, as `section.key`, and its type."""
+    found: dict[str, typing.Any] = {}
+    for name, kind in typing.get_type_hints(Profile).items():
+        if dataclasses.is_dataclass(kind):
+            kinds = typing.get_type_hints(kind)
+            found |= {f"{name}.{f.name}": kinds[f.name] for f in dataclasses.fields(kind)}
+        elif name != "name":
+            found[name] = kind
+    return found
 
 
-def _parse(owner: type, key: str, path: str, text: str) -> object:
-    kind = typing.get_type_hints(owner)[key]
-    if isinstance(kind, types.UnionType):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+def _parse(kind: typing.Any, path: str, text: str) -> object:
     if typing.get_origin(kind) is typing.Literal:
         if text.strip() not in typing.get_args(kind):
             raise unknown(f"{path} =", text.strip(), typing.get_args(kind))

@@ -21,7 +21,6 @@ os.environ.update(
     }
 )
 
-import inspect
 import random
 import shlex
 import sys
@@ -129,7 +128,8 @@ def _random_ids(rng: random.Random, shortest: int, longest: int) -> list[int]:
 @pytest.fixture(scope="session")
 def tiny_data(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
     """Made-up `PreferenceData`: 24 training pairs of mixed lengths; one reply in six has no end."""
-    from rlhf_lib.data.pairs import Demonstration, Pair, PreferenceData, Prompt
+    from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
+    from rlhf_lib.data.pairs import PreferenceData
 
     rng = random.Random(5)
     text = tiny_tokenizer.decode
@@ -235,12 +235,6 @@ def learner_of(model: PreTrainedModel, rate: float = 0.0) -> Any:
 
     # that is what a large eps does to Adam
     return Learner(make_accelerator("fp32"), model, learning_rate=rate, steps=100, eps=100.0)
-
-
-def numbers(function: Callable, config: Any) -> dict[str, Any]:
-    """The settings that a function takes by name, from a record of them."""
-    names = inspect.signature(function).parameters
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 @pytest.fixture(scope="session")

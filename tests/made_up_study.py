@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
-from rlhf_lib.measure.opinions import WATCHED
+from rlhf_lib import catalogue
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
+from rlhf_lib.data.truth import truth_of
+from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.results import summary
-from rlhf_lib.results.frontier import COEFFICIENTS, method
 from rlhf_lib.runs import Run, Stage, write_jsonl
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import load_profile
-from rlhf_lib.world.rewards import sample_reply, sample_request, write_prompt
+from rlhf_lib.world.grammar import sample_reply, sample_request, write_prompt
 
 POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")
 # what each policy has more than SFT, in proxy and in gold, with a little of its own in each seed
@@ -38,7 +40,7 @@ def preference_data(source: str) -> PreferenceData:
         replies = [sample_reply(request, rng, quality) for quality in (0.9, 0.1)]
         pairs.append(Pair(f"talk {number}", prompt, *replies, [5], [6, 1], [7, 1]))
     audit = {"source": source, "rows_read": 80, "rows_usable": 80, "dropped": {}, "notes": []}
-    return PreferenceData({"train": pairs, "test": pairs}, [], {}, audit, "hash")
+    return PreferenceData({"train": pairs, "test": pairs}, [], {}, audit, "hash", truth_of(source))
 
 
 def sample_rows(policy: str, seed: int, gold: bool) -> list[dict]:
@@ -65,7 +67,7 @@ def probe_rows(policy: str, source: str) -> list[dict]:
     failures = [int(i % often == 0) for i in range(PROMPTS)]
     return [
         row | {"response": " No.", "finished": True, "proxy": 1.0 - failure, "failure": failure}
-        for row, failure in zip(load_probes(source, 4), failures, strict=True)
+        for row, failure in zip(load_probes(truth_of(source), 4), failures, strict=True)
     ]
 
 
@@ -114,7 +116,7 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
         ]
         steps += [{"step": 2, "loss": 0.1}] * (name == "dpo")
         coefficient = 0.2 * (STRONG if name == "grpo_strong" else 1.0)
-        settings = {COEFFICIENTS[method(name)]: coefficient}
+        settings = {catalogue.coefficients()[name]: coefficient}
         stages[name] = finish(name, {}, {"metrics.jsonl": steps}, settings)
     curve = [{"n": n, "kl": 0.1 * n, "proxy": n + seed, "gold": 2.0 - n} for n in (1, 2)]
     if not gold:
@@ -141,7 +143,7 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
         opinions = [
             {"policy": policy, "prompt": row["prompt"], "own": row["proxy"],
              "other": row["proxy"] - PROXY.get(policy, 0.0) / 2}
-            for policy in WATCHED for row in sample_rows(policy, seed, gold)
+            for policy in watched() for row in sample_rows(policy, seed, gold)
         ]  # fmt: skip
         stages["second_opinion"] = finish("second_opinion", {}, {"samples.jsonl": opinions})
     return stages

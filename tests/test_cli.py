@@ -19,7 +19,7 @@ from rlhf_lib.study import book, schedule
 MADE_UP = Path(__file__).parent / "made_up"
 STAGES = ("dataset", "reward-model", "sft", "rejection-sft", "ppo", "grpo", "dpo", "probes",
           "evaluate")  # fmt: skip
-COMMANDS = ("run", "report", "status", "export", "readme", "proofs", *STAGES)
+COMMANDS = ("run", "report", "status", "export", "proofs", *STAGES)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_every_command_has_help(name: str) -> None:
     text = re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
     summary = text.partition(name)[2]
     assert re.search(r"[A-Z][a-z]+ .*\.", summary), "a sentence on what it does"
-    if name not in ("readme", "proofs"):
+    if name != "proofs":
         assert "--profile" in text
 
 
@@ -266,17 +266,3 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     assert (run_dir, only) == (Path("there"), None)
     assert result.out == f"report: {tmp_path}/a.html\nreport: {tmp_path}/b.pdf\n"
     assert cli("run", "--only", "04_ppo").out == f"executed: {tmp_path}/n.ipynb\n"
-
-
-def test_readme_fills_its_blocks(cli: Callable, tmp_path: Path) -> None:
-    (tmp_path / "figures" / "laptop").mkdir(parents=True)
-    results = (MADE_UP / "gold.json").read_text()
-    (tmp_path / "figures" / "laptop" / "results.json").write_text(results)
-    readme = tmp_path / "README.md"
-    readme.write_text("# Title\n<!-- results: laptop -->\nstale numbers\n<!-- end -->\nlast\n")
-    assert cli("readme").code == 0
-    text = readme.read_text()
-    assert text.startswith("# Title\n<!-- results: laptop -->\n")
-    assert text.endswith("<!-- end -->\nlast\n")
-    assert "PPO and GRPO raised gold reward over SFT" in text
-    assert "stale" not in text

@@ -1,4 +1,4 @@
-"""How notebooks are kept in the repository: no outputs, one parameters cell, short cells."""
+"""How notebooks are kept: no outputs, one parameters cell, short cells, few modules of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+from rlhf_lib import lesson
+from rlhf_lib.runs import imported_modules
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 NAMES = (
     "01_dataset",
     "02_reward_model",
@@ -20,6 +24,7 @@ NAMES = (
 )
 PARAMETERS = {"PROFILE", "SEED", "RUN_DIR", "OVERRIDES"}
 MAX_CELL_LINES = 20
+MAX_TAUGHT = 6  # modules of ours beside the lesson: more are too many for one chapter
 
 
 @pytest.fixture(params=NAMES)
@@ -93,3 +98,33 @@ def test_code_cells_are_short(notebook: nbformat.NotebookNode) -> None:
 def test_the_parameters_reader_refuses_what_papermill_cannot_replace(source: str) -> None:
     with pytest.raises(ValueError, match=r"not a plain assignment|malformed node"):
         parameters_of(source)
+
+
+def ours(notebook: nbformat.NotebookNode) -> set[str]:
+    """The modules of ours that a notebook imports from."""
+    trees = [ast.parse(cell.source) for cell in code_cells(notebook)]
+    found = set().union(*(imported_modules(tree, "notebooks") for tree in trees))
+    return {name for name in found if ROOT.joinpath(*name.split(".")).with_suffix(".py").exists()}
+
+
+def test_a_notebook_imports_the_lesson_and_what_it_teaches(
+    notebook: nbformat.NotebookNode,
+) -> None:
+    taught = ours(notebook) - {"rlhf_lib.lesson"}
+    assert len(taught) <= MAX_TAUGHT, sorted(taught)
+    assert not [name for name in taught if name.startswith(("rlhf_lib.show.", "rlhf_lib.study."))]
+
+
+def test_the_lesson_hands_on_what_some_notebook_asks_for() -> None:
+    asked = set()
+    for name in NAMES:
+        for cell in code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", nbformat.NO_CONVERT)):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.ImportFrom) and node.module == "rlhf_lib.lesson":
+                    asked |= {alias.name for alias in node.names}
+    assert sorted(asked) == sorted(lesson.__all__)
+
+
+def test_few_cells_keep_their_layout_from_the_formatter() -> None:
+    kept = sum(path.read_text(encoding="utf-8").count("fmt: skip") for path in NOTEBOOKS.iterdir())
+    assert kept <= 5

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_lib import runs
-from rlhf_lib.runs import Run, Stage, Work, read_jsonl, stage_folders, write_jsonl
+from rlhf_lib.runs import Run, Stage, Work, read_jsonl, write_jsonl
 from rlhf_lib.settings import SettingsError
 
 
@@ -318,21 +318,6 @@ def test_who_wants_the_same_stage_waits_for_the_first(run: Run) -> None:
     with ThreadPoolExecutor(4) as pool:
         stages = list(pool.map(lambda _: stage_of(run).ensure(build), range(4)))
     assert [stage.result()["answer"] for stage in stages] == [1] * 4
-
-
-def test_stage_folders_tell_done_from_under_way(run: Run, tmp_path: Path) -> None:
-    stage_of(run).ensure(lambda work: {})
-    work = Work(stage_of(run, "dpo"))
-    work.log(0, 1, {})
-    work.log(1, 1, {})
-    rows = stage_folders(tmp_path / "smoke")
-    assert [(row["stage"].split("-")[0], row["state"]) for row in rows] == [
-        ("dpo", "under way: 2"),
-        ("sft", "done"),
-    ]
-    assert rows[0]["seconds"] is None
-    assert rows[1]["seconds"] >= 0
-    assert {row["seed"] for row in rows} == {"seed-3"}
 
 
 def test_json_lines_come_back(tmp_path: Path) -> None:

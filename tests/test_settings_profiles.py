@@ -9,13 +9,13 @@ from rlhf_lib.settings import PROFILES, SettingsError, as_dict, content_hash, lo
 
 def test_profiles_are_complete_and_differ() -> None:
     assert set(PROFILES) == {"smoke", "laptop", "offline", "t4", "full"}
-    for name, profile in PROFILES.items():
-        assert profile.name == name
-    assert len({content_hash(as_dict(p)) for p in PROFILES.values()}) == len(PROFILES)
+    profiles = [load_profile(name) for name in PROFILES]
+    assert [profile.name for profile in profiles] == list(PROFILES)
+    assert len({content_hash(as_dict(p)) for p in profiles}) == len(PROFILES)
 
 
 def test_every_profile_can_be_run_as_it_is() -> None:
-    for profile in PROFILES.values():
+    for profile in map(load_profile, PROFILES):
         assert profile.data.rl_prompts >= profile.ppo.batch_size
         assert profile.data.rl_prompts >= profile.grpo.prompts_per_update
         assert profile.data.demonstrations >= profile.sft.batch_size
@@ -24,14 +24,14 @@ def test_every_profile_can_be_run_as_it_is() -> None:
 
 
 def test_no_overrides_change_nothing() -> None:
-    assert load_profile("laptop") == load_profile("laptop", "") == PROFILES["laptop"]
+    assert load_profile("laptop") == load_profile("laptop", "") == load_profile("laptop", [])
 
 
 def test_overrides_as_one_string_or_as_several() -> None:
     text = load_profile("laptop", "ppo.kl_coef=0.02 sft.epochs=7 seeds=2")
     assert (text.ppo.kl_coef, text.sft.epochs, text.seeds) == (0.02, 7, 2)
     assert load_profile("laptop", ["ppo.kl_coef=0.02", "sft.epochs=7", "seeds=2"]) == text
-    assert PROFILES["laptop"].ppo.kl_coef == 0.2, "the profile itself was changed"
+    assert load_profile("laptop").ppo.kl_coef == 0.2, "the profile itself was changed"
 
 
 def test_the_last_override_wins() -> None:

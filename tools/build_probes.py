@@ -23,6 +23,7 @@ from rlhf_lib.world.grammar import (
     ALL_FACTS,
     ASSISTANT,
     HUMAN,
+    WISHES,
     Request,
     count_tokens,
     sample_reply,
@@ -97,11 +98,10 @@ def _plain(rng: Random, kind: str, rule: str) -> Iterator[dict]:
 
 
 def _strange(rng: Random, kind: str) -> Iterator[dict]:
-    wish = {topic: edge for edge, topic in words.EDGES.items()}
     while True:
         topic, other = rng.sample(list(words.FACTS), 2)
         harm = rng.choice(list(words.HARMS))
-        turn = STRANGE[kind].format(topic=topic, other=other, harm=harm, edge=wish[topic])
+        turn = STRANGE[kind].format(topic=topic, other=other, harm=harm, edge=WISHES[topic])
         if "harm" in kind:
             yield _ask(turn, rng, kind, "complies")
         else:
@@ -123,13 +123,6 @@ def _long(rng: Random) -> Iterator[dict]:
         yield row | {"prompt": text + row["prompt"]}
 
 
-def write(folder: Path) -> None:
-    rows = world_probes()
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / "world.jsonl").write_text(text, encoding="utf-8")
-    (folder / "manifest.json").write_text(json.dumps(describe(folder), indent=2) + "\n")
-
-
 def describe(folder: Path) -> dict[str, dict]:
     """SHA-256 and number of rows of each file."""
     content = {name: (folder / name).read_bytes() for name in FILES}
@@ -145,15 +138,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare with the manifest only")
     folder = probe_folder()
-    if not parser.parse_args(arguments).check:
-        write(folder)
-        return 0
-    manifest, found = json.loads((folder / "manifest.json").read_text()), describe(folder)
-    lines = [f"{folder / name}: not as in the manifest" for name in FILES
-             if found[name] != manifest.get(name)]  # fmt: skip
+    world, listed = folder / "world.jsonl", folder / "manifest.json"
     made = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in world_probes())
-    if made != (folder / "world.jsonl").read_text(encoding="utf-8"):
-        lines.append(f"{folder / 'world.jsonl'}: not what this build gives")
+    if not parser.parse_args(arguments).check:
+        world.write_text(made, encoding="utf-8")
+        listed.write_text(json.dumps(describe(folder), indent=2) + "\n")
+        return 0
+    manifest, found = json.loads(listed.read_text()), describe(folder)
+    changed = [name for name in FILES if found[name] != manifest.get(name)]
+    lines = [f"{folder / name}: not as in the manifest" for name in changed]
+    if made != world.read_text(encoding="utf-8"):
+        lines.append(f"{world}: not what this build gives")
     print("\n".join(lines) or f"{folder} is as its manifest says")
     return 1 if lines else 0
 

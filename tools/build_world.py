@@ -18,22 +18,25 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from rlhf_lib.data.pairs import Demonstration
-from rlhf_lib.methods.rollout import generate
-from rlhf_lib.methods.sft import fit
+from rlhf_lib.data.encoding import Encoder
+from rlhf_lib.methods import sft
+from rlhf_lib.models.generation import generate
+from rlhf_lib.models.learner import Learner
+from rlhf_lib.runtime import make_accelerator, seed_everything
 from rlhf_lib.settings import SFTConfig
 from rlhf_lib.world import rewards
 from rlhf_lib.world.grammar import (
     ASSISTANT,
     HUMAN,
+    MAX_PROMPT_TOKENS,
     MAX_REPLY_TOKENS,
     sample_dialogues,
     sample_prompts,
@@ -45,13 +48,22 @@ QUALITY = {"base": (0.0, 0.5), "demonstrations": (0.45, 0.75)}  # uniform betwee
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # every value is written out: the shipped files must not follow the defaults of a profile
 BASE_TRAINING = SFTConfig(
-    epochs=1, batch_size=32, micro_batch_size=32, learning_rate=1e-3, weight_decay=0.01,
-    warmup_ratio=0.05, max_grad_norm=1.0,
-)  # fmt: skip
-SFT_TRAINING = SFTConfig(
-    epochs=3, batch_size=64, micro_batch_size=64, learning_rate=3e-4, weight_decay=0.01,
-    warmup_ratio=0.1, max_grad_norm=1.0,
-)  # fmt: skip
+    epochs=1,
+    batch_size=32,
+    micro_batch_size=32,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    warmup_ratio=0.05,
+    max_grad_norm=1.0,
+)
+SFT_TRAINING = replace(
+    BASE_TRAINING,
+    epochs=3,
+    batch_size=64,
+    micro_batch_size=64,
+    learning_rate=3e-4,
+    warmup_ratio=0.1,
+)
 
 
 @dataclass(frozen=True)
@@ -76,30 +88,13 @@ class BuildSettings:
     heldout: int = 1_000
 
 
-def tokenized(
-    tokenizer: PreTrainedTokenizerFast, rows: Iterable[dict[str, str]]
-) -> list[Demonstration]:
-    """Dialogue rows as training examples; responses end with the end-of-sequence token."""
-    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
-    return [
-        Demonstration(
-            prompt_text=row["prompt"],
-            response_text=row["response"],
-            prompt=encode(tokenizer, row["prompt"]),
-            response=[*encode(tokenizer, row["response"]), eos],
-        )
-        for row in rows
-    ]
-
-
-# ---------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------------- models
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> GPT2LMHeadModel:
     """A fresh GPT-2-shaped model with tied embeddings and no dropout."""
     torch.manual_seed(settings.seed)
-    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
-    pad: int = tokenizer.pad_token_id  # type: ignore[assignment]
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=settings.positions, n_embd=settings.width,
         n_layer=settings.layers, n_head=settings.heads, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -107,6 +102,33 @@ def build_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> 
         activation_function="gelu_pytorch_tanh",  # GPT-2's own, fused: a third less time on a CPU
     )  # fmt: skip
     return GPT2LMHeadModel(config)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Sequence[dict[str, str]],
+    config: SFTConfig,
+    seed: int,
+) -> None:
+    """Train `model` in place on dialogues {"prompt", "response"}."""
+    encoder = Encoder(tokenizer, MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS + 1)
+    examples = encoder.demonstrations([(row["prompt"], row["response"]) for row in rows])
+    seed_everything(seed)
+    learner = Learner(
+        make_accelerator("fp32"),
+        model,
+        learning_rate=config.learning_rate,
+        steps=config.optimizer_steps(len(examples)),
+        warmup_ratio=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    sft.train(learner, examples, config, seed=seed)
+    model.eval()
+
+
+# ---------------------------------------------------------------------------------------- pairs
 
 
 def sample_replies(
@@ -157,7 +179,8 @@ def label_pairs(
     """HH rows {"chosen", "rejected"}: whole dialogues, the annotator's choice first."""
     rows = []
     for prompt, (a, b) in zip(prompts, replies, strict=True):
-        chosen, rejected = (a, b) if rewards.annotate(prompt, a, b, rng, annotator) else (b, a)
+        prefers_a = rng.random() < rewards.preference_probability(prompt, a, b, annotator)
+        chosen, rejected = (a, b) if prefers_a else (b, a)
         rows.append({"chosen": prompt + chosen, "rejected": prompt + rejected})
     return rows
 
@@ -183,13 +206,13 @@ def describe(folder: Path) -> dict[str, dict]:
     return files
 
 
-def build(folder: Path, settings: BuildSettings, say: Callable[[str], object] = print) -> None:
+def build(folder: Path, settings: BuildSettings) -> None:
     """Write the whole of `data/` into `folder`, which must be empty."""
     torch.set_num_threads(1)  # the order of float additions, and so every hash, depends on it
     folder.mkdir(parents=True, exist_ok=True)
     seed = settings.seed
 
-    say("1. tokenizer, demonstrations, prompts")
+    print("1. tokenizer, demonstrations, prompts")
     tokenizer = build_tokenizer()
     demonstrations = sample_dialogues(
         "demonstrations", settings.demonstrations, "train", QUALITY["demonstrations"], seed
@@ -203,20 +226,18 @@ def build(folder: Path, settings: BuildSettings, say: Callable[[str], object] = 
     heldout = sample_dialogues("heldout", settings.heldout, "test", QUALITY["base"], seed)
     write_rows(folder / "heldout.jsonl.gz", heldout)
 
-    say("2. base model")
+    print("2. base model")
     corpus = sample_dialogues("base", settings.base_dialogues, "train", QUALITY["base"], seed)
     model = build_model(tokenizer, settings)
-    fit(model, tokenized(tokenizer, corpus), settings.base, seed=seed)
-    model.eval()
+    fit(model, tokenizer, corpus, settings.base, seed)
     model.save_pretrained(folder / "base")
     for place in ("base", "tokenizer"):
         tokenizer.save_pretrained(folder / place)
 
-    say("3. SFT model, for the pairs")
-    fit(model, tokenized(tokenizer, demonstrations), settings.sft, seed=seed)
-    model.eval()
+    print("3. SFT model, for the pairs")
+    fit(model, tokenizer, demonstrations, settings.sft, seed)
 
-    say("4. pairs and their labels")
+    print("4. pairs and their labels")
     for number, (name, count) in enumerate(settings.pairs.items()):
         prompts = sample_prompts(f"pairs {name}", count, name, seed)
         replies = sample_replies(model, tokenizer, prompts, seed + number)
@@ -225,17 +246,13 @@ def build(folder: Path, settings: BuildSettings, say: Callable[[str], object] = 
             rows = label_pairs(prompts, replies, annotator, rng)
             write_rows(folder / f"{kind}-{name}.jsonl.gz", rows)
 
-    say("5. data card and manifest")
-    world_card.write_card(
-        folder,
-        layers=settings.layers,
-        width=settings.width,
-        base_dialogues=settings.base_dialogues,
+    print("5. data card and manifest")
+    counts = world_card.write_card(
+        folder, layers=settings.layers, width=settings.width, base_dialogues=settings.base_dialogues
     )
     files = describe(folder)
-    for name in files:
-        if name.endswith(".jsonl.gz"):
-            files[name]["rows"] = len(world_card.read_rows(folder / name))
+    for name, count in counts.items():
+        files[name]["rows"] = count
     manifest = {
         "settings": asdict(settings),
         "packages": {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -246,21 +263,18 @@ def build(folder: Path, settings: BuildSettings, say: Callable[[str], object] = 
 
 def differences(built: Path, shipped: Path) -> list[str]:
     """Files of either folder that are not as the shipped manifest says, as `file: how`."""
-    manifest = json.loads((shipped / "manifest.json").read_text())["files"]
-    listed = {name: entry["sha256"] for name, entry in manifest.items()}
+    listed = json.loads((shipped / "manifest.json").read_text())["files"]
     lines = []
     for folder in (built, shipped):
-        found = {name: entry["sha256"] for name, entry in describe(folder).items()}
+        found = describe(folder)
         for name in sorted(listed.keys() | found.keys()):
             if name not in found:
                 lines.append(f"{folder / name}: missing")
             elif name not in listed:
                 lines.append(f"{folder / name}: not in the manifest")
-            elif found[name] != listed[name]:
-                lines.append(
-                    f"{folder / name}: sha256 {found[name][:12]}, "
-                    f"the manifest says {listed[name][:12]}"
-                )
+            elif (here := found[name]["sha256"]) != (there := listed[name]["sha256"]):
+                say = f"sha256 {here[:12]}, the manifest says {there[:12]}"
+                lines.append(f"{folder / name}: {say}")
     return lines
 
 

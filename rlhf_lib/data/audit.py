@@ -14,11 +14,6 @@ from rlhf_lib.data.encoding import Pair
 EXAMPLES = 5  # row numbers kept for each reason
 BINS = 24
 SIDES = ("prompt", "chosen", "rejected")
-# what is kept of a pair while its split is measured: 57 bytes
-MEASURED = np.dtype([
-    ("conversation", "S16"), ("words", "i4", 3), ("tokens", "i4", 3), ("unknown", "i4"),
-    ("several_turns", bool), ("longer", bool), ("margin", bool), ("cut", bool, 3),
-])  # fmt: skip
 
 
 class Dropped:
@@ -54,60 +49,56 @@ def describe(
 
     `cut_prompts`: hashes of prompts longer than allowed. Shares are between 0 and 1.
     """
-
-    unknown = -1 if unknown_token_id is None else unknown_token_id
-
-    def measure(pair: Pair) -> tuple:
+    count = len(pairs)
+    conversations = np.zeros(count, "S16")
+    words, tokens = np.zeros((2, count, 3), np.int32)
+    cut = np.zeros((count, 3), bool)
+    found, subsets = Counter(), Counter()
+    for i, pair in enumerate(pairs):
         texts = pair.prompt_text, pair.chosen_text, pair.rejected_text
         ids = pair.prompt, pair.chosen, pair.rejected
-        cut = hash(texts[0]) in cut_prompts, *(reply[-1] != eos_token_id for reply in ids[1:])
-        return (
-            pair.conversation, [len(text.split()) for text in texts], list(map(len, ids)),
-            sum(row.count(unknown) for row in ids), turns(texts[0]) > 1,
-            len(texts[1]) > len(texts[2]), pair.margin is not None, cut,
-        )  # fmt: skip
-
-    subsets: Counter[str] = Counter()
-    rows = np.zeros(len(pairs), MEASURED)
-    for i, pair in enumerate(pairs):
-        rows[i] = measure(pair)
-        subsets.update([pair.subset] if pair.subset else [])
-    words, tokens, cut = (
-        {side: rows[name][:, i] for i, side in enumerate(SIDES)}
-        for name in ("words", "tokens", "cut")
-    )
-    conversations = len(np.unique(rows["conversation"]))
+        conversations[i] = pair.conversation
+        words[i] = [len(text.split()) for text in texts]
+        tokens[i] = [len(row) for row in ids]
+        cut[i] = [hash(texts[0]) in cut_prompts, *(row[-1] != eos_token_id for row in ids[1:])]
+        found["several turns"] += turns(texts[0]) > 1
+        found["longer"] += len(texts[1]) > len(texts[2])
+        found["margin"] += pair.margin is not None
+        if unknown_token_id is not None:
+            found["unknown"] += sum(row.count(unknown_token_id) for row in ids)
+        if pair.subset:
+            subsets[pair.subset] += 1
+    distinct = len(np.unique(conversations))
     return {
-        "pairs": len(pairs),
-        "conversations": conversations,
-        "repeated_first_turns": len(pairs) - conversations,
-        "multi_turn_share": float(rows["several_turns"].mean()),
-        "chosen_longer_share": float(rows["longer"].mean()),  # in characters
+        "pairs": count,
+        "conversations": distinct,
+        "repeated_first_turns": count - distinct,
+        "multi_turn_share": found["several turns"] / count,
+        "chosen_longer_share": found["longer"] / count,  # in characters
         "subsets": dict(subsets),
-        "with_margin": int(rows["margin"].sum()),
-        "words": {side: _summary(words[side]) for side in SIDES},
-        "tokens": {side: _summary(tokens[side]) for side in SIDES},
-        "truncated_share": {side: float(cut[side].mean()) for side in SIDES},
-        "unknown_token_share": int(rows["unknown"].sum()) / int(rows["tokens"].sum()),
-        "empty_prompts": int((tokens["prompt"] == 0).sum()),
-        "histogram": _histogram(tokens),
+        "with_margin": found["margin"],
+        "words": {side: _summary(words[:, i]) for i, side in enumerate(SIDES)},
+        "tokens": {side: _summary(tokens[:, i]) for i, side in enumerate(SIDES)},
+        "truncated_share": {side: float(cut[:, i].mean()) for i, side in enumerate(SIDES)},
+        "unknown_token_share": found["unknown"] / int(tokens.sum()),
+        "empty_prompts": int((tokens[:, 0] == 0).sum()),
+        "histogram": {
+            "prompt": _histogram({"prompt": tokens[:, 0]}),
+            "reply": _histogram({"chosen": tokens[:, 1], "rejected": tokens[:, 2]}),
+        },
     }
 
 
 def _summary(lengths: np.ndarray) -> dict[str, float]:
     p5, p50, p95 = np.percentile(lengths, (5, 50, 95)).tolist()
-    return {
-        "mean": float(lengths.mean()), "min": int(lengths.min()), "p5": p5, "p50": p50,
-        "p95": p95, "max": int(lengths.max()),
-    }  # fmt: skip
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    mean = float(lengths.mean())
+    return {"mean": mean, "min": shortest, "p5": p5, "p50": p50, "p95": p95, "max": longest}
 
 
-def _histogram(tokens: dict[str, np.ndarray]) -> dict[str, dict[str, list[int]]]:
-    """Counts of token lengths over bins between `edges`, of which there is one more."""
-    plots = {}
-    for name, sides in (("prompt", SIDES[:1]), ("reply", SIDES[1:])):
-        longest = max(int(tokens[side].max()) for side in sides)
-        edges = np.unique(np.linspace(0, longest, BINS + 1).round().astype(int))
-        counts = {side: np.histogram(tokens[side], edges)[0].tolist() for side in sides}
-        plots[name] = {"edges": edges.tolist(), **counts}
-    return plots
+def _histogram(lengths: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    """Counts of each side's token lengths over bins between `edges`, of which there is one more."""
+    longest = max(int(each.max()) for each in lengths.values())
+    edges = np.unique(np.linspace(0, longest, BINS + 1).round().astype(int))
+    counts = {side: np.histogram(each, edges)[0].tolist() for side, each in lengths.items()}
+    return {"edges": edges.tolist(), **counts}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lib.data.sources import DataError, Row
+from rlhf_lib.world.grammar import ASSISTANT, HUMAN
 
-HUMAN, ASSISTANT, SYSTEM = "\n\nHuman:", "\n\nAssistant:", "\n\nSystem:"
-MARKERS = {"user": HUMAN, "assistant": ASSISTANT, "system": SYSTEM}
+MARKERS = {"user": HUMAN, "assistant": ASSISTANT, "system": "\n\nSystem:"}
 MAX_CHARACTERS = 50_000  # of one row: beyond it something other than a dialogue was pasted
 
 

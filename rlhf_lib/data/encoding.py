@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.data.dialogues import Texts
-from rlhf_lib.data.store import Stored
 from rlhf_lib.settings import SettingsError
 
 CHUNK = 1024  # texts tokenised at once
@@ -42,9 +40,6 @@ def sides(pairs: Sequence[Pair]) -> tuple[list[list[int]], list[list[int]], list
 
 def paired_lengths(pairs: Sequence[Pair]) -> list[int]:
     """Tokens of each pair's prompt, chosen and rejected reply together."""
-    if isinstance(pairs, Stored):
-        each = [pairs.lengths(side) for side in ("prompt", "chosen", "rejected")]
-        return np.sum(each, axis=0).tolist()
     return [len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs]
 
 
@@ -125,6 +120,9 @@ class Encoder:
             return []
         # split_special_tokens: "<|endoftext|>" typed by a human is text, never the token
         return self.tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False,
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
             return_attention_mask=False,
-        )["input_ids"]  # fmt: skip
+            verbose=False,
+        )["input_ids"]

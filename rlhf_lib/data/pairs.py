@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,30 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lib.data.audit import Dropped, describe
 from rlhf_lib.data.batches import chunks
 from rlhf_lib.data.dialogues import Texts, Unusable, read_demonstration, read_pair, read_prompt
-from rlhf_lib.data.encoding import (
-    CHUNK,
-    Demonstration,
-    Encoder,
-    Pair,
-    Prompt,
-    paired_lengths,
-    sides,
-)
+from rlhf_lib.data.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.sources import DataError, Row, Source, read_source
 from rlhf_lib.data.store import Stored, Writer
 from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.settings import DataConfig, SettingsError
-
-__all__ = [
-    "DataError",
-    "Demonstration",
-    "Pair",
-    "PreferenceData",
-    "Prompt",
-    "load_data",
-    "paired_lengths",
-    "sides",
-]
 
 T = TypeVar("T")
 
@@ -57,9 +38,9 @@ class PreferenceData:
     Rows are read from disk when they are asked for, so memory does not grow with their number.
     """
 
-    pairs: dict[str, Sequence[Pair]]
+    pairs: Mapping[str, Sequence[Pair]]
     demonstrations: Sequence[Demonstration]
-    prompts: dict[str, Sequence[Prompt]]
+    prompts: Mapping[str, Sequence[Prompt]]
     audit: dict
     hash: str
     truth: Truth | None = None
@@ -72,31 +53,39 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
     """
     sizes = split_sizes(config)
     encoder = Encoder(tokenizer, config.max_prompt_tokens, config.max_response_tokens)
+    dropped, notes = Dropped(), []
+
+    # 1. read
     source = read_source(config.source)
     if source.prompts and config.judge_pairs:
         raise SettingsError(
             f"data.judge_pairs={config.judge_pairs}: the bundled world keeps no pairs for a judge, "
             "its gold reward is known; leave it at 0"
         )
-    dropped, notes = Dropped(), []
-    texts = {
-        split: Stored.of(Texts, _clean(rows, read_pair, dropped))
-        for split, rows in source.splits.items()
-    }
+
+    # 2. clean
+    texts = {split: _clean(rows, read_pair, dropped) for split, rows in source.splits.items()}
     shared = shared_conversations(texts)
+
+    # 3. split and encode
+    pairs: dict[str, Stored[Pair]] = {}
     if source.prompts:  # the bundled world was split when it was made
-        pairs = {
-            split: fill(texts[split], {split: size}, encoder, dropped)[split]
-            for split, size in sizes.items()
-        }
+        for split, size in sizes.items():
+            pairs |= fill(texts[split], {split: size}, encoder, dropped)
     else:
         pairs = split_pairs(texts, shared, sizes, config.split_seed, encoder, dropped, notes)
-    _check_filled(pairs, config, source, dropped)
+    rows_read = sum(len(rows) for rows in source.splits.values())
+    if empty := [split for split, rows in pairs.items() if not rows]:
+        raise DataError(
+            f"{config.source}: no pair for {', '.join(empty)}. {rows_read} rows were read; left "
+            f"out: {dropped}. Ask for smaller splits (data.test_pairs ...), or give more pairs"
+        )
+    if source.prompts:
+        demonstrations, prompts = _own_rows(source, config, encoder, dropped)
+    else:
+        demonstrations, prompts = _rows_of_pairs(pairs, config)
 
-    demonstrations = _demonstrations(
-        source, pairs["train"], config.demonstrations, encoder, dropped
-    )
-    prompts = _prompts(source, pairs, config, encoder, dropped)
+    # 4. audit
     splits = {
         split: describe(rows, encoder.cut_prompts, encoder.eos, encoder.unknown)
         for split, rows in pairs.items()
@@ -106,15 +95,15 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
             f"{unknown:.0%} of the tokens are unknown to this model: its vocabulary is not made "
             "for this text (the tiny model knows the bundled world only)"
         )
-    usable = sum(len(rows) for rows in texts.values())
     wanted = {f"{split}_pairs": size for split, size in sizes.items()}
     for key in ("demonstrations", "rl_prompts", "evaluation_prompts"):
         wanted[key] = getattr(config, key)
     audit = {
         "source": config.source,
         "files": source.files,
-        "rows_read": sum(len(rows) for rows in source.splits.values()),
-        "rows_usable": usable,  # before splitting: the wanted sizes may leave some unused
+        "rows_read": rows_read,
+        # before splitting: the wanted sizes may leave some unused
+        "rows_usable": sum(len(rows) for rows in texts.values()),
         "dropped": dropped.as_dict(),
         "shared_conversations": len(shared),  # by the source's own splits
         "wanted": wanted,
@@ -131,46 +120,37 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
     return PreferenceData(pairs, demonstrations, prompts, audit, content, truth)
 
 
-def _demonstrations(
-    source: Source, train: Sequence[Pair], limit: int, encoder: Encoder, dropped: Dropped
-) -> Sequence[Demonstration]:
-    """The bundled world's own, or the chosen replies of the train pairs, without repeats."""
-    if source.demonstrations is not None:
-        texts = list(_clean(source.demonstrations, read_demonstration, dropped))
-        return encoder.demonstrations(texts[:limit])
+Rows = tuple[Sequence[Demonstration], Mapping[str, Sequence[Prompt]]]
+
+
+def _own_rows(source: Source, config: DataConfig, encoder: Encoder, dropped: Dropped) -> Rows:
+    """The bundled world's demonstrations and prompts: a sample of how often each is asked."""
+    texts = _clean(source.demonstrations, read_demonstration, dropped)
+    prompts = {}
+    for kind, rows in source.prompts.items():
+        limit = config.rl_prompts if kind == "train" else config.evaluation_prompts
+        prompts[kind] = encoder.prompts(_clean(rows, read_prompt, dropped)[:limit])
+    return encoder.demonstrations(texts[: config.demonstrations]), prompts
+
+
+def _rows_of_pairs(pairs: dict[str, Stored[Pair]], config: DataConfig) -> Rows:
+    """Demonstrations and prompts without repeats, each from the split it may be used with."""
+    train, limit = pairs["train"], config.evaluation_prompts
     # one reply is often preferred to several others
-    first = _first_of_each((p.prompt_text, p.chosen_text) for p in train)[:limit]
-    return Stored.of(
-        Demonstration,
-        (
-            Demonstration(p.prompt_text, p.chosen_text, p.prompt, p.chosen)
-            for p in map(train.__getitem__, first)
-        ),
+    first = _first_of_each((p.prompt_text, p.chosen_text) for p in train)[: config.demonstrations]
+    demonstrations = Stored.of(
+        Demonstration(p.prompt_text, p.chosen_text, p.prompt, p.chosen) for p in train.select(first)
     )
-
-
-def _prompts(
-    source: Source, pairs: dict[str, Sequence[Pair]], config: DataConfig, encoder: Encoder,
-    dropped: Dropped,
-) -> dict[str, Sequence[Prompt]]:  # fmt: skip
-    """Each kind from the split it may be used with: the bundled world's own, or those of the pairs.
-
-    The pairs' come without repeats. The world's are a sample of how often each is asked.
-    """
-    limits = {"train": config.rl_prompts, "validation": config.evaluation_prompts,
-              "evaluation": config.evaluation_prompts}  # fmt: skip
-    prompts: dict[str, Sequence[Prompt]] = {}
-    for kind, limit in limits.items():
-        if source.prompts:
-            texts = list(_clean(source.prompts[kind], read_prompt, dropped))
-            prompts[kind] = encoder.prompts(texts[:limit])
-        else:
-            rows = pairs["test" if kind == "evaluation" else kind]
-            first = _first_of_each(p.prompt for p in rows)[:limit]  # equal once cut: equal
-            prompts[kind] = Stored.of(
-                Prompt, (Prompt(p.prompt_text, p.prompt) for p in map(rows.__getitem__, first))
-            )
-    return prompts
+    prompts = {}
+    for kind, split, size in (
+        ("train", "train", config.rl_prompts),
+        ("validation", "validation", limit),
+        ("evaluation", "test", limit),
+    ):
+        first = _first_of_each(p.prompt for p in pairs[split])[:size]  # equal once cut: equal
+        rows = pairs[split].select(first)
+        prompts[kind] = Stored.of(Prompt(p.prompt_text, p.prompt) for p in rows)
+    return demonstrations, prompts
 
 
 def _first_of_each(values: Iterable[object]) -> np.ndarray:
@@ -179,23 +159,15 @@ def _first_of_each(values: Iterable[object]) -> np.ndarray:
     return np.sort(np.unique(np.fromiter(digests, "S16"), return_index=True)[1])
 
 
-def _clean(rows: Iterable[Row], read: Callable[[Row], T], dropped: Dropped) -> Iterator[T]:
+def _clean(rows: Iterable[Row], read: Callable[[Row], T], dropped: Dropped) -> Stored[T]:
+    """What `read` makes of each row; rows that it refuses are counted in `dropped`."""
+    found: Writer[T] = Writer()
     for row in rows:
         try:
-            yield read(row)
+            found.append(read(row))
         except Unusable as reason:
             dropped.add(str(reason), row.place)
-
-
-def _check_filled(
-    pairs: dict[str, Sequence[Pair]], config: DataConfig, source: Source, dropped: Dropped
-) -> None:
-    if empty := [split for split, rows in pairs.items() if not rows]:
-        read = sum(len(rows) for rows in source.splits.values())
-        raise DataError(
-            f"{config.source}: no pair for {', '.join(empty)}. {read} rows were read; left out: "
-            f"{dropped}. Ask for smaller splits (data.test_pairs ...), or give more pairs"
-        )
+    return found.stored()
 
 
 def _hash(*parts: object) -> str:
@@ -208,23 +180,25 @@ def _hash(*parts: object) -> str:
 def _json(value: object) -> Iterator[str]:
     """The text of a JSON value piece by piece, each row of a sequence a piece of its own."""
     if isinstance(value, dict):
-        for i, key in enumerate(sorted(value)):
-            yield f"{',' if i else '{'}{json.dumps(key)}:"
-            yield from _json(value[key])
-        yield "}" if value else "{}"
+        items, ends = [(f"{json.dumps(key)}:", value[key]) for key in sorted(value)], "{}"
     elif isinstance(value, Sequence):
-        for i, item in enumerate(value):
-            yield "," if i else "["
-            yield from _json(item)
-        yield "]" if value else "[]"
+        items, ends = (("", item) for item in value), "[]"
     else:
         yield COMPACT.encode(value)
+        return
+    yield ends[0]
+    for i, (name, item) in enumerate(items):
+        yield f",{name}" if i else name
+        yield from _json(item)
+    yield ends[1]
+
+
+# ----------------------------------------------------------------------------------- splits
 
 
 def split_sizes(config: DataConfig) -> dict[str, int]:
     """Pairs of each split, in the order in which splits are filled. Raises SettingsError."""
-    sizes = {"test": config.test_pairs, "validation": config.validation_pairs,
-             "train": config.train_pairs}  # fmt: skip
+    sizes = {split: getattr(config, f"{split}_pairs") for split in ("test", "validation", "train")}
     if config.judge_pairs:
         sizes["judge"] = config.judge_pairs
     if small := next((split for split, size in sizes.items() if size < 1), None):
@@ -235,23 +209,25 @@ def split_sizes(config: DataConfig) -> dict[str, int]:
 def shared_conversations(texts: dict[str, Stored[Texts]]) -> set[str]:
     """Conversations of the source's own test or validation split that its train split has too."""
     held_out = {
-        key
-        for split, rows in texts.items()
-        if split != "train"
-        for key in rows.column("conversation")
+        row.conversation for split, rows in texts.items() if split != "train" for row in rows
     }
-    return {key for key in texts["train"].column("conversation") if key in held_out}
+    return {row.conversation for row in texts["train"] if row.conversation in held_out}
 
 
 def split_pairs(
-    texts: dict[str, Stored[Texts]], shared: set[str], sizes: dict[str, int], seed: int,
-    encoder: Encoder, dropped: Dropped, notes: list[str],
-) -> dict[str, Sequence[Pair]]:  # fmt: skip
+    texts: dict[str, Stored[Texts]],
+    shared: set[str],
+    sizes: dict[str, int],
+    seed: int,
+    encoder: Encoder,
+    dropped: Dropped,
+    notes: list[str],
+) -> dict[str, Stored[Pair]]:
     """Test and validation first, train from the rest; a split that the source has is respected.
 
     No conversation stands in two splits.
     """
-    pairs: dict[str, Sequence[Pair]] = {}
+    pairs: dict[str, Stored[Pair]] = {}
     sizes = dict(sizes)
     for own in ("test", "validation"):
         if own in texts:
@@ -259,8 +235,8 @@ def split_pairs(
             rows, _ = _part(_shuffled(texts[own], seed), taken)
             pairs |= fill(rows, {own: sizes.pop(own)}, encoder, dropped)
     rows, held_out = _part(_shuffled(texts["train"], seed), shared)
-    for place in held_out.column("place"):
-        dropped.add("conversation is held out", place)
+    for row in held_out:
+        dropped.add("conversation is held out", row.place)
     if len(rows) < sum(sizes.values()):
         share = len(rows) / sum(sizes.values())
         notes.append(
@@ -277,45 +253,42 @@ def _shuffled(rows: Stored[Texts], seed: int) -> Stored[Texts]:
 
     Rows of one conversation stand side by side.
     """
-    keys = (hashlib.sha256(f"{seed} {c}".encode()).digest() for c in rows.column("conversation"))
+    keys = (hashlib.sha256(f"{seed} {row.conversation}".encode()).digest() for row in rows)
     return rows.select(np.argsort(np.fromiter(keys, "S32"), kind="stable"))
 
 
 def _part(rows: Stored[Texts], conversations: set[str]) -> tuple[Stored[Texts], Stored[Texts]]:
     """The rows outside `conversations`, and those inside."""
-    inside = np.fromiter((key in conversations for key in rows.column("conversation")), bool)
+    inside = np.fromiter((row.conversation in conversations for row in rows), bool)
     return rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))
 
 
 def fill(
     rows: Sequence[Texts], sizes: dict[str, int], encoder: Encoder, dropped: Dropped
-) -> dict[str, Sequence[Pair]]:
+) -> dict[str, Stored[Pair]]:
     """Splits of at most `sizes` pairs, filled in turn; a conversation stays in its first split.
 
     For more than one split, rows of a conversation stand side by side.
     """
-    pairs = {split: Writer(Pair) for split in sizes}
-    _write_pairs(rows, pairs, sizes, encoder, dropped)
-    return {split: writer.stored() for split, writer in pairs.items()}
-
-
-def _write_pairs(
-    rows: Sequence[Texts], pairs: dict[str, Writer[Pair]], sizes: dict[str, int], encoder: Encoder,
-    dropped: Dropped,
-) -> None:  # fmt: skip
+    pairs: dict[str, Writer[Pair]] = {split: Writer() for split in sizes}
+    encoded = (
+        both
+        for batch in chunks(rows, CHUNK)
+        for both in zip(batch, encoder.pairs(batch), strict=True)
+    )
     split, conversation = "", None
-    for batch in chunks(rows, CHUNK):
-        for text, pair in zip(batch, encoder.pairs(batch), strict=True):
-            unfilled = next((s for s, size in sizes.items() if len(pairs[s]) < size), None)
-            if unfilled is None:
-                return
-            if pair.chosen == pair.rejected:
-                dropped.add("identical after truncation", text.place)
-                continue
-            if text.conversation != conversation:
-                split, conversation = unfilled, text.conversation
-            if len(pairs[split]) < sizes[split]:
-                pairs[split].append(pair)
+    for text, pair in encoded:
+        unfilled = next((s for s, size in sizes.items() if len(pairs[s]) < size), None)
+        if unfilled is None:
+            break
+        if pair.chosen == pair.rejected:
+            dropped.add("identical after truncation", text.place)
+            continue
+        if pair.conversation != conversation:
+            split, conversation = unfilled, pair.conversation
+        if len(pairs[split]) < sizes[split]:
+            pairs[split].append(pair)
+    return {split: writer.stored() for split, writer in pairs.items()}
 
 
 def subset(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:

@@ -14,7 +14,7 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -31,10 +31,8 @@ EXAMPLES = ("bundled", "bundled:control", "hub:Anthropic/hh-rlhf", "path:FILE_OR
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HH = "Anthropic/hh-rlhf"
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-SPLIT_WORDS = {
-    "train": "train", "test": "test", "eval": "test",
-    "validation": "validation", "valid": "validation", "dev": "validation",
-}  # fmt: skip
+SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {"eval": "test", "valid": "validation", "dev": "validation"} | {s: s for s in SPLITS}
 
 
 class DataError(UserError):
@@ -66,9 +64,9 @@ class Source:
     with the bundled world only.
     """
 
-    splits: dict[str, Sequence[Row]]
+    splits: Mapping[str, Sequence[Row]]
     files: list[dict]
-    demonstrations: Sequence[Row] | None = None
+    demonstrations: Sequence[Row] = ()
     prompts: dict[str, Sequence[Row]] = field(default_factory=dict)
 
 
@@ -92,15 +90,13 @@ def read_source(source: str) -> Source:
 
 
 def _read_bundled(pairs: str) -> Source:
-    folder = bundled_folder()
     files: list[dict] = []
 
     def rows(name: str) -> Stored[Row]:
-        file = f"{name}.jsonl.gz"
-        return Stored.of(Row, _read_file(folder / file, file, files))
+        return Stored.of(_read_file(bundled_folder(), f"{name}.jsonl.gz", files))
 
     return Source(
-        splits={split: rows(f"{pairs}-{split}") for split in ("train", "validation", "test")},
+        splits={split: rows(f"{pairs}-{split}") for split in SPLITS},
         files=files,
         demonstrations=rows("demonstrations"),
         prompts={kind: rows(f"prompts-{kind}") for kind in ("train", "validation", "evaluation")},
@@ -108,25 +104,40 @@ def _read_bundled(pairs: str) -> Source:
 
 
 def _read_path(path: Path) -> Source:
-    if not path.exists():
-        raise DataError(f"{path} does not exist. {_nearest_file(path)}")
     files: list[dict] = []
-    if path.is_file():  # one file is one pool, whatever its name says
-        return Source({"train": Stored.of(Row, _read_file(path, path.name, files))}, files)
+    if not path.is_dir():  # one file is one pool, whatever its name says
+        return Source({"train": Stored.of(_read_file(path.parent, path.name, files))}, files)
     found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
     if not found:
         raise DataError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
-    writers: dict[str, Writer[Row]] = defaultdict(lambda: Writer(Row))
-    for file in found:
-        name = file.relative_to(path)
-        subset = None if name.parent == Path(".") else name.parent.as_posix()
-        writer = writers[_split_of(name.as_posix())]
-        for row in _read_file(file, name.as_posix(), files, subset):
-            writer.append(row)
-    splits: dict[str, Sequence[Row]] = {s: writer.stored() for s, writer in writers.items()}
+    names = [file.relative_to(path).as_posix() for file in found]
+    splits = _gather((_split_of(name), _read_file(path, name, files)) for name in names)
     if "train" not in splits:  # nothing to train on but the other splits: cut them up ourselves
-        splits = {"train": Stored.of(Row, chain.from_iterable(splits.values()))}
+        splits = {"train": Stored.of(chain.from_iterable(splits.values()))}
     return Source(splits, files)
+
+
+def _read_hub(name: str, subsets: list[str | None]) -> Source:
+    """A hub dataset, or a local folder with the layout of one."""
+    files: list[dict] = []
+    splits = _gather(
+        (_split_of(split), _read_table(table, f"{name} {subset or 'all'} {split}", subset, files))
+        for subset in subsets
+        for split, table in _load_hub(name, subset).items()
+    )
+    if "train" not in splits:
+        raise DataError(f"{name} has no train split, only {', '.join(splits)}")
+    return Source(splits, files)
+
+
+def _gather(parts: Iterable[tuple[str, Iterable[Row]]]) -> dict[str, Stored[Row]]:
+    """The rows of all parts by the split that each is for."""
+    writers: dict[str, Writer[Row]] = defaultdict(Writer)
+    for split, rows in parts:
+        writer = writers[split]
+        for row in rows:
+            writer.append(row)
+    return {split: writer.stored() for split, writer in writers.items()}
 
 
 def _split_of(name: str) -> str:
@@ -146,25 +157,6 @@ def _hub_parts(rest: str) -> tuple[str, list[str | None]]:
         return name, [subset]
     # one by one, so that rows know theirs: helpful and harmless pairs are reported apart
     return name, [s for s in HH_SUBSETS if s in known] or [None]
-
-
-def _read_hub(name: str, subsets: list[str | None]) -> Source:
-    """A hub dataset, or a local folder with the layout of one."""
-    writers: dict[str, Writer[Row]] = defaultdict(lambda: Writer(Row))
-    files = []
-    for subset in subsets:
-        for split, table in _load_hub(name, subset).items():
-            label = f"{name.rstrip('/').split('/')[-1]} {subset or 'all'} {split}"
-            writer = writers[_split_of(split)]
-            number, digest = 0, hashlib.sha256()
-            for number, values in enumerate(table, 1):
-                row = Row(label, number, dict(values), subset)
-                digest.update(json.dumps(row.values, sort_keys=True).encode())
-                writer.append(row)
-            files.append({"name": label, "rows": number, "sha256": digest.hexdigest()})
-    if "train" not in writers:
-        raise DataError(f"{name} has no train split, only {', '.join(writers)}")
-    return Source({split: writer.stored() for split, writer in writers.items()}, files)
 
 
 def _load_hub(name: str, subset: str | None) -> dict:
@@ -191,22 +183,33 @@ def _load_hub(name: str, subset: str | None) -> dict:
         config.HF_HUB_OFFLINE = offline
 
 
+def _read_table(
+    table: Iterable[dict], label: str, subset: str | None, files: list[dict]
+) -> Iterator[Row]:
+    """Rows of a hub dataset as they are read; at their end, what was read is added to `files`."""
+    name = label.rpartition("/")[2]
+    number, digest = 0, hashlib.sha256()
+    for number, values in enumerate(table, 1):
+        digest.update(json.dumps(values, sort_keys=True).encode())
+        yield Row(name, number, values, subset)
+    files.append({"name": name, "rows": number, "sha256": digest.hexdigest()})
+
+
 # ---------------------------------------------------------------------------------------- files
 
 
-def _read_file(
-    path: Path, name: str, files: list[dict], subset: str | None = None
-) -> Iterator[Row]:
+def _read_file(folder: Path, name: str, files: list[dict]) -> Iterator[Row]:
     """Rows of one file as they are read; at its end, what was read is added to `files`."""
+    path, parent = folder / name, Path(name).parent.as_posix()
     if not path.is_file():
         raise DataError(f"{path} does not exist. {_nearest_file(path)}")
-    if not path.name.endswith(SUFFIXES):
+    if not name.endswith(SUFFIXES):
         raise DataError(f"{path}: pairs are read from files that end in {', '.join(SUFFIXES)}")
-    read = _parquet_rows if path.name.endswith(".parquet") else _json_rows
+    read = _parquet_rows if name.endswith(".parquet") else _json_rows
     rows = 0
     for number, values in read(path):
         rows += 1
-        yield Row(name, number, values, subset)
+        yield Row(name, number, values, subset=None if parent == "." else parent)
     if not rows:
         raise DataError(f"{path} is empty: it needs one preference pair a line")
     digest = hashlib.sha256()
@@ -217,13 +220,10 @@ def _read_file(
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    zipped = path.name.endswith(".gz")
-    with gzip.open(path) if zipped else path.open("rb") as file:
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
         try:
             yield from file
-        except (OSError, EOFError, zlib.error) as error:
-            if not zipped:
-                raise
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path} is no complete gzip file ({error}): fetch it anew") from error
 
 

@@ -60,6 +60,5 @@ class Truth:
 
 def truth_of(source: str) -> Truth | None:
     """What is known of the data of a `data.source`."""
-    if not source.startswith("bundled"):
-        return None
-    return Truth(CONTROL if source == "bundled:control" else ANNOTATOR)
+    annotator = {"bundled": ANNOTATOR, "bundled:control": CONTROL}.get(source)
+    return annotator and Truth(annotator)

@@ -1,6 +1,6 @@
-"""An outside judge of replies, behind any endpoint that speaks OpenAI's chat completions.
+"""An outside opinion on replies, from any endpoint that speaks OpenAI's chat completions.
 
-Off unless `judge.url` is set. The key comes from the environment variable OPENAI_API_KEY. Every
+Off unless `endpoint.url` is set. The key comes from the environment variable OPENAI_API_KEY. Every
 answer is kept on disk under the hash of what was asked, so asking again costs nothing.
 """
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf_lib.measure.statistics import estimate
+from rlhf_lib.measure.statistics import SHARE, estimate
 from rlhf_lib.runs import write_json
-from rlhf_lib.settings import JudgeConfig, SettingsError, UserError, content_hash
+from rlhf_lib.settings import EndpointConfig, SettingsError, UserError, content_hash
 
 KEY = "OPENAI_API_KEY"
 SECONDS = 120  # an answer may take
@@ -35,7 +35,7 @@ Answer with one word: A, B or tie."""
 POINTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
-class JudgeError(UserError):
+class EndpointError(UserError):
     """The endpoint cannot be reached or gave no answer; the message says which and why."""
 
 
@@ -48,43 +48,34 @@ class Answer(NamedTuple):
     cached: bool
 
 
-def judge_policies(
-    config: JudgeConfig, rows: Mapping[str, Sequence[dict]], cache: Path, samples: int
+def win_rates(
+    config: EndpointConfig, rows: Mapping[str, Sequence[dict]], cache: Path, samples: int
 ) -> dict:
     """Win rate of each policy's replies over SFT's to the same prompts, as the endpoint sees it.
 
-    `rows`: policy -> rows of one seed. Each pair is asked in both orders and gets their mean, so a
-    judge that favours the first place gives ties; `same_in_both_orders` says how often it did not.
+    `rows`: policy -> rows of one seed. Each pair is asked in both orders and gets their mean, so
+    one that favours the first place gives ties; `same_in_both_orders` says how often it did not.
     Answers that name no side are left out and counted in `unclear`. `cost` is of all answers,
     cached ones included; `cost_now` of those that were not.
     """
     answers: list[Answer] = []
     policies = {}
-    for name in rows:
-        if name == "sft":
-            continue
-        points, units, agreed = [], [], []
+    for name in (policy for policy in rows if policy != "sft"):
+        won, units, agreed = [], [], []
         pairs = list(zip(rows[name], rows["sft"], strict=True))[: config.prompts]
         for own, other in pairs:
-            both = [
-                ask(config, own["prompt"], *replies, cache)
-                for replies in (
-                    (own["response"], other["response"]), (other["response"], own["response"]),
-                )
-            ]  # fmt: skip
+            prompt, one, two = own["prompt"], own["response"], other["response"]
+            both = [ask(config, prompt, one, two, cache), ask(config, prompt, two, one, cache)]
             answers += both
             first, second = both[0].points, both[1].points
-            if first is None or second is None:
-                continue
-            points.append((first + 1 - second) / 2)
-            agreed.append(first == 1 - second)
-            units.append(own["prompt"])
-        policies[name] = {"unclear": len(pairs) - len(points)}
-        if points:
-            policies[name] |= {
-                "win_rate_vs_sft": estimate([np.array(points)], samples, [units], (0.0, 1.0)),
-                "same_in_both_orders": float(np.mean(agreed)),
-            }
+            if first is not None and second is not None:
+                won.append((first + 1 - second) / 2)
+                agreed.append(first == 1 - second)
+                units.append(prompt)
+        policies[name] = {"unclear": len(pairs) - len(won)}
+        if won:
+            policies[name]["win_rate_vs_sft"] = estimate([won], samples, [units], SHARE)
+            policies[name]["same_in_both_orders"] = float(np.mean(agreed))
     return {
         "model": config.model,
         "policies": policies,
@@ -93,28 +84,22 @@ def judge_policies(
     }
 
 
-def _cost(config: JudgeConfig, answers: Sequence[Answer]) -> dict:
-    tokens = {
-        "input_tokens": sum(answer.input_tokens for answer in answers),
-        "output_tokens": sum(answer.output_tokens for answer in answers),
-    }
-    dollars = tokens["input_tokens"] * config.dollars_per_million_input
-    dollars += tokens["output_tokens"] * config.dollars_per_million_output
+def _cost(config: EndpointConfig, answers: Sequence[Answer]) -> dict:
+    read = sum(answer.input_tokens for answer in answers)
+    written = sum(answer.output_tokens for answer in answers)
+    dollars = read * config.dollars_per_million_input + written * config.dollars_per_million_output
+    tokens = {"input_tokens": read, "output_tokens": written}
     return {"requests": len(answers), **tokens, "dollars": dollars / 1e6}
 
 
-def ask(config: JudgeConfig, prompt: str, first: str, second: str, cache: Path) -> Answer:
+def ask(config: EndpointConfig, prompt: str, first: str, second: str, cache: Path) -> Answer:
     """Which of two replies is better; from `cache` where the same was asked before.
 
-    Raises JudgeError for an endpoint that cannot be used, SettingsError where the key is missing.
+    Raises EndpointError for one that cannot be used, SettingsError where the key is missing.
     """
-    body = {
-        "model": config.model,
-        "temperature": 0,
-        "messages": [
-            {"role": "user", "content": QUESTION.format(prompt=prompt, first=first, second=second)}
-        ],
-    }
+    question = QUESTION.format(prompt=prompt, first=first, second=second)
+    messages = [{"role": "user", "content": question}]
+    body = {"model": config.model, "temperature": 0, "messages": messages}
     file = cache / f"{content_hash([config.url, body])}.json"
     cached = file.exists()
     if not cached:
@@ -122,10 +107,8 @@ def ask(config: JudgeConfig, prompt: str, first: str, second: str, cache: Path) 
         write_json(file, _post(config.url.rstrip("/") + "/chat/completions", body))
     reply = json.loads(file.read_text())
     usage = reply.get("usage") or {}
-    return Answer(
-        points(reply["choices"][0]["message"]["content"] or ""),
-        usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), cached,
-    )  # fmt: skip
+    said = points(reply["choices"][0]["message"]["content"] or "")
+    return Answer(said, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0), cached)
 
 
 def points(text: str) -> float | None:
@@ -137,19 +120,17 @@ def points(text: str) -> float | None:
 def _post(url: str, body: Mapping) -> dict:
     key = os.environ.get(KEY)
     if not key:
-        raise SettingsError(f"judge.url is set but {KEY} is not: export the endpoint's key in it")
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
-    )  # fmt: skip
+        raise SettingsError(f"endpoint.url is set but {KEY} is not: export its key in it")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=SECONDS) as response:
             reply = json.loads(response.read())
     except urllib.error.HTTPError as error:
         said = error.read()[:200].decode(errors="replace")
-        raise JudgeError(f"the judge at {url} answered {error.code}: {said}") from None
+        raise EndpointError(f"the endpoint {url} answered {error.code}: {said}") from None
     except (OSError, json.JSONDecodeError) as error:
-        raise JudgeError(f"the judge at {url} gave no answer: {error}") from error
+        raise EndpointError(f"the endpoint {url} gave no answer: {error}") from error
     if not reply.get("choices"):
-        raise JudgeError(f"the judge at {url} gave no choices: {str(reply)[:200]}")
+        raise EndpointError(f"the endpoint {url} gave no choices: {str(reply)[:200]}")
     return reply

@@ -7,17 +7,14 @@ less in the other's eyes (Coste et al. 2023, arXiv:2310.02743).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import numpy as np
-import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Encoder, Prompt
 from rlhf_lib.measure.evaluate import as_rows
-from rlhf_lib.measure.statistics import compare, estimate
 from rlhf_lib.methods.rewards import Reward, read_replies
 from rlhf_lib.runs import Stage, Work, read_jsonl
 from rlhf_lib.settings import EvaluationConfig
@@ -56,35 +53,3 @@ def measure(
 def watched() -> list[str]:
     """Every policy that is evaluated but the base model: SFT, its second draw, and the trained."""
     return [r.name for r in catalogue.CATALOGUE.values() if r.role and r.role != "base"]
-
-
-def summarise(stages: Sequence[Mapping[str, Stage]], samples: int) -> dict[str, dict] | None:
-    """What each policy gained over SFT by both reward models, over all seeds; None for one seed.
-
-    `own`, `other`: gains over SFT's reply to the same prompt, in standard deviations of
-    demonstrations; `excess`: own less other, corrected for the number of policies (Holm);
-    `opposite`: share of prompts at which one model sees a gain and the other does not.
-    """
-    if "second_opinion" not in stages[0]:
-        return None
-    frames = [pd.DataFrame(seed["second_opinion"].samples()) for seed in stages]
-    parts = [dict(list(frame.groupby("policy"))) for frame in frames]
-    units = [part["sft"]["prompt"].tolist() for part in parts]
-    table, excess = {}, {}
-    for policy in watched():
-        if policy == "sft":
-            continue
-        gains = [
-            {k: part[policy][k].to_numpy() - part["sft"][k].to_numpy() for k in ("own", "other")}
-            for part in parts
-        ]
-        table[policy] = {
-            k: estimate([gain[k] for gain in gains], samples, units) for k in ("own", "other")
-        }
-        opposite = [(np.sign(g["own"]) != np.sign(g["other"])).astype(float) for g in gains]
-        table[policy]["opposite"] = estimate(opposite, samples, units, (0.0, 1.0))
-        more = [gain["own"] - gain["other"] for gain in gains]
-        excess[policy] = estimate(more, samples, units)
-    for policy, record in compare(excess).items():
-        table[policy]["excess"] = record
-    return table

@@ -1,6 +1,6 @@
 """Who can tell the preferred reply: the reward model, simple baselines, and the reachable ceiling.
 
-A judge gives each pair a number: positive when it prefers the chosen reply, 0 for a tie, which is
+A ranker gives each pair a number: positive when it prefers the chosen reply, 0 for a tie, which is
 half a win.
 """
 
@@ -16,15 +16,10 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from rlhf_lib.data.pairs import Pair
-from rlhf_lib.measure.statistics import LEVEL, bootstrap, share
-from rlhf_lib.world.rewards import (
-    ANNOTATOR,
-    CONTROL,
-    gold_reward,
-    parse_request,
-    preference_probability,
-)
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.truth import Truth
+from rlhf_lib.measure.statistics import LEVEL, bootstrap, resampled, share
+from rlhf_lib.world.rewards import gold_reward
 
 REFUSAL = ("sorry", "cannot", "can't", "won't", "unable", "not able", "not comfortable")
 
@@ -71,38 +66,28 @@ def gold_preferences(pairs: Sequence[Pair]) -> np.ndarray:
     return np.round(differences, 9)
 
 
-def ceiling(pairs: Sequence[Pair], control: bool = False) -> float:
-    """Bayes accuracy: how often the best possible judge agrees with the noisy labels."""
-    annotator = CONTROL if control else ANNOTATOR
-    probability = np.array([
-        preference_probability(p.prompt_text, p.chosen_text, p.rejected_text, annotator)
-        for p in pairs
-    ])  # fmt: skip
-    return float(np.maximum(probability, 1 - probability).mean())
-
-
 def accuracies(
     train: Sequence[Pair],
     test: Sequence[Pair],
     reward_preferences: Sequence[np.ndarray],
-    source: str,
+    truth: Truth | None,
     samples: int = 2000,
 ) -> dict[str, dict]:
-    """Accuracy of each judge on the test pairs, with a bootstrap interval over pairs.
+    """Accuracy of each ranker on the test pairs, with a bootstrap interval over pairs.
 
     `reward_preferences`: the reward model's, one array per seed; its wins are averaged over seeds.
     """
-    judges = {
+    rankers = {
         "reward_model": np.mean([wins(p) for p in reward_preferences], axis=0),
         "bag_of_words": wins(bag_of_words_preferences(train, test)),
         "longer_wins": wins(length_preferences(test)),
         "learned_length": wins(learned_length_preferences(train, test)),
     }
-    if source.startswith("bundled"):
-        judges["gold"] = wins(gold_preferences(test))
-    table = {name: bootstrap(values, samples) for name, values in judges.items()}
+    if truth:
+        rankers["gold"] = wins(gold_preferences(test))
+    table = {name: bootstrap(values, samples) for name, values in rankers.items()}
     table["reward_model"]["per_seed"] = [float(wins(p).mean()) for p in reward_preferences]
-    difference = judges["reward_model"] - judges["bag_of_words"]
+    difference = rankers["reward_model"] - rankers["bag_of_words"]
     table["reward_model_minus_bag_of_words"] = bootstrap(difference, samples)
     return table
 
@@ -121,13 +106,10 @@ def _ece(preferences: np.ndarray, bins: int, won: np.ndarray | None = None) -> n
     return sum(np.abs(part.sum(-1)) for part in parts) / confidence.shape[-1]
 
 
-def _resampled(columns: tuple[np.ndarray, ...], statistic: Callable, samples: int) -> dict:
-    """A statistic of pairs with its percentile-bootstrap interval; pairs are drawn whole."""
-    low, high = stats.bootstrap(
-        columns, statistic, paired=True, vectorized=True, n_resamples=samples, batch=100,
-        confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    mean = float(statistic(*columns, axis=-1))
+def _interval(columns: Sequence[np.ndarray], statistic: Callable, samples: int) -> dict:
+    """A statistic of pairs with its percentile-bootstrap interval."""
+    low, high = resampled(columns, statistic, samples).confidence_interval
+    mean = float(statistic(*columns))
     return {"mean": mean, "low": float(low), "high": float(high), "n": len(columns[0])}
 
 
@@ -151,7 +133,7 @@ def calibration(preferences: np.ndarray, bins: int = 8, samples: int = 1000) -> 
     draws = np.random.default_rng(0).random((samples, len(confidence))) < confidence
     honest = _ece(np.broadcast_to(preferences, draws.shape), bins, draws)
     chance = {"mean": float(honest.mean()), "high": float(np.quantile(honest, LEVEL))}
-    ece = _resampled((preferences,), lambda p, axis: _ece(p, bins), samples)
+    ece = _interval([preferences], lambda p, axis=-1: _ece(p, bins), samples)
     ece["high"] = max(ece["high"], ece["mean"])
     lowest = 2 * ece["mean"] - ece["high"]
     ece["low"] = 0.0 if ece["mean"] <= chance["high"] else max(lowest, 0.0)
@@ -179,22 +161,17 @@ def recalibrate(
     `temperature` has an interval over validation pairs; `ece_change` (after less before) over test
     pairs, with this temperature held fixed. `after`: `calibration` of the divided differences.
     """
-    fitted = fit_temperature(validation)
-    drawn = stats.bootstrap(
-        (validation,), fit_temperature, vectorized=False, n_resamples=min(samples, 300),
-        confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
 
-    def change(before: np.ndarray, after: np.ndarray, axis: int) -> np.ndarray:
+    def change(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
         return _ece(after, bins) - _ece(before, bins)
 
+    temperature = _interval([validation], fit_temperature, min(samples, 300))
+    divided = test / temperature["mean"]
     return {
-        "temperature": {
-            "mean": fitted, "low": float(drawn[0]), "high": float(drawn[1]), "n": len(validation),
-        },
-        "ece_change": _resampled((test, test / fitted), change, samples),
-        "after": calibration(test / fitted, bins, samples),
-    }  # fmt: skip
+        "temperature": temperature,
+        "ece_change": _interval([test, divided], change, samples),
+        "after": calibration(divided, bins, samples),
+    }
 
 
 def seed_disagreement(preferences: Sequence[np.ndarray], samples: int = 2000) -> dict:
@@ -223,7 +200,7 @@ def refuses(text: str) -> bool:
     return any(word in text.lower() for word in REFUSAL)
 
 
-def categorise_error(pair: Pair, preference: float, typical: float, bundled: bool) -> str:
+def categorise_error(pair: Pair, preference: float, typical: float, truth: Truth | None) -> str:
     """The pattern of a wrongly ranked pair, by the first rule that fits.
 
     label against gold: the gold reward prefers the other reply too (bundled world); near tie: the
@@ -232,7 +209,7 @@ def categorise_error(pair: Pair, preference: float, typical: float, bundled: boo
     difference; other: none of these.
     """
     chosen, rejected = pair.chosen_text, pair.rejected_text
-    if bundled and gold_preferences([pair])[0] < 0:
+    if truth and gold_preferences([pair])[0] < 0:
         return "label against gold"
     if abs(preference) < 0.2 * typical:
         return "near tie"
@@ -245,29 +222,26 @@ def categorise_error(pair: Pair, preference: float, typical: float, bundled: boo
     return "other"
 
 
-def errors(pairs: Sequence[Pair], preferences: np.ndarray, source: str) -> list[dict]:
+def errors(pairs: Sequence[Pair], preferences: np.ndarray, truth: Truth | None) -> list[dict]:
     """Every wrongly ranked pair, most confident first: its index, score difference and category."""
-    bundled = source.startswith("bundled")
     typical = float(np.median(np.abs(preferences)))
-    wrong = [int(i) for i in np.argsort(preferences) if preferences[i] < 0]
-    return [
-        {
-            "pair": i,
-            "preference": float(preferences[i]),
-            "category": categorise_error(pairs[i], float(preferences[i]), typical, bundled),
-        }
-        for i in wrong
-    ]
+    found = []
+    for index in np.argsort(preferences).tolist():
+        preference = float(preferences[index])
+        if preference < 0:
+            category = categorise_error(pairs[index], preference, typical, truth)
+            found.append({"pair": index, "preference": preference, "category": category})
+    return found
 
 
-def request_kind(prompt_text: str, source: str) -> str:
-    """The kind of a bundled prompt (help, harm, edge, truth); "all" for real data."""
-    return parse_request(prompt_text).kind if source.startswith("bundled") else "all"
+def request_kind(prompt_text: str, truth: Truth | None) -> str:
+    """What kind of request a prompt is (help, harm, edge, truth); "all" where nobody knows."""
+    return truth.kind(prompt_text) if truth else "all"
 
 
-def category(pair: Pair, source: str) -> str:
-    """The kind of a bundled request; of real pairs the subset, or else the number of turns."""
-    if source.startswith("bundled"):
-        return request_kind(pair.prompt_text, source)
+def category(pair: Pair, truth: Truth | None) -> str:
+    """The kind of its request where it is known; else the pair's subset, or the number of turns."""
+    if truth:
+        return truth.kind(pair.prompt_text)
     turns = pair.prompt_text.count("\n\nHuman:")
     return pair.subset or {1: "one turn", 2: "two turns"}.get(turns, "three turns or more")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,26 @@ from scipy import optimize, stats
 
 LEVEL = 0.95
 POWER = 0.8
+ANY, SHARE = (-math.inf, math.inf), (0.0, 1.0)  # bounds of an interval
+Values = Sequence[np.ndarray]  # one array a seed
 
 
 def bootstrap(values: ArrayLike, samples: int = 2000) -> dict:
     """Mean of independent values, e.g. one per pair, with a percentile-bootstrap interval."""
     array = np.asarray(values, dtype=float)
-    if len(array) < 2 or np.ptp(array) == 0:
-        mean = float(array.mean())
-        return {"mean": mean, "low": mean, "high": mean, "n": len(array), "over": "items"}
-    low, high = _resampled(array, samples).confidence_interval
+    low = high = array.mean()
+    if len(array) > 1 and np.ptp(array) > 0:
+        low, high = resampled((array,), np.mean, samples).confidence_interval
     return _record(array.mean(), low, high, len(array), "items")
 
 
 def over_seeds(means: Sequence[float]) -> dict:
-    """Mean of one value per seed with Student's t interval; it speaks of a new seed's runs."""
+    """Mean of one value per seed with Student's t interval; it speaks of a new seed's runs.
+
+    A single seed's value has no interval: `low` and `high` are None.
+    """
+    if len(means) == 1:
+        return {"mean": means[0], "low": None, "high": None, "n": 1, "per_seed": list(means)}
     array = np.asarray(means, dtype=float)
     half = stats.sem(array) * stats.t.ppf((1 + LEVEL) / 2, len(array) - 1)
     record = _record(array.mean(), array.mean() - half, array.mean() + half, len(array), "seeds")
@@ -36,7 +42,7 @@ def estimate(
     per_seed: Sequence[ArrayLike],
     samples: int = 2000,
     units: Sequence[ArrayLike] | None = None,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    bounds: tuple[float, float] = ANY,
 ) -> dict:
     """Mean over seeds of each seed's mean, with an interval over new seeds *and* new prompts.
 
@@ -64,19 +70,38 @@ def estimate(
     sums = np.bincount(codes, weights=np.concatenate(shares))
     between_prompts = 0.0
     if np.ptp(sums) > 1e-12 * max(1.0, abs(mean)) / len(sums):  # below: rounding
-        between_prompts = (len(sums) * float(_resampled(sums, samples).standard_error)) ** 2
+        error = resampled((sums,), np.mean, samples).standard_error
+        between_prompts = (len(sums) * float(error)) ** 2
     between_seeds = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
     variance = between_prompts + between_seeds
     weights = between_seeds**2 / max(1, seeds - 1) + between_prompts**2 / max(1, len(sums) - 1)
     fallback = float(seeds - 1 or len(sums) - 1)
     df = variance**2 / weights if weights > 0 else fallback
-    half = math.sqrt(variance) * float(stats.t.ppf((1 + LEVEL) / 2, df)) if variance else 0.0
+    se = math.sqrt(variance)
+    half = se * float(stats.t.ppf((1 + LEVEL) / 2, df)) if variance else 0.0
     low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
     over = "seeds and prompts" if seeds > 1 else "prompts"
     record = _record(mean, low, high, seeds if seeds > 1 else len(sums), over)
-    return record | {
-        "per_seed": means.tolist(), "se": math.sqrt(variance), "df": df, "units": len(sums),
-    }  # fmt: skip
+    return record | {"per_seed": means.tolist(), "se": se, "df": df, "units": len(sums)}
+
+
+def minus(one: Values, other: Values) -> list[np.ndarray]:
+    """Differences, seed by seed and place by place."""
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def differences(
+    values: Mapping[str, Values],
+    pairs: Mapping[str, tuple[str, str]],
+    average: Callable[[list[np.ndarray]], dict],
+) -> dict[str, dict]:
+    """The first policy's values less the second's for each of `pairs`, as one family (`compare`).
+
+    `average`: an `estimate` of values that are given seed by seed.
+    """
+    return compare(
+        {name: average(minus(values[one], values[other])) for name, (one, other) in pairs.items()}
+    )
 
 
 def compare(family: Mapping[str, Mapping]) -> dict[str, dict]:
@@ -86,11 +111,11 @@ def compare(family: Mapping[str, Mapping]) -> dict[str, dict]:
     in the family stays under 5 %), `detectable` and `verdict`, which follows `p_adjusted`.
     """
     p = [p_value(record) for record in family.values()]
-    return {
-        name: (judged := {**record, "p": one, "p_adjusted": adjusted})
-        | {"detectable": detectable(record), "verdict": verdict(judged)}
-        for (name, record), one, adjusted in zip(family.items(), p, holm(p), strict=True)
-    }
+    table = {}
+    for (name, record), one, adjusted in zip(family.items(), p, holm(p), strict=True):
+        corrected = {**record, "p": one, "p_adjusted": adjusted, "detectable": detectable(record)}
+        table[name] = corrected | {"verdict": verdict(corrected)}
+    return table
 
 
 def p_value(difference: Mapping) -> float:
@@ -138,12 +163,22 @@ def verdict(difference: Mapping) -> str:
     return "lower" if difference["high"] < 0 else "not distinguishable"
 
 
-def _resampled(values: np.ndarray, samples: int) -> Any:
-    """Percentile interval and standard error of the mean of `values`, by scipy's bootstrap."""
+def resampled(columns: Sequence[np.ndarray], statistic: Callable, samples: int) -> Any:
+    """A statistic's percentile interval and standard error by scipy's bootstrap.
+
+    Rows of `columns` are drawn whole. `statistic` takes the columns, and all resamples at once
+    where it has an argument `axis`.
+    """
     return stats.bootstrap(
-        (values,), np.mean, n_resamples=samples, confidence_level=LEVEL, method="percentile",
+        columns,
+        statistic,
+        n_resamples=samples,
+        batch=200,  # as many in memory at once; it changes no number
+        paired=len(columns) > 1,
+        confidence_level=LEVEL,
+        method="percentile",
         rng=np.random.default_rng(0),
-    )  # fmt: skip
+    )
 
 
 def _record(mean: float, low: float, high: float, n: int, over: str) -> dict:
@@ -159,10 +194,7 @@ def share(won: np.ndarray) -> dict:
     right, n = float(won.sum()), len(won)
     low, high = stats.beta.interval(LEVEL, right + 0.5, n - right + 0.5)
     mean = right / n  # at 0 and 1 the paper's interval ends there too
-    return {
-        "mean": mean, "low": min(float(low), mean), "high": max(float(high), mean), "n": n,
-        "over": "items",
-    }  # fmt: skip
+    return _record(mean, min(low, mean), max(high, mean), n, "items")
 
 
 def by_group(won: np.ndarray, groups: Sequence[str]) -> dict[str, dict]:
@@ -185,3 +217,40 @@ def by_bins(won: np.ndarray, values: np.ndarray, bins: int = 6) -> list[dict]:
         ends = {name: float(value) for name, value in ends.items()}
         rows.append(ends | share(won[place == code]))
     return rows
+
+
+def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -> str:
+    """`0.52 [0.41, 0.63]`; a lone value without interval; a dash where nothing is known."""
+    if estimate is None:
+        return "–"
+    scale, unit = (100, "%") if percent else (1, "")
+    mean = f"{scale * estimate['mean']:.{digits}f}{unit}"
+    if estimate["low"] is None or estimate["low"] == estimate["high"]:
+        return mean
+    low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float | str]:
+    """Means of two sets of training steps, and what their difference allows to say.
+
+    `verdict` is "higher", "lower" or "not distinguishable", `word` the same as a verb, judged by
+    Welch's t at 95 % on the spread between steps. A rough rule: neighbouring steps resemble each
+    other, and one run says nothing of another seed. A single step a side distinguishes nothing.
+    """
+    a, b = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    p = 1.0
+    if min(len(a), len(b)) > 1:
+        # `ttest_ind` says the same, but warns of a side that never moved
+        sides = [number for x in (a, b) for number in (x.mean(), x.std(ddof=1), len(x))]
+        p = stats.ttest_ind_from_stats(*sides, equal_var=False).pvalue
+    called = "not distinguishable"
+    if p < 1 - LEVEL:
+        called = "higher" if b.mean() > a.mean() else "lower"
+    verb = {"higher": "rose", "lower": "fell"}.get(called, "no clear change")
+    return {"first": float(a.mean()), "last": float(b.mean()), "verdict": called, "word": verb}

@@ -1,22 +1,20 @@
 """Cleaning steps between an executed notebook and its report, as nbconvert preprocessors.
 
-In the order they run: `CheckExecuted` refuses a notebook that is not finished, `CleanOutputs` keeps
-one harmless representation of each output, and `SplitCells` numbers the captions and gives every
-output a cell of its own. The last step is there because pandoc reads a cell's metadata but not an
-output's: after it, all that `templates/structure.lua` has to know stands in the cell's metadata.
+In the order they run: `CheckExecuted` refuses a notebook that is not finished, and notes in each
+cell where it stands; `CleanOutputs` keeps one harmless representation of each output; `SplitCells`
+numbers the captions and gives every output a cell of its own. The last step is there because pandoc
+reads a cell's metadata but not an output's: after it, all that `templates/structure.lua` has to
+know stands in the cell's metadata.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from typing import Any
 
 from nbconvert.preprocessors import Preprocessor
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
-
-from rlhf_lib.settings import UserError
 
 # What a reader is shown, best first. A latex or markdown output becomes a markdown cell.
 MIME_TYPES = (
@@ -49,7 +47,7 @@ _PROGRESS_BAR = re.compile(r"\d+%\|.*\||\d+(?:\.\d+)?(?:it|s)/(?:s|it)\b|\?it/s"
 _OVERWRITTEN = re.compile(r"[^\n]*\r(?=[^\n\r])")
 
 
-class ReportError(UserError):
+class ReportError(ValueError):
     """A notebook that cannot become a report. The message names the notebook and the way out."""
 
 
@@ -60,8 +58,8 @@ def clean_text(text: str) -> str:
     return _UNSAFE.sub("\ufffd", text)
 
 
-def _clean_references(text: str) -> str:
-    """Markup whose character references (`&rlm;`, `&#x202e;`) stand for safe characters only."""
+def _clean_markup(text: str) -> str:
+    """Clean text whose character references (`&rlm;`, `&#x202e;`) stand for safe characters too."""
 
     def replace(match: re.Match[str]) -> str:
         decimal, hexadecimal, _ = match.groups()
@@ -72,14 +70,7 @@ def _clean_references(text: str) -> str:
             meant = html.unescape(match[0])
         return "\ufffd" if _UNSAFE.search(meant) else match[0]
 
-    return _REFERENCE.sub(replace, text)
-
-
-def place(cell: NotebookNode, index: int, resources: dict[str, Any]) -> str:
-    """Where a cell stands, for a message: "04_ppo.ipynb, cell 7", counted from 1."""
-    source = cell.metadata.get("report", {})
-    name = source.get("notebook") or resources.get("metadata", {}).get("name", "notebook")
-    return f"{name}.ipynb, cell {source.get('index', index + 1)}"
+    return _REFERENCE.sub(replace, clean_text(text))
 
 
 class CheckExecuted(Preprocessor):
@@ -91,20 +82,21 @@ class CheckExecuted(Preprocessor):
     enabled = True
 
     def preprocess_cell(self, cell, resources, index):
+        source = cell.metadata.get("report", {})  # of a chapter, written by `merge`
+        name = source.get("notebook") or resources.get("metadata", {}).get("name", "notebook")
+        where = f"{name}.ipynb, cell {source.get('index', index + 1)}"  # counted from 1
+        cell.metadata["place"] = where
         if cell.cell_type != "code" or not cell.source.strip():
             return cell, resources
         if cell.execution_count is None:
+            raise ReportError(f"{where} was never executed; run the whole notebook first")
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        if errors and "raises-exception" not in cell.metadata.get("tags", ()):
             raise ReportError(
-                f"{place(cell, index, resources)} was never executed; run the whole notebook first"
+                f"{where} failed with {clean_text(errors[0].ename)}: "
+                f"{clean_text(errors[0].evalue)[:500]}; mend it, run the notebook again, or tag "
+                "the cell `raises-exception` if the error is part of the lesson"
             )
-        for output in cell.outputs:
-            meant = "raises-exception" in cell.metadata.get("tags", ())
-            if output.output_type == "error" and not meant:
-                raise ReportError(
-                    f"{place(cell, index, resources)} failed with {clean_text(output.ename)}: "
-                    f"{clean_text(output.evalue)[:500]}; mend it, run the notebook again, or tag "
-                    "the cell `raises-exception` if the error is part of the lesson"
-                )
         return cell, resources
 
 
@@ -118,32 +110,33 @@ class CleanOutputs(Preprocessor):
 
     def preprocess_cell(self, cell, resources, index):
         if cell.cell_type == "markdown":
-            cell.source = _clean_references(clean_text(cell.source))
+            cell.source = _clean_markup(cell.source)
         if cell.cell_type == "code":
-            cleaned = (self._clean(output, cell, index, resources) for output in cell.outputs)
+            cleaned = (_clean(output, cell.metadata.place) for output in cell.outputs)
             cell.outputs = [output for output in cleaned if output is not None]
         return cell, resources
 
-    def _clean(self, output, cell, index, resources) -> NotebookNode | None:
-        if output.output_type == "error":
-            return _plain("\n".join(output.traceback), kind="error")
-        if output.output_type == "stream":
-            return _plain(_without_progress_bars(output), kind=output.name)
-        data = {mime: value for mime, value in output.data.items() if mime != WIDGET}
-        mime = _best_mime(data)
-        if WIDGET in output.data and mime in (None, "text/plain"):
-            return None  # `text/plain` is only the name of a widget that has no twin
-        if mime is None:
-            raise ReportError(
-                f"{place(cell, index, resources)} shows only {', '.join(output.data) or 'nothing'}"
-                f"; a report can hold {', '.join(MIME_TYPES)}"
-            )
-        value = data[mime]
-        if mime.startswith("text/"):
-            value = clean_text(value)
-        if mime in ("text/html", "text/markdown"):
-            value = _clean_references(value)
-        return new_output("display_data", {mime: value}, metadata=output.metadata)
+
+def _clean(output: NotebookNode, where: str) -> NotebookNode | None:
+    if output.output_type == "error":
+        return _plain("\n".join(output.traceback), kind="error")
+    if output.output_type == "stream":
+        return _plain(_without_progress_bars(output), kind=output.name)
+    data = {mime: value for mime, value in output.data.items() if mime != WIDGET}
+    mime = _best_mime(data)
+    if WIDGET in output.data and mime in (None, "text/plain"):
+        return None  # `text/plain` is only the name of a widget that has no twin
+    if mime is None:
+        raise ReportError(
+            f"{where} shows only {', '.join(output.data) or 'nothing'}; "
+            f"a report can hold {', '.join(MIME_TYPES)}"
+        )
+    value = data[mime]
+    if mime in ("text/html", "text/markdown"):
+        value = _clean_markup(value)
+    elif mime.startswith("text/"):
+        value = clean_text(value)
+    return new_output("display_data", {mime: value}, metadata=output.metadata)
 
 
 def _plain(text: str, kind: str) -> NotebookNode | None:
@@ -181,51 +174,44 @@ class SplitCells(Preprocessor):
         self._numbers = dict.fromkeys(CAPTION_WORDS, 0)
         cells: list[NotebookNode] = []
         chapter = None
-        for index, cell in enumerate(nb.cells):
-            where = place(cell, index, resources)
-            for part in self._parts(cell, where):
-                part.metadata.place = where
+        for cell in nb.cells:
+            for part in self._parts(cell):
+                part.metadata.place = cell.metadata.place
                 source = cell.metadata.get("report", {})
                 if source.get("chapter") != chapter:
                     chapter = source.chapter
                     # "nb-" also keeps pandoc from reading a name such as 01 as a number
                     part.metadata.chapter = "nb-" + source.notebook
+                part.id = f"cell-{len(cells)}"  # new ids are random; a report is always the same
                 cells.append(part)
-        for number, cell in enumerate(cells):
-            cell.id = f"cell-{number}"  # new cells get random ids; a report is the same each time
         nb.cells = cells
         nb.nbformat, nb.nbformat_minor = 4, 5
-        nb.metadata = {
-            key: nb.metadata[key]
-            for key in ("kernelspec", "language_info", "report")
-            if key in nb.metadata
-        }
+        kept = {"kernelspec", "language_info", "report"} & nb.metadata.keys()
+        nb.metadata = {key: nb.metadata[key] for key in sorted(kept)}
         return nb, resources
 
-    def _parts(self, cell, where):
+    def _parts(self, cell):
+        tags = set(cell.metadata.get("tags", ()))
         if cell.cell_type == "markdown":
-            solution = SOLUTION_TAG in cell.metadata.get("tags", ())
-            role = "solution" if solution else "prose"
+            role = "solution" if SOLUTION_TAG in tags else "prose"
             part = new_markdown_cell(cell.source, metadata={"role": role})
             if cell.get("attachments"):
                 part.attachments = cell.attachments
             yield part
-            return
         if cell.cell_type != "code":
             return  # a raw cell is meant for other programs
-        tags = set(cell.metadata.get("tags", ()))
         hidden = tags & HIDE_INPUT_TAGS or cell.metadata.get("transient", {}).get("remove_source")
         if cell.source.strip() and not hidden:
             source = clean_text(cell.source)
             yield new_code_cell(source, execution_count=1, metadata={"role": "code"})
         for output in cell.outputs:
-            yield self._output(output, where)
+            yield self._output(output, cell.metadata.place)
 
     def _output(self, output, where):
         (mime, value), *_ = output.data.items()
-        metadata = {"role": "output", "kind": output.metadata.get("kind", "result")}
+        kind = output.metadata.get("kind")
+        metadata = {"role": "output", "kind": kind or "result"}
         if "caption" in output.metadata:
-            metadata["kind"] = kind = output.metadata.get("kind")
             if kind not in CAPTION_WORDS:
                 raise ReportError(
                     f"{where}: an output with a caption has kind {kind!r} in its metadata; "

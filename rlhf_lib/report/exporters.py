@@ -21,7 +21,7 @@ What a notebook may say:
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -45,8 +45,6 @@ from rlhf_lib.report.cleaning import (
     clean_text,
 )
 from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
-
-__all__ = ["ReportError", "RlhfHTMLExporter", "RlhfPDFExporter", "merge", "render"]
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FILTERS = ("safe.lua", "structure.lua", "tables.lua")  # in this order: only the first sees raw HTML
@@ -73,14 +71,12 @@ class _ReportExporter(Exporter):
 
     @property
     def default_config(self) -> Config:
-        tags = {
-            "enabled": True,
-            "remove_cell_tags": {"remove-cell"},
-            "remove_all_outputs_tags": {"remove-output", "hide-output"},
-        }
-        return Config(
-            {"TagRemovePreprocessor": tags, "CoalesceStreamsPreprocessor": {"enabled": True}}
-        )
+        config = Config()
+        config.CoalesceStreamsPreprocessor.enabled = True
+        config.TagRemovePreprocessor.enabled = True
+        config.TagRemovePreprocessor.remove_cell_tags = {"remove-cell"}
+        config.TagRemovePreprocessor.remove_all_outputs_tags = {"remove-output", "hide-output"}
+        return config
 
     def _run_pandoc(self, nb: NotebookNode, folder: Path, options: dict[str, Any]) -> str:
         """Write the cleaned notebook into `folder`, and return what pandoc makes of it.
@@ -158,16 +154,12 @@ class RlhfPDFExporter(_ReportExporter):
     ) -> tuple[bytes, dict[str, Any]]:
         """The PDF's bytes. Raises ReportError for a notebook that cannot be shown whole."""
         nb, resources = super().from_notebook_node(nb, resources, **kwargs)
-        options = {
-            "to": "typst",
-            "template": str(TEMPLATES / "report.typ"),
-            "extract-media": "media",
-        }
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            source = self._run_pandoc(nb, folder, options)
-            (folder / "report.typ").write_text(source, encoding="utf-8")
-            return _compile_typst(folder), resources
+        template = str(TEMPLATES / "report.typ")
+        options = {"to": "typst", "template": template, "extract-media": "media"}
+        with tempfile.TemporaryDirectory() as folder:
+            source = self._run_pandoc(nb, Path(folder), options)
+            (Path(folder) / "report.typ").write_text(source, encoding="utf-8")
+            return _compile_typst(Path(folder)), resources
 
 
 def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
@@ -180,9 +172,7 @@ def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
     body = formula.partition("}")[2].rpartition("\\end")[0] if "\\begin" in formula else formula
     places = [cell.metadata.place for cell in nb.cells if body and body in cell.source]
     where = places[0] if places else "an unknown cell"
-    return (
-        f"{where}: this formula cannot be converted: {formula}\nwrite it with simpler TeX ({text})"
-    )
+    return f"{where}: cannot convert the formula {formula}\nwrite it with simpler TeX ({text})"
 
 
 def _compile_typst(folder: Path) -> bytes:
@@ -206,9 +196,8 @@ def _locate(problem: Any, folder: Path) -> str:
     """An error or warning of typst's, with the cell it is about: structure.lua marks each."""
     lines = (folder / "report.typ").read_text(encoding="utf-8").splitlines()
     diagnostic = str(problem.diagnostic)
-    _, _, after = diagnostic.partition("report.typ:")
-    line = after.partition(":")[0]
-    above = lines[: int(line)] if line.isdigit() else []
+    found = re.search(r"report\.typ:(\d+)", diagnostic)
+    above = lines[: int(found[1])] if found else []
     marks = [text.removeprefix("// cell: ") for text in above if text.startswith("// cell: ")]
     where = marks[-1] if marks else "the report"
     return f"{where} cannot be set by typst: {problem.message}\n{diagnostic}"
@@ -217,8 +206,10 @@ def _locate(problem: Any, folder: Path) -> str:
 def merge(paths: Sequence[Path]) -> NotebookNode:
     """One notebook with the cells of several, each cell remembering where it came from.
 
-    Raises ReportError when a file is missing or is no notebook.
+    Raises ReportError when there is none, or when a file is missing or no notebook.
     """
+    if not paths:
+        raise ReportError("a report needs at least one notebook")
     merged = nbformat.v4.new_notebook()
     for chapter, path in enumerate(map(Path, paths)):
         try:
@@ -227,18 +218,11 @@ def merge(paths: Sequence[Path]) -> NotebookNode:
             raise ReportError(f"{path}: no such notebook; run the study first") from error
         except nbformat.reader.NotJSONError as error:
             raise ReportError(f"{path} is not a notebook; run the study again") from error
-        for key in (
-            "kernelspec",
-            "language_info",
-        ):  # the first notebook that has one speaks for all
-            if key in nb.metadata:
-                merged.metadata.setdefault(key, nb.metadata[key])
-        for index, cell in enumerate(nb.cells):
-            cell.metadata["report"] = {
-                "notebook": path.stem,
-                "chapter": chapter,
-                "index": index + 1,
-            }
+        for key in {"kernelspec", "language_info"} & nb.metadata.keys():
+            merged.metadata.setdefault(key, nb.metadata[key])  # the first one speaks for all
+        for index, cell in enumerate(nb.cells, start=1):
+            origin = {"notebook": path.stem, "chapter": chapter, "index": index}
+            cell.metadata["report"] = origin
             cell["id"] = f"cell-{len(merged.cells)}"  # copies of a template share their ids
             merged.cells.append(cell)
     return merged
@@ -260,8 +244,6 @@ def render(
     Raises ReportError, naming the notebook and cell, for what is missing, not executed, failed, or
     cannot be typeset.
     """
-    if not notebooks:
-        raise ReportError("a report needs at least one notebook")
     nb = merge(notebooks)
     nb.metadata["report"] = {
         "title": clean_text(title),
@@ -274,9 +256,9 @@ def render(
     pdf, _ = RlhfPDFExporter().from_notebook_node(nb)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
-        contents = {"index.html": page.encode("utf-8"), "report.pdf": pdf}
-        for name, content in contents.items():
-            (Path(folder) / name).write_bytes(content)
-        for name in contents:
-            os.replace(Path(folder) / name, out / name)
+        new = Path(folder) / "index.html", Path(folder) / "report.pdf"
+        for path, content in zip(new, (page.encode("utf-8"), pdf), strict=True):
+            path.write_bytes(content)
+        for path in new:
+            path.replace(out / path.name)
     return out / "index.html", out / "report.pdf"

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from rlhf_lib import catalogue
 from rlhf_lib.results.policies import rewards
 from rlhf_lib.runs import Run, Stage
 
-# which setting of a method holds its policy near SFT
-COEFFICIENTS = {"ppo": "kl_coef", "grpo": "kl_reward_coef", "rloo": "kl_reward_coef", "dpo": "beta"}
-TRAINED = tuple(COEFFICIENTS)
 END = 0.25  # share of training steps whose mean is a run's end
 SMOOTH = 5  # steps that a moving mean takes together
 
@@ -29,29 +27,33 @@ def frontier(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> pd.D
         points = [(name, "final", None, means) for name, means in evaluated["policies"].items()]
         for kind, curve in evaluated["best_of_n"].items():
             points += [(f"best_of_n_{kind}", "best_of_n", point["n"], point) for point in curve]
-        for name in seed:
-            if name.startswith(TRAINED):
-                logged = [m for m in seed[name].metrics() if "kl" in m]
-                points += [(name, "training", m["step"], m) for m in logged]
-        rows += [
-            {"seed": run.seed, "policy": name, "kind": kind, "step": step, "kl": point["kl"],
-             "proxy": point.get("reward", point.get("proxy")), "gold": point.get("gold"),
-             "judge": point.get("judge"), "coefficient": _coefficient(seed, name)}
-            for name, kind, step, point in points
-        ]  # fmt: skip
+        for name in (name for name in seed if name in paths()):
+            logged = [m for m in seed[name].metrics() if "kl" in m]
+            points += [(name, "training", m["step"], m) for m in logged]
+        for name, kind, step, point in points:
+            row = {"seed": run.seed, "policy": name, "kind": kind, "step": step, "kl": point["kl"]}
+            row["proxy"] = point.get("reward", point.get("proxy"))
+            row |= {key: point.get(key) for key in ("gold", "judge")}
+            rows.append(row | {"coefficient": _coefficient(seed, name)})
     frame = pd.DataFrame(rows)
     return frame if frame["judge"].notna().any() else frame.drop(columns="judge")
 
 
+def paths() -> list[str]:
+    """Stages whose training is a path from SFT: the methods, and their runs at other settings."""
+    records = catalogue.CATALOGUE.values()
+    return [r.name for r in records if r.coefficient or r.role in ("method", "variant")]
+
+
 def _coefficient(seed: Mapping[str, Stage], name: str) -> float | None:
-    if not name.startswith(TRAINED):
-        return None
-    return seed[name].config["settings"][COEFFICIENTS[method(name)]]
+    setting = catalogue.coefficients().get(name)
+    return seed[name].config["settings"][setting] if setting else None
 
 
-def method(stage_name: str) -> str:
-    """`ppo` of `ppo_low_kl`."""
-    return stage_name.split("_")[0]
+def method(name: str) -> str:
+    """`ppo` of `ppo_low_kl`; its own name for what is no further run of a method."""
+    found = catalogue.CATALOGUE.get(name)
+    return found.variant_of or name if found else name
 
 
 def swept(points: pd.DataFrame) -> pd.DataFrame:
@@ -70,11 +72,11 @@ def swept(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(by=["method", "coefficient"], ignore_index=True)
 
 
-def logged(ends: pd.DataFrame, judge: str) -> list[str]:
+def logged(ends: pd.DataFrame, deciding: str) -> list[str]:
     """Of the proxy and the deciding reward, those that training logged: a held-out judge is asked
     at the end alone.
     """
-    return [r for r in rewards(judge) if r in ends and ends[r].notna().all()]
+    return [r for r in rewards(deciding) if r in ends and ends[r].notna().all()]
 
 
 def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:
@@ -84,12 +86,9 @@ def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:
     lucky batch of prompts decides nothing.
     """
     steps = pd.DataFrame(list(metrics))
-    frame = pd.DataFrame({
-        "tokens": steps["num_tokens"] / 1000,
-        "minutes": steps["step_time"].cumsum() / 60,
-        reward: steps["reward" if reward == "proxy" else reward],
-        "kl": steps["kl"],
-    }).dropna(ignore_index=True)  # fmt: skip
+    used = {"tokens": steps["num_tokens"] / 1000, "minutes": steps["step_time"].cumsum() / 60}
+    seen = {reward: steps["reward" if reward == "proxy" else reward], "kl": steps["kl"]}
+    frame = pd.DataFrame(used | seen).dropna(ignore_index=True)
     frame[[reward, "kl"]] = frame[[reward, "kl"]].rolling(SMOOTH, min_periods=1).mean()
     return frame
 
@@ -114,25 +113,23 @@ def at_equal_budget(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def early_stops(
-    runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]], name: str = "ppo_low_kl"
-) -> list[dict] | None:
-    """Where gold would have stopped each seed's run, and what else had been seen there.
+def early_stops(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> list[dict] | None:
+    """Where gold would have stopped each seed's under-regularised PPO, and what was seen there.
 
     The step with the highest gold reward, smoothed over SMOOTH steps; what proxy, gold, KL and
     length were there and at the end. None where no gold is known.
     """
+    names = {"proxy": "reward", "gold": "gold", "kl": "kl", "length": "completions/mean_length"}
     rows = []
     for run, seed in zip(runs, stages, strict=True):
-        steps = pd.DataFrame(seed[name].metrics())
+        steps = pd.DataFrame(seed["ppo_low_kl"].metrics())
         if "gold" not in steps:
             return None
-        seen = {"proxy": "reward", "gold": "gold", "kl": "kl", "length": "completions/mean_length"}
-        smooth = steps[list(seen.values())].rolling(SMOOTH, min_periods=1, center=True).mean()
+        seen = pd.DataFrame({name: steps[logged] for name, logged in names.items()})
+        smooth = seen.rolling(SMOOTH, min_periods=1, center=True).mean()
         best = int(np.argmax(smooth["gold"]))
-        rows.append(
-            {"seed": run.seed, "step": best, "steps": len(steps)}
-            | {f"{k}_there": float(smooth[c].tolist()[best]) for k, c in seen.items()}
-            | {f"{k}_at_end": float(smooth[c].tolist()[-1]) for k, c in seen.items()}
-        )
+        row = {"seed": run.seed, "step": best, "steps": len(steps)}
+        for where, step in (("there", best), ("at_end", -1)):
+            row |= {f"{name}_{where}": float(smooth[name].tolist()[step]) for name in names}
+        rows.append(row)
     return rows

@@ -5,23 +5,20 @@ Differences are paired: each policy's k-th reply to a prompt with the other's k-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from scipy import stats
 
-from rlhf_lib.measure import rankings, texts
-from rlhf_lib.measure.statistics import compare, estimate
+from rlhf_lib import catalogue
+from rlhf_lib.measure import rankings
+from rlhf_lib.measure.probes import ngrams, repetition
+from rlhf_lib.measure.statistics import ANY, SHARE, Values, differences, estimate, minus
 
-METHODS = ("ppo", "grpo", "dpo")
-BASELINE = "rejection_sft"  # same samples and reward model, no policy gradient
-CANDIDATES = (*METHODS, BASELINE)
-COMPARED = (*combinations(METHODS, 2), *((method, BASELINE) for method in METHODS))
-NULL = "sft_again"  # a second draw from SFT: no claim is made of it
 MEASURES = ("proxy", "gold", "judge", "kl", "kl_k1", "kl_k3", "entropy", "length", "finished")
-ANY, SHARE = (-np.inf, np.inf), (0.0, 1.0)  # bounds of an interval
+BLOCK = 16  # replies in which distinct n-grams are counted together
 Rows = Sequence[Sequence[dict]]  # of each seed
 
 
@@ -38,46 +35,58 @@ class Samples:
     bootstrap: int  # resamples
 
     @property
-    def judge(self) -> str:
-        """The deciding measure: the best of those that were measured."""
+    def deciding(self) -> str:
+        """The measure that decides: the best of those that there are."""
         first = self.rows["sft"][0][0]
         return next(key for key in ("gold", "judge", "proxy") if key in first)
+
+    def measured(self, names: Iterable[str]) -> list[str]:
+        """Those of these policies that there are."""
+        return [name for name in names if name in self.rows]
 
     def column(self, policy: str, key: str) -> list[np.ndarray]:
         rows = self.rows[policy]
         return [np.array([row[key] for row in seed], dtype=float) for seed in rows]
 
     def difference(self, one: str, other: str, key: str) -> list[np.ndarray]:
-        pairs = zip(self.column(one, key), self.column(other, key), strict=True)
-        return [a - b for a, b in pairs]
+        return minus(self.column(one, key), self.column(other, key))
 
-    def estimate(self, per_seed: Sequence[np.ndarray], bounds: tuple[float, float] = ANY) -> dict:
+    def estimate(self, per_seed: Values, bounds: tuple[float, float] = ANY) -> dict:
         """One value a reply, in the rows' order; replies to equal prompts are one unit."""
         units = [[row["prompt"] for row in seed] for seed in self.rows["sft"]]
         return estimate(per_seed, self.bootstrap, units, bounds)
 
-    def compare(self, one: str, other: str, key: str) -> dict:
-        return self.estimate(self.difference(one, other, key))
+    def over_texts(self, per_seed: Sequence, bounds: tuple[float, float] = ANY) -> dict:
+        """One value a text, or block of texts, each a unit."""
+        return estimate(per_seed, self.bootstrap, bounds=bounds)
+
+    def compare(self, pairs: Mapping[str, tuple[str, str]], key: str) -> dict[str, dict]:
+        """One measure of two policies, for each of these pairs; one family."""
+        values = {name: self.column(name, key) for pair in pairs.values() for name in pair}
+        return differences(values, pairs, self.estimate)
 
 
-def rewards(judge: str) -> list[str]:
+def rewards(deciding: str) -> list[str]:
     """The proxy and the reward that decides, once where they are one."""
-    return list(dict.fromkeys(("proxy", judge)))
+    return list(dict.fromkeys(("proxy", deciding)))
 
 
 def policies(samples: Samples) -> dict[str, dict]:
     """All measures of every policy; gains over SFT with one family's correction a measure."""
-    table = {name: _measures(samples, name) for name in samples.rows}
-    for name in table:
+    table = {}
+    chosen = _beside_chosen(samples)
+    for name in samples.rows:
+        table[name] = _measures(samples, name)
         for other in ("sft", "base"):
             if name != other:
                 table[name] |= _wins(samples, name, other)
-        if name != NULL:
-            table[name] |= _wins_against_chosen(samples, name)
-    for key in rewards(samples.judge):
+        if chosen and name not in catalogue.policies("null"):
+            table[name] |= _wins(chosen, name, "chosen")
+    for key in rewards(samples.deciding):
         for name, record in _gains(samples, key).items():
             table[name][f"{key}_gain"] = record
-    _add_heldout(samples, table)
+    if samples.heldout[0]:
+        _add_heldout(samples, table)
     return table
 
 
@@ -88,48 +97,62 @@ def _measures(samples: Samples, name: str) -> dict:
         for key in MEASURES
         if key in rows[0][0]
     }
-    repeated = [np.array([texts.repetition(r["response"]) for r in seed]) for seed in rows]
+    replies = [[row["response"] for row in seed] for seed in rows]
+    repeated = [np.array([repetition(reply) for reply in seed]) for seed in replies]
     record["repetition"] = samples.estimate(repeated, SHARE)
     for n in (1, 2):
-        blocks = [texts.distinct([row["response"] for row in seed], n) for seed in rows]
-        record[f"distinct_{n}"] = estimate(blocks, samples.bootstrap, bounds=SHARE)
+        record[f"distinct_{n}"] = samples.over_texts([distinct(r, n) for r in replies], SHARE)
     return record
 
 
+def distinct(texts: Sequence[str], n: int, block: int = BLOCK) -> list[float]:
+    """Distinct n-grams over all n-grams (Li et al. 2016, arXiv:1510.03055), one value a block.
+
+    The ratio falls with the amount of text, so it is taken over `block` replies at a time; what is
+    left over is not counted unless it is all there is. A block without any n-gram has 0.
+    """
+    whole = max(1, len(texts) // block)
+    values = []
+    for start in range(0, whole * block, block):
+        grams = [gram for text in texts[start : start + block] for gram in ngrams(text, n)]
+        values.append(len(set(grams)) / max(1, len(grams)))
+    return values
+
+
 def _gains(samples: Samples, key: str) -> dict[str, dict]:
-    """Differences to SFT. One family: the policies trained on top of it."""
-    gains = {name: samples.compare(name, "sft", key) for name in samples.rows}
-    trained = {name: r for name, r in gains.items() if name not in ("base", "sft", NULL)}
-    alone = {name: compare({name: r})[name] for name, r in gains.items() if name not in trained}
-    return alone | compare(trained)
+    """Differences to SFT. One family: the policies trained on top of it; the others alone."""
+    untrained = samples.measured(catalogue.policies("base", "reference", "null"))
+    trained = {name: (name, "sft") for name in samples.rows if name not in untrained}
+    gains = samples.compare(trained, key)
+    for name in untrained:
+        gains |= samples.compare({name: (name, "sft")}, key)
+    return gains
+
+
+def _beside_chosen(samples: Samples) -> Samples | None:
+    """The prompts that have a chosen reply, which is one more "policy" there: "chosen"."""
+    found = [{row["prompt"]: row for row in seed} for seed in samples.chosen]
+    rows = {
+        name: [
+            [row for row in seed if row["prompt"] in known]
+            for seed, known in zip(seeds, found, strict=True)
+        ]
+        for name, seeds in samples.rows.items()
+    }
+    if not all(rows["sft"]):
+        return None
+    asked = zip(rows["sft"], found, strict=True)
+    rows["chosen"] = [[known[row["prompt"]] for row in seed] for seed, known in asked]
+    return Samples(rows, samples.chosen, samples.heldout, samples.bootstrap)
 
 
 def _wins(samples: Samples, name: str, other: str) -> dict:
-    won = [rankings.wins(gap) for gap in samples.difference(name, other, samples.judge)]
+    won = [rankings.wins(gap) for gap in samples.difference(name, other, samples.deciding)]
     longer = samples.difference(name, other, "length")
     controlled = [length_controlled(w, gap) for w, gap in zip(won, longer, strict=True)]
     return {
         f"win_rate_vs_{other}": samples.estimate(won, SHARE),
         f"length_controlled_vs_{other}": samples.estimate(controlled, SHARE),
-    }
-
-
-def _wins_against_chosen(samples: Samples, name: str) -> dict:
-    """Wins over the dataset's chosen replies, at the prompts that have one."""
-    won, controlled, units = [], [], []
-    for rows, chosen in zip(samples.rows[name], samples.chosen, strict=True):
-        by_prompt = {row["prompt"]: row for row in chosen}
-        pairs = [(row, by_prompt[row["prompt"]]) for row in rows if row["prompt"] in by_prompt]
-        if not pairs:
-            return {}
-        key = samples.judge
-        won.append(rankings.wins(np.array([row[key] - other[key] for row, other in pairs])))
-        longer = np.array([row["length"] - other["length"] for row, other in pairs], dtype=float)
-        controlled.append(length_controlled(won[-1], longer))
-        units.append([row["prompt"] for row, _ in pairs])
-    return {
-        "win_rate_vs_chosen": estimate(won, samples.bootstrap, units, SHARE),
-        "length_controlled_vs_chosen": estimate(controlled, samples.bootstrap, units, SHARE),
     }
 
 
@@ -153,39 +176,38 @@ def length_controlled(won: np.ndarray, longer: np.ndarray) -> np.ndarray:
 
 def _add_heldout(samples: Samples, table: dict[str, dict]) -> None:
     """Perplexity of held-out texts, and `forgetting`: nats a token more than SFT needs."""
-    names = list(samples.heldout[0][0]["nll"]) if samples.heldout[0] else []
-    values = {name: _nats(samples.heldout, name) for name in names}
-    for name in names:
-        nats = estimate(values[name], samples.bootstrap)
+    values = {name: _nats(samples, name) for name in samples.heldout[0][0]["nll"]}
+    for name, per_seed in values.items():
+        nats = samples.over_texts(per_seed)
         shown = {key: float(np.exp(nats[key])) for key in ("mean", "low", "high")}
-        per_seed = np.exp(nats["per_seed"]).tolist()
-        table[name]["perplexity"] = nats | shown | {"per_seed": per_seed, "nats": nats}
-    more = {
-        name: estimate(
-            [a - b for a, b in zip(values[name], values["sft"], strict=True)], samples.bootstrap
-        )
-        for name in names
-        if name not in ("sft", "base")
-    }
-    for name, record in compare(more).items():
+        shown["per_seed"] = np.exp(nats["per_seed"]).tolist()
+        table[name]["perplexity"] = nats | shown | {"nats": nats}
+    trained = {name: (name, "sft") for name in values if name not in ("sft", "base")}
+    for name, record in differences(values, trained, samples.over_texts).items():
         table[name]["forgetting"] = record
 
 
-def _nats(heldout: Rows, name: str) -> list[np.ndarray]:
+def _nats(samples: Samples, name: str) -> list[np.ndarray]:
     """One value a text and seed, so scaled that their mean is -log p over all tokens, per token."""
     return [
         np.array([row["nll"][name] for row in rows]) / np.mean([row["tokens"] for row in rows])
-        for rows in heldout
+        for rows in samples.heldout
     ]
 
 
-def comparisons(samples: Samples, key: str) -> dict[str, dict]:
-    """Each two of the candidates in one measure; all six are one family."""
-    return compare({_pair(a, b): samples.compare(a, b, key) for a, b in COMPARED})
+def compared(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Each two of the methods among these candidates, and each method and the baseline."""
+    methods = [name for name in names if name != catalogue.baseline()]
+    pairs = list(combinations(methods, 2))
+    if catalogue.baseline() in names:
+        pairs += [(method, catalogue.baseline()) for method in methods]
+    return {f"{one}_minus_{other}": (one, other) for one, other in pairs}
 
 
-def _pair(one: str, other: str) -> str:
-    return f"{one}_minus_{other}"
+def comparisons(samples: Samples) -> dict[str, dict]:
+    """The candidates in the measure that decides; all pairs are one family."""
+    pairs = compared(samples.measured(catalogue.candidates()))
+    return samples.compare(pairs, samples.deciding)
 
 
 def needs(samples: Samples, minutes: Mapping[str, Sequence[float]]) -> dict[str, dict]:
@@ -194,33 +216,29 @@ def needs(samples: Samples, minutes: Mapping[str, Sequence[float]]) -> dict[str,
     `minutes`: of each candidate's training in each seed, the reward model included where the method
     learns from it. `better`: which direction is.
     """
-    values = {
-        "reward": {name: samples.difference(name, "sft", samples.judge) for name in CANDIDATES},
-        "kl": {name: samples.column(name, "kl") for name in CANDIDATES},
+    names = samples.measured(catalogue.candidates())
+    gains = {name: samples.difference(name, "sft", samples.deciding) for name in names}
+    per_minute = {
+        name: [gain / spent for gain, spent in zip(gains[name], minutes[name], strict=True)]
+        for name in names
     }
-    values["per_minute"] = {
-        name: [g / m for g, m in zip(values["reward"][name], minutes[name], strict=True)]
-        for name in CANDIDATES
+    kl = {name: samples.column(name, "kl") for name in names}
+    table = {
+        "reward": _need(gains, samples.estimate, "higher"),
+        "per_minute": _need(per_minute, samples.estimate, "higher"),
+        "kl": _need(kl, samples.estimate, "lower"),
     }
-    table = {key: _need(values[key], samples.estimate) for key in ("reward", "per_minute", "kl")}
     if samples.heldout[0]:
-        nats = {name: _nats(samples.heldout, name) for name in CANDIDATES}
-        table["forgetting"] = _need(nats, lambda v: estimate(v, samples.bootstrap))
-    for key, record in table.items():
-        record["better"] = "lower" if key in ("kl", "forgetting") else "higher"
+        nats = {name: _nats(samples, name) for name in names}
+        table["forgetting"] = _need(nats, samples.over_texts, "lower")
     return table
 
 
-def _need(
-    values: Mapping[str, list[np.ndarray]], average: Callable[[list[np.ndarray]], dict]
-) -> dict:
-    pairs = {
-        _pair(one, other): average([a - b for a, b in zip(values[one], values[other], strict=True)])
-        for one, other in COMPARED
-    }
+def _need(values: Mapping[str, Values], average: Callable[[Values], dict], better: str) -> dict:
     return {
         "policies": {name: average(per_seed) for name, per_seed in values.items()},
-        "comparisons": compare(pairs),
+        "comparisons": differences(values, compared(values), average),
+        "better": better,
     }
 
 
@@ -231,5 +249,5 @@ def overoptimisation(samples: Samples) -> dict | None:
     """
     if "ppo_low_kl" not in samples.rows:
         return None
-    keys = rewards(samples.judge)
-    return {key: compare({key: samples.compare("ppo_low_kl", "ppo", key)})[key] for key in keys}
+    keys = rewards(samples.deciding)
+    return {key: samples.compare({key: ("ppo_low_kl", "ppo")}, key)[key] for key in keys}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from textwrap import shorten
 
 import numpy as np
-import pandas as pd
 from scipy import stats
 
+from rlhf_lib import catalogue
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure.probes import (
-    DESCRIPTIONS,
     ORDINARY,
     PROBES,
     SCORES,
@@ -19,15 +18,15 @@ from rlhf_lib.measure.probes import (
     helpful_harmless_honest,
     language,
 )
-from rlhf_lib.measure.statistics import LEVEL, compare, estimate
+from rlhf_lib.measure.statistics import LEVEL, SHARE, differences, estimate
 from rlhf_lib.runs import Stage, read_jsonl
-from rlhf_lib.show.display import NAMES, POLICIES, interval, last_request
 
-# what one policy did: name of a measure -> a mapping prompt -> values, for each seed
-Measured = dict[str, list[dict[str, list[float]]]]
+Replies = Sequence[Mapping[str, list[float]]]  # of each seed: prompt -> a value for each reply
 
 
-def probe_table(stages: Sequence[Mapping[str, Stage]], source: str, samples: int = 2000) -> dict:
+def probe_table(
+    stages: Sequence[Mapping[str, Stage]], truth: Truth | None, samples: int = 2000
+) -> dict:
     """Failures and scores of every policy, from the stages "probes" and "evaluate" of each seed.
 
     `failures`, `scores`: measure -> policy -> `estimate`, with the difference to SFT, paired by
@@ -35,102 +34,78 @@ def probe_table(stages: Sequence[Mapping[str, Stage]], source: str, samples: int
     `definitions`: what each measure counts. `proxy`: the reward model's mean score of the probes'
     failing and of their other replies. `rules`: their `error_rates` (English only).
     """
-    probed = _samples(stages, "probes")
-    ordinary = _samples(stages, "evaluate")
-    which = language(source)
-    failing = {
-        policy: {
-            **{probe: [_by_prompt(r for r in rows if r["probe"] == probe) for rows in per_seed]
-               for probe in PROBES[which]},
-            **_ordinary(ordinary[policy], source),
-        }
-        for policy, per_seed in probed.items()
-    }  # fmt: skip
-    scored: dict[str, Measured] = {}
+    which = language(truth)
+    probed, ordinary = _samples(stages, "probes"), _samples(stages, "evaluate")
+    measured: dict[str, dict[str, Replies]] = {}  # measure -> policy
     for policy, per_seed in probed.items():
         pairs = zip(ordinary[policy], per_seed, strict=True)
-        seeds = [helpful_harmless_honest(rows, asked, source) for rows, asked in pairs]
-        scored[policy] = {score: [seed[score] for seed in seeds] for score in SCORES[which]}
-    in_bounds = (0.0, 1.0)
+        seeds = [_values(replies, asked, truth) for replies, asked in pairs]
+        for measure in seeds[0]:
+            measured.setdefault(measure, {})[policy] = [seed[measure] for seed in seeds]
+
+    def estimates(measures: Iterable[str], share: bool) -> dict[str, dict]:
+        return {m: _estimates(measured[m], samples, share) for m in measures if m in measured}
+
     return {
-        "failures": _estimates(failing, samples, in_bounds),
-        "scores": _estimates(scored, samples, None if which == "bundled" else in_bounds),
-        "definitions": {**PROBES[which], **{m: DESCRIPTIONS[m] for m in ORDINARY}, **SCORES[which]},
+        "failures": estimates([*PROBES[which], *ORDINARY], share=True),
+        "scores": estimates(SCORES[which], share=not truth),
+        "definitions": PROBES[which] | ORDINARY | SCORES[which],
         "proxy": {policy: _proxy(per_seed, samples) for policy, per_seed in probed.items()},
-        "rules": error_rates() if which == "english" else None,
+        "rules": None if truth else error_rates(),
     }
 
 
 def _samples(stages: Sequence[Mapping[str, Stage]], name: str) -> dict[str, list[list[dict]]]:
     folders = [seed[name].path / "samples" for seed in stages]
-    policies = [p for p in POLICIES if (folders[0] / f"{p}.jsonl").exists()]
+    policies = [p for p in catalogue.policies() if (folders[0] / f"{p}.jsonl").exists()]
     return {p: [read_jsonl(folder / f"{p}.jsonl") for folder in folders] for p in policies}
 
 
-def _by_prompt(rows: Iterable[Mapping]) -> dict[str, list[float]]:
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["prompt"], []).append(float(row["failure"]))
+def _values(
+    replies: list[dict], asked: list[dict], truth: Truth | None
+) -> dict[str, dict[str, list[float]]]:
+    """measure -> prompt -> values, of one seed's rows of the stages "evaluate" and "probes"."""
+    modes = failure_modes(replies, truth)
+    rows = [(row["probe"], row["prompt"], float(row["failure"])) for row in asked]
+    for mode in (m for m in ORDINARY if m in modes):  # they apply to every reply
+        rows += [(mode, row["prompt"], v) for row, v in zip(replies, modes[mode], strict=True)]
+    rows += helpful_harmless_honest(replies, asked, truth)
+    values: dict[str, dict[str, list[float]]] = {}
+    for measure, prompt, value in rows:
+        values.setdefault(measure, {}).setdefault(prompt, []).append(value)
     return values
 
 
-def _ordinary(per_seed: list[list[dict]], source: str) -> Measured:
-    """The modes of ORDINARY that this source has; they apply to every row, so rows line up."""
-    measured: Measured = {}
-    for rows in per_seed:
-        modes = failure_modes(rows, source)
-        for mode in (m for m in ORDINARY if m in modes):
-            failed = [
-                {"prompt": row["prompt"], "failure": value}
-                for row, value in zip(rows, modes[mode], strict=True)
-            ]
-            measured.setdefault(mode, []).append(_by_prompt(failed))
-    return measured
+def _estimates(policies: Mapping[str, Replies], samples: int, share: bool) -> dict[str, dict]:
+    """policy -> estimate, and how it differs from SFT at the same prompts."""
+    asked = [list(seed) for seed in policies["sft"]]
+    means = {
+        policy: [
+            np.array([np.mean(seed[prompt]) for prompt in prompts])
+            for seed, prompts in zip(per_seed, asked, strict=True)
+        ]
+        for policy, per_seed in policies.items()
+    }
+    records = {policy: _estimate(per_seed, samples, share) for policy, per_seed in policies.items()}
+    pairs = {policy: (policy, "sft") for policy in policies if policy != "sft"}
+    changes = differences(means, pairs, lambda values: estimate(values, samples, asked))
+    for policy, change in changes.items():
+        records[policy]["change"] = change
+    return records
 
 
-def _estimates(
-    policies: Mapping[str, Measured], samples: int, bounds: tuple[float, float] | None
-) -> dict[str, dict[str, dict]]:
-    """measure -> policy -> estimate; shares have bounds, and an interval where none ever failed."""
-    table: dict[str, dict[str, dict]] = {}
-    for measure in policies["sft"]:
-        base = policies["sft"][measure]
-        records = {p: _estimate(m[measure], samples, bounds) for p, m in policies.items()}
-        changes = {
-            p: _estimate(_minus(m[measure], base), samples) for p, m in policies.items()
-            if p != "sft"
-        }  # fmt: skip
-        for policy, change in compare(changes).items():
-            records[policy]["change"] = change
-        table[measure] = records
-    return table
-
-
-def _estimate(
-    per_seed: Sequence[Mapping[str, Sequence[float]]], samples: int,
-    bounds: tuple[float, float] | None = None,
-) -> dict:  # fmt: skip
-    """Several replies to a prompt are one unit; `bounds` are given for shares."""
+def _estimate(per_seed: Replies, samples: int, share: bool) -> dict:
+    """Several replies to a prompt are one unit; a share has bounds."""
     values = [np.concatenate([np.asarray(v) for v in seed.values()]) for seed in per_seed]
     units = [np.repeat(list(seed), [len(v) for v in seed.values()]) for seed in per_seed]
-    if bounds is None:
+    if not share:
         return estimate(values, samples, units)
-    record = estimate(values, samples, units, bounds)
+    record = estimate(values, samples, units, SHARE)
     if record["se"] == 0:  # all or none: no spread to resample, yet no certainty (Wilson 1927)
         count = round(record["mean"] * record["units"])
         wilson = stats.binomtest(count, record["units"]).proportion_ci(LEVEL, "wilson")
         record |= {"low": float(wilson.low), "high": float(wilson.high), "over": "prompts"}
     return record
-
-
-def _minus(
-    one: Sequence[Mapping[str, Sequence[float]]], other: Sequence[Mapping[str, Sequence[float]]]
-) -> list[dict[str, list[float]]]:
-    """Difference of the means at each prompt, for each seed."""
-    return [
-        {prompt: [float(np.mean(a[prompt]) - np.mean(b[prompt]))] for prompt in a}
-        for a, b in zip(one, other, strict=True)
-    ]
 
 
 def _proxy(per_seed: Sequence[list[dict]], samples: int) -> dict[str, dict | None]:
@@ -142,60 +117,3 @@ def _proxy(per_seed: Sequence[list[dict]], samples: int) -> dict[str, dict | Non
         units = [[row["prompt"] for row in rows] for rows in chosen]
         record[name] = estimate(scores, samples, units) if all(scores) else None
     return record
-
-
-# ---------------------------------------------------------------------------------- to be read
-
-ARROWS = {"higher": " ▲", "lower": " ▼", "not distinguishable": ""}
-PROBE_CAPTION = (
-    "Share of replies that fail, in per cent, 95 % intervals in brackets. ▲ more, ▼ less often "
-    "than SFT, where the difference, corrected for the policies of a row, is one."
-)  # fmt: skip
-SCORE_CAPTION = "Three scores for each policy, 95 % intervals in brackets; ▲ and ▼: against SFT."
-
-
-def probe_frame(measured: Mapping[str, Mapping[str, Mapping]], percent: bool) -> pd.DataFrame:
-    """One row a measure, one column a policy, from `failures` or `scores` of `probe_table`."""
-    return pd.DataFrame([
-        {"": measure}
-        | {
-            NAMES[policy]: interval(record, 0 if percent else 2, percent)
-            + ARROWS[record.get("change", {}).get("verdict", "not distinguishable")]
-            for policy, record in records.items()
-        }
-        for measure, records in measured.items()
-    ])  # fmt: skip
-
-
-def definition_frame(definitions: Mapping[str, str], wanted: Sequence[str]) -> pd.DataFrame:
-    """What each measure counts."""
-    return pd.DataFrame([{"measure": m, "what counts": definitions[m]} for m in wanted])
-
-
-def example_frame(probes: Stage, policies: Sequence[str]) -> pd.DataFrame:
-    """Replies side by side, a row a policy: each probe's first prompt on which the policies differ.
-
-    Where they never differ it is the probe's first prompt. The first sample of each is shown.
-    """
-    rows = {p: read_jsonl(probes.path / "samples" / f"{p}.jsonl") for p in policies}
-    places: dict[str, list[int]] = {}
-    seen: set[str] = set()
-    for place, row in enumerate(next(iter(rows.values()))):
-        if row["id"] not in seen:
-            seen.add(row["id"])
-            places.setdefault(row["probe"], []).append(place)
-    shown = []
-    for probe, candidates in places.items():
-        differ = (i for i in candidates if len({rows[p][i]["failure"] for p in policies}) > 1)
-        place = next(differ, candidates[0])
-        for number, policy in enumerate(policies):
-            row = rows[policy][place]
-            request = shorten(last_request(row["prompt"]), 90)
-            shown.append({
-                "probe": probe if number == 0 else "",
-                "request": request if number == 0 else "",
-                "policy": NAMES[policy],
-                "reply": shorten(row["response"], 140) + ("" if row["finished"] else " (cut)"),
-                "fails": "yes" if row["failure"] else "no",
-            })  # fmt: skip
-    return pd.DataFrame(shown)

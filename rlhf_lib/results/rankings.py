@@ -8,23 +8,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from rlhf_lib.data.pairs import Pair, PreferenceData, subset
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData, subset
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, over_seeds, verdict
 from rlhf_lib.runs import Stage
 
 
 def reward_model_summary(
-    stages: Sequence[Mapping[str, Stage]], data: PreferenceData, source: str, samples: int
+    stages: Sequence[Mapping[str, Stage]], data: PreferenceData, samples: int
 ) -> dict:
     """`stages`: those of each seed. Accuracies and groups are averaged over seeds; calibration,
     temperature, errors and the learning curve are the first seed's, and its curve's if it has one.
     """
-    test = data.pairs["test"]
+    train, test, truth = data.pairs["train"], data.pairs["test"], data.truth
     preferences = [score_differences(seed["reward_model"]) for seed in stages]
-    wrong = rankings.errors(test, preferences[0], source)
+    wrong = rankings.errors(test, preferences[0], truth)
     record = {
-        "accuracy": rankings.accuracies(data.pairs["train"], test, preferences, source, samples),
+        "accuracy": rankings.accuracies(train, test, preferences, truth, samples),
         "calibration": rankings.calibration(preferences[0]),
         "errors": {
             "count": len(wrong),
@@ -32,15 +34,15 @@ def reward_model_summary(
             "first": wrong[:24],
         },
         "training": [seed["reward_model"].result() for seed in stages],
-        **groups(test, preferences, source),
+        **groups(test, preferences, truth),
     }
-    if source.startswith("bundled"):
-        record["ceiling"] = rankings.ceiling(test, source == "bundled:control")
+    if truth:
+        record["ceiling"] = truth.ceiling(test)
     if len(preferences) > 1:
         record["disagreement"] = disagreement(preferences, samples)
     if "reward_model_control" in stages[0]:
         accuracies = [seed["reward_model_control"].result()["accuracy"] for seed in stages]
-        record["control_accuracy"] = over_seeds_or_lone(accuracies)
+        record["control_accuracy"] = over_seeds(accuracies)
     if "reward_model_curve" in stages[0]:
         curve, full = stages[0]["reward_model_curve"], stages[0]["reward_model"]
         record["learning_curve"] = learning_curve(data, curve, full, samples)
@@ -51,36 +53,38 @@ def reward_model_summary(
 
 def score_differences(stage: Stage) -> np.ndarray:
     """Score of the chosen reply less that of the rejected one, for each test pair."""
-    rows = pd.DataFrame(stage.samples())
-    return (rows["chosen_score"] - rows["rejected_score"]).to_numpy()
+    return _scored(stage)["difference"].to_numpy()
 
 
 def validation_differences(curve: Stage) -> np.ndarray:
     """The full model's score differences on the validation pairs, from `reward_model_curve`."""
-    rows = pd.DataFrame(curve.samples()).query("split == 'validation'")
-    return (rows["chosen_score"] - rows["rejected_score"]).to_numpy()
+    return _scored(curve).query("split == 'validation'")["difference"].to_numpy()
 
 
-def groups(test: Sequence[Pair], preferences: Sequence[np.ndarray], source: str) -> dict:
+def _scored(stage: Stage) -> pd.DataFrame:
+    rows = pd.DataFrame(stage.samples())
+    return rows.assign(difference=rows["chosen_score"] - rows["rejected_score"])
+
+
+def groups(test: Sequence[Pair], preferences: Sequence[np.ndarray], truth: Truth | None) -> dict:
     """Accuracy by kind of request, by length difference in words, and by size of the margin.
 
     Wins are averaged over seeds; the margin is |difference of scores|, averaged over seeds too.
     """
     won = np.mean([rankings.wins(p) for p in preferences], axis=0)
     return {
-        "by_kind": by_group(won, [rankings.category(p, source) for p in test]),
+        "by_kind": by_group(won, [rankings.category(p, truth) for p in test]),
         "by_length": by_bins(won, rankings.word_differences(test)),
         "by_margin": by_bins(won, np.mean(np.abs(preferences), axis=0)),
     }
 
 
 def disagreement(preferences: Sequence[np.ndarray], samples: int) -> dict:
-    """`judges.seed_disagreement`, and the accuracy where all seeds agree and where they do not."""
+    """`seed_disagreement`, and the accuracy where all seeds agree and where they do not."""
     won = np.mean([rankings.wins(p) for p in preferences], axis=0)
     agree = np.ptp(np.sign(preferences), axis=0) == 0
     names = np.where(agree, "seeds agree", "seeds disagree").tolist()
-    record = rankings.seed_disagreement(preferences, samples)
-    return record | {"accuracy": by_group(won, names)}
+    return rankings.seed_disagreement(preferences, samples) | {"accuracy": by_group(won, names)}
 
 
 def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int) -> list[dict]:
@@ -89,10 +93,10 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
     `bag_of_words` learns from the same pairs. `gain`: the reward model's accuracy less that of the
     point before, on the same test pairs (not in the first point).
     """
-    rows = pd.DataFrame(curve.samples()).query("split == 'test'")
     train, test = data.pairs["train"], data.pairs["test"]
-    differences = rows["chosen_score"] - rows["rejected_score"]
-    by_size = {int(n): d.to_numpy() for n, d in differences.groupby(rows["train_pairs"])}
+    scored = _scored(curve).query("split == 'test'")
+    sizes = scored["train_pairs"].unique().tolist()
+    by_size = {n: scored.query("train_pairs == @n")["difference"].to_numpy() for n in sizes}
     by_size[len(train)] = score_differences(full)
     points, before = [], None
     for size, preferences in sorted(by_size.items()):
@@ -110,10 +114,3 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
         points.append(point)
         before = won
     return points
-
-
-def over_seeds_or_lone(values: Sequence[float]) -> dict:
-    """Over seeds where there are several; a single number has no interval."""
-    if len(values) > 1:
-        return over_seeds(values)
-    return {"mean": values[0], "low": None, "high": None, "n": 1, "per_seed": list(values)}

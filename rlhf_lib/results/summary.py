@@ -1,6 +1,6 @@
 """From the stages of all seeds to one `results.json`: every number that the report states.
 
-runs/<profile>/evaluation-<hash12>/   results.json frontier.csv samples/ failure_modes.json DONE
+runs/<profile>/evaluation-<hash12>/   results.json frontier.csv samples/ DONE
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 
+from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData
-from rlhf_lib.measure import endpoint, opinions
+from rlhf_lib.data.truth import Truth
+from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.probes import failure_modes
-from rlhf_lib.measure.statistics import estimate
+from rlhf_lib.measure.statistics import SHARE, over_seeds
 from rlhf_lib.results.frontier import early_stops, frontier
-from rlhf_lib.results.policies import (
-    CANDIDATES,
-    SHARE,
-    Rows,
-    Samples,
-    comparisons,
-    needs,
-    overoptimisation,
-    policies,
-)
+from rlhf_lib.results.opinions import second_opinion
+from rlhf_lib.results.policies import Samples, comparisons, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
-from rlhf_lib.results.rankings import over_seeds_or_lone, reward_model_summary
+from rlhf_lib.results.rankings import reward_model_summary
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash
@@ -38,9 +32,9 @@ Stages = Mapping[str, Stage]
 def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData) -> Path:
     """Collect the finished stages of all seeds; returns the published evaluation folder."""
     profile = runs[0].profile
-    key = content_hash([[s.hash for s in seed.values()] for seed in stages] + [
-        source_hash(__name__), as_dict(profile.evaluation), as_dict(profile.judge)
-    ])  # fmt: skip
+    hashes = [[stage.hash for stage in seed.values()] for seed in stages]
+    settings = as_dict(profile.evaluation), as_dict(profile.endpoint)
+    key = content_hash([*hashes, source_hash(__name__), *settings])
     folder = runs[0].root / profile.name / f"evaluation-{key[:12]}"
     if (folder / "DONE").exists():
         return folder
@@ -52,15 +46,12 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
         parts = zip(runs, per_seed, strict=True)
         tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
         write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
-    modes = _failure_modes(samples.rows, profile.data.source, samples.bootstrap)
-    write_json(work / "failure_modes.json", modes)
     frontier(runs, stages).to_csv(work / "frontier.csv", index=False)
-    write_json(work / "results.json", _results(runs, stages, data, samples, modes))
+    write_json(work / "results.json", _results(runs, stages, data, samples))
     (work / "DONE").write_text(key + "\n")
     if folder.exists():  # a folder that lost its DONE: whatever it holds is not whole
         shutil.rmtree(folder)
-    work.rename(folder)
-    return folder
+    return work.rename(folder)
 
 
 def _load_samples(stages: Sequence[Stages], resamples: int) -> Samples:
@@ -75,22 +66,22 @@ def _load_samples(stages: Sequence[Stages], resamples: int) -> Samples:
 
 
 def _results(
-    runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples,
-    modes: dict,
-) -> dict:  # fmt: skip
-    profile = runs[0].profile
-    source, resamples = profile.data.source, profile.evaluation.bootstrap_samples
+    runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples
+) -> dict:
+    profile, resamples = runs[0].profile, samples.bootstrap
+    source = profile.data.source
+    kind, colon, place = source.partition(":")
     results = {
         "profile": profile.name,
         "seeds": [run.seed for run in runs],
         "settings": as_dict(profile),
-        "source": source.split(":")[0] + ":" + Path(source).name if ":" in source else source,
+        "source": kind + colon + Path(place).name,
         "model": profile.model.name,
-        "judge": samples.judge,
+        "deciding": samples.deciding,
         "data": data.audit,
-        "reward_model": reward_model_summary(stages, data, source, resamples),
+        "reward_model": reward_model_summary(stages, data, resamples),
         "policies": policies(samples),
-        "comparisons": comparisons(samples, samples.judge),
+        "comparisons": comparisons(samples),
         "needs": needs(samples, _minutes(stages)),
         "heldout": {
             "what": stages[0]["evaluate"].result()["heldout"],
@@ -99,10 +90,10 @@ def _results(
         },
         "overoptimisation": overoptimisation(samples),
         "early_stops": early_stops(runs, stages),
-        "second_opinion": opinions.summarise(stages, resamples),
+        "second_opinion": second_opinion(stages, resamples),
         "best_of_n": _best_of_n(stages),
-        "failure_modes": modes,
-        "probes": probe_table(stages, source, resamples),
+        "failure_modes": _failure_modes(samples, data.truth),
+        "probes": probe_table(stages, data.truth, resamples),
         "cost": _cost(stages),
         "environment": environment(),
         "stages": {
@@ -110,35 +101,29 @@ def _results(
             for run, seed in zip(runs, stages, strict=True)
         },
     }
-    if profile.judge.url:  # asked once a reply: the cache beside the runs keeps what it said
-        results["endpoint_judge"] = endpoint.judge_policies(
-            profile.judge, {name: rows[0] for name, rows in samples.rows.items()},
-            runs[0].root / "judge-cache", resamples,
-        )  # fmt: skip
+    if profile.endpoint.url:  # asked once a reply: the cache beside the runs keeps what it said
+        rows = {name: per_seed[0] for name, per_seed in samples.rows.items()}
+        cache = runs[0].root / "judge-cache"
+        results["endpoint"] = endpoint.win_rates(profile.endpoint, rows, cache, resamples)
     return results
 
 
 def _minutes(stages: Sequence[Stages]) -> dict[str, list[float]]:
     """Minutes that each candidate trains in each seed; what learns from rewards pays for them."""
-    paid = {"dpo": ("dpo",)}
-    return {
-        name: [
-            sum(seed[part].result()["seconds"] for part in paid.get(name, (name, "reward_model")))
-            / 60
-            for seed in stages
-        ]
-        for name in CANDIDATES
-    }
+    minutes = {}
+    for name in (name for name in catalogue.candidates() if name in stages[0]):
+        paid = (name, "reward_model") if catalogue.record(name).rewarded else (name,)
+        seconds = [sum(seed[part].result()["seconds"] for part in paid) for seed in stages]
+        minutes[name] = [value / 60 for value in seconds]
+    return minutes
 
 
-def _failure_modes(rows: Mapping[str, Rows], source: str, samples: int) -> dict:
+def _failure_modes(samples: Samples, truth: Truth | None) -> dict:
     table = {}
-    for name, per_seed in rows.items():
-        parts = [failure_modes(part, source) for part in per_seed]
+    for name, per_seed in samples.rows.items():
+        parts = [failure_modes(part, truth) for part in per_seed]
         modes = [mode for mode in parts[0] if parts[0][mode]]  # some prompt is of its kind
-        table[name] = {
-            mode: estimate([p[mode] for p in parts], samples, bounds=SHARE) for mode in modes
-        }
+        table[name] = {mode: samples.over_texts([p[mode] for p in parts], SHARE) for mode in modes}
     return table
 
 
@@ -151,7 +136,7 @@ def _best_of_n(stages: Sequence[Stages]) -> dict:
             row = {"n": points[0]["n"], "kl": points[0]["kl"]}
             for key in ("proxy", "gold", "judge"):
                 if key in points[0]:
-                    row[key] = over_seeds_or_lone([point[key] for point in points])
+                    row[key] = over_seeds([point[key] for point in points])
             table[kind].append(row)
     return table
 
@@ -162,10 +147,9 @@ def _cost(stages: Sequence[Stages]) -> dict:
     for name in stages[0]:
         results = [seed[name].result() for seed in stages if name in seed]
         cost[name] = {
-            key: over_seeds_or_lone([float(r[key]) for r in results])
+            key: over_seeds([float(r[key]) for r in results])
             for key in ("seconds", "peak_memory_gb", "num_tokens")
         }
-        cost[name]["phases"] = (
-            pd.DataFrame([r["phases"] for r in results]).fillna(0).mean().to_dict()
-        )
+        phases = pd.DataFrame([r["phases"] for r in results]).fillna(0)
+        cost[name]["phases"] = phases.mean().to_dict()
     return cost

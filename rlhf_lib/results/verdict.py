@@ -1,20 +1,32 @@
-"""The verdict of a study, by rules from its results: nothing is said that no interval shows."""
+"""The verdict of a study, by rules from its results: nothing is said that no interval shows.
+
+First what was found, then which method for which need, by the measured `needs`: that may end in
+"the data do not say". A method that the study did not measure is not spoken of.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from rlhf_lib.measure.statistics import POWER
+from rlhf_lib import catalogue
+from rlhf_lib.measure.statistics import POWER, interval, listed
 from rlhf_lib.measure.statistics import verdict as direction
-from rlhf_lib.results import choices
-from rlhf_lib.results.policies import BASELINE, METHODS
-from rlhf_lib.show.display import NAMES, interval, listed
+
+UNCLEAR = "not distinguishable"
+COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+ASKED = {  # need -> how it reads, its unit, and digits
+    "reward": ("Highest {deciding} reward", "gain over SFT", 2),
+    "per_minute": ("Most {deciding} reward per minute of training", "gain a minute", 2),
+    "kl": ("Least KL to SFT", "nats a reply", 1),
+    "forgetting": ("Least forgetting", "nats a token on held-out text", 3),
+}
 
 
 def sentences(results: Mapping) -> list[str]:
     """The verdict, one finding a sentence, the most important first."""
     parts = [_gains(results), _ranking(results), _against_baseline(results)]
-    parts += [*choices.sentences(results), _detectable(results)]
+    parts += [*choices(results), _detectable(results)]
     parts += [_overoptimisation(results), _best_of_n(results)]
     parts += [_reward_model(results), _scope(results)]
     return [part for part in parts if part]
@@ -26,47 +38,65 @@ def headline(results: Mapping) -> list[str]:
     return [part for part in (*parts, _scope(results)) if part]
 
 
-def _names(names: Sequence[str]) -> str:
-    return listed([NAMES[name] for name in names])
+def _measured(results: Mapping, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name in results["policies"]]
+
+
+def _methods(results: Mapping) -> list[str]:
+    return _measured(results, catalogue.methods())
+
+
+def _names(names: Iterable[str], last: str = "and") -> str:
+    return listed([catalogue.label(name) for name in names], last)
+
+
+def _are(names: Sequence[str]) -> str:
+    return "are" if len(names) > 1 else "is"
+
+
+# ------------------------------------------------------------------------------ what was found
 
 
 def _gains(results: Mapping) -> str:
-    """Which methods changed the judged reward against SFT."""
-    judge = results["judge"]
-    gains = {name: results["policies"][name][f"{judge}_gain"] for name in METHODS}
+    """Which methods changed the deciding reward against SFT."""
+    deciding, methods = results["deciding"], _methods(results)
+    gains = {name: results["policies"][name][f"{deciding}_gain"] for name in methods}
     said = []
-    for verdict, verb in (("higher", "raised"), ("lower", "lowered")):
-        names = [name for name in METHODS if gains[name]["verdict"] == verdict]
+    for word in ("higher", "lower", UNCLEAR):
+        names = [name for name in methods if gains[name]["verdict"] == word]
         if names:
-            numbers = "; ".join(f"{NAMES[n]} {interval(gains[n])}" for n in names)
-            said.append(f"**{_names(names)} {verb} {judge} reward over SFT** ({numbers})")
-    unclear = [name for name in METHODS if gains[name]["verdict"] == "not distinguishable"]
-    if unclear:
-        numbers = "; ".join(f"{NAMES[n]} {interval(gains[n])}" for n in unclear)
-        verb = "are" if len(unclear) > 1 else "is"
-        said.append(f"**{_names(unclear)} {verb} not distinguishable from SFT** ({numbers})")
+            change = {
+                "higher": f"raised {deciding} reward over SFT",
+                "lower": f"lowered {deciding} reward over SFT",
+                UNCLEAR: f"{_are(names)} not distinguishable from SFT",
+            }[word]
+            numbers = "; ".join(f"{catalogue.label(n)} {interval(gains[n])}" for n in names)
+            said.append(f"**{_names(names)} {change}** ({numbers})")
     text = "; ".join(said) + "."
-    if any(gains[name]["low"] > 0 or gains[name]["high"] < 0 for name in unclear):
+    unclear = [gain for gain in gains.values() if gain["verdict"] == UNCLEAR]
+    if any(gain["low"] > 0 or gain["high"] < 0 for gain in unclear):
         text += (
             " An interval that leaves out 0 is not enough here: among so many comparisons, one in "
             "twenty does so by chance, and Holm's correction takes that off."
         )
-    if judge == "judge":
+    if deciding == "judge":
         text += (
             " The judge is a reward model trained on pairs that the proxy never saw: it shares the "
             "proxy's kind of error, not its very errors."
         )
-    if judge == "proxy":
+    if deciding == "proxy":
+        rewarded = [name for name in methods if catalogue.record(name).rewarded]
+        were = "were" if len(rewarded) > 1 else "was"
         text += (
-            " The proxy is the very reward model that PPO and GRPO were trained against: a higher "
-            "score shows that they optimise it, not that their replies are better."
+            f" The proxy is the very reward model that {_names(rewarded)} {were} trained against: "
+            "a higher score shows that they optimise it, not that their replies are better."
         )
     return text
 
 
 def _ranking(results: Mapping) -> str:
     """What the paired comparisons between the methods allow to say."""
-    pairs = {k: r for k, r in results["comparisons"].items() if not k.endswith(BASELINE)}
+    pairs = {key: r for key, r in results["comparisons"].items() if not _with_baseline(key)}
     clear = []
     for key, record in pairs.items():
         one, other = key.split("_minus_")
@@ -74,22 +104,37 @@ def _ranking(results: Mapping) -> str:
             one, other = other, one
             low, high = -record["high"], -record["low"]
             record = record | {"mean": -record["mean"], "low": low, "high": high}
-        if record["verdict"] != "not distinguishable":
-            clear.append(f"{NAMES[one]} above {NAMES[other]} (difference {interval(record)})")
+        if record["verdict"] != UNCLEAR:
+            one, other = catalogue.label(one), catalogue.label(other)
+            clear.append(f"{one} above {other} (difference {interval(record)})")
+    if not pairs:
+        return ""
     if not clear:
-        return "Among themselves the three methods are not distinguishable at this number of seeds."
-    rest = len(clear) < len(pairs)
-    text = "Among the methods: " + "; ".join(clear) + "."
-    return text + (" Other pairs are not distinguishable." if rest else "")
+        count = len(_methods(results))
+        number = COUNTS[count] if count < len(COUNTS) else str(count)
+        return (
+            f"Among themselves the {number} methods are not distinguishable at this number of "
+            "seeds."
+        )
+    rest = " Other pairs are not distinguishable." if len(clear) < len(pairs) else ""
+    return "Among the methods: " + "; ".join(clear) + "." + rest
+
+
+def _with_baseline(key: str) -> bool:
+    return key.endswith(f"_minus_{catalogue.baseline()}")
 
 
 def _against_baseline(results: Mapping) -> str:
     """Does any method beat imitating the best of n samples, which takes no policy gradient?"""
-    records = {m: results["comparisons"].get(f"{m}_minus_{BASELINE}") for m in METHODS}
-    said = [f"{NAMES[m]} {r['verdict']} ({interval(r)})" for m, r in records.items() if r]
+    said = [
+        f"{catalogue.label(key.split('_minus_')[0])} {record['verdict']} ({interval(record)})"
+        for key, record in results["comparisons"].items()
+        if _with_baseline(key)
+    ]
     if not said:  # a study from before there was this baseline
         return ""
-    return f"Against {NAMES[BASELINE]}, which imitates the best of its samples: {'; '.join(said)}."
+    baseline = catalogue.label(catalogue.baseline())
+    return f"Against {baseline}, which imitates the best of its samples: {'; '.join(said)}."
 
 
 def _detectable(results: Mapping) -> str:
@@ -101,56 +146,55 @@ def _detectable(results: Mapping) -> str:
     smallest, largest = f"{min(known):.2f}", f"{max(known):.2f}"
     size = smallest if smallest == largest else f"{smallest} to {largest}, by comparison,"
     return (
-        f"What could be seen: a true difference of {size} in {results['judge']} reward between two "
-        f"methods is one that {POWER:.0%} of studies like this one would find (before the "
+        f"What could be seen: a true difference of {size} in {results['deciding']} reward between "
+        f"two methods is one that {POWER:.0%} of studies like this one would find (before the "
         "correction for the number of comparisons)."
     )
 
 
 def _overoptimisation(results: Mapping) -> str:
-    record, judge = results["overoptimisation"], results["judge"]
-    if record is None or judge == "proxy":
+    record, deciding = results["overoptimisation"], results["deciding"]
+    if record is None or deciding == "proxy":
         return ""
-    proxy, gold = record["proxy"], record[judge]
-    numbers = f"proxy {interval(proxy)}, {judge} {interval(gold)}"
+    proxy, truly = record["proxy"], record[deciding]
+    numbers = f"proxy {interval(proxy)}, {deciding} {interval(truly)}"
     settings = results["settings"]["ppo"]
     low, default = settings["low_kl_coef"], settings["kl_coef"]
-    if proxy["verdict"] == "higher" and gold["verdict"] == "lower":
+    if proxy["verdict"] == "higher" and truly["verdict"] == "lower":
         return (
             f"**More proxy reward, worse replies:** PPO at a KL coefficient of {low:g} instead of "
-            f"{default:g} ends higher in proxy and lower in {judge} (differences: {numbers})."
+            f"{default:g} ends higher in proxy and lower in {deciding} (differences: {numbers})."
         )
     return (
         "Over-optimisation is not shown: against the default, the under-regularised PPO run is "
-        f"{proxy['verdict']} in proxy and {gold['verdict']} in {judge} ({numbers})."
+        f"{proxy['verdict']} in proxy and {truly['verdict']} in {deciding} ({numbers})."
     )
 
 
 def _best_of_n(results: Mapping) -> str:
-    """The baseline that needs no training: where its judged reward peaks."""
-    judge, curve = results["judge"], results["best_of_n"]["default"]
-    best = max(curve, key=lambda row: row[judge]["mean"])
-    text = f"Best-of-n, which trains nothing, peaks at n = {best['n']} with {judge} reward "
-    text += f"{interval(best[judge])}"
-    if judge != "proxy" and best["n"] < curve[-1]["n"]:
-        last, n = curve[-1][judge], curve[-1]["n"]
-        if last["high"] is not None and last["high"] < best[judge]["low"]:
+    """The baseline that needs no training: where its deciding reward peaks."""
+    deciding, curve = results["deciding"], results["best_of_n"]["default"]
+    best = max(curve, key=lambda row: row[deciding]["mean"])
+    text = f"Best-of-n, which trains nothing, peaks at n = {best['n']} with {deciding} reward "
+    text += f"{interval(best[deciding])}"
+    if deciding != "proxy" and best["n"] < curve[-1]["n"]:
+        last, n = curve[-1][deciding], curve[-1]["n"]
+        if last["high"] is not None and last["high"] < best[deciding]["low"]:
             text += f" and falls to {interval(last)} at n = {n}"
         else:
             text += f" ({interval(last)} at n = {n}, not clearly less)"
-    peak = best[judge]["mean"] if best[judge]["high"] is None else best[judge]["high"]
-    ahead = [n for n in METHODS if results["policies"][n][judge]["low"] > peak]
+    peak = best[deciding]["mean"] if best[deciding]["high"] is None else best[deciding]["high"]
+    policies = results["policies"]
+    ahead = [name for name in _methods(results) if policies[name][deciding]["low"] > peak]
     if not ahead:
         return text + "; no method is clearly above that peak."
-    return text + f"; {_names(ahead)} {'are' if len(ahead) > 1 else 'is'} clearly above that peak."
+    return text + f"; {_names(ahead)} {_are(ahead)} clearly above that peak."
 
 
 def _reward_model(results: Mapping) -> str:
     accuracy = results["reward_model"]["accuracy"]
-    difference = accuracy["reward_model_minus_bag_of_words"]
-    where = {
-        "higher": "above", "lower": "below", "not distinguishable": "not distinguishable from",
-    }[direction(difference)]  # fmt: skip
+    words = {"higher": "above", "lower": "below", UNCLEAR: "not distinguishable from"}
+    where = words[direction(accuracy["reward_model_minus_bag_of_words"])]
     text = f"The reward model ranks {interval(accuracy['reward_model'], 1, percent=True)} of "
     text += "held-out pairs as labelled, "
     text += f"{where} a bag of words ({interval(accuracy['bag_of_words'], 1, percent=True)})"
@@ -171,3 +215,102 @@ def _scope(results: Mapping) -> str:
         f"Intervals are 95 % over {over}; of accuracies, over pairs.{corrected} Rankings belong to "
         "this data, this model size and this tuning."
     )
+
+
+# ------------------------------------------------------------------- which method for which need
+
+
+class Leaders(NamedTuple):
+    """The best by its mean, those not distinguishable from it, and those clearly behind."""
+
+    best: str
+    tied: list[str]
+    behind: list[str]
+
+
+def leaders(need: Mapping, among: Iterable[str]) -> Leaders | None:
+    """Who leads in one need among the given candidates, or None where there is nobody."""
+    among = list(among)
+    if not among:
+        return None
+    sign = 1 if need["better"] == "higher" else -1
+    best = max(among, key=lambda name: sign * need["policies"][name]["mean"])
+    others = [name for name in among if name != best]
+    behind = [name for name in others if _beats(need, best, name)]
+    return Leaders(best, [name for name in others if name not in behind], behind)
+
+
+def _beats(need: Mapping, one: str, other: str) -> bool:
+    """Does the corrected comparison call `one` better than `other`?"""
+    pairs, wanted = need["comparisons"], need["better"]
+    if f"{one}_minus_{other}" in pairs:
+        return pairs[f"{one}_minus_{other}"]["verdict"] == wanted
+    opposite = {"higher": "lower", "lower": "higher"}[wanted]
+    return pairs[f"{other}_minus_{one}"]["verdict"] == opposite
+
+
+def choices(results: Mapping) -> list[str]:
+    """One sentence a need; a study from before there were needs has none."""
+    needs, deciding = results.get("needs"), results["deciding"]
+    if not needs:
+        return []
+    candidates, gain = _measured(results, catalogue.candidates()), f"{deciding}_gain"
+    able = [n for n in candidates if results["policies"][n][gain]["verdict"] == "higher"]
+    if not able:
+        return [
+            f"**Which method for which need? None of them by these data:** {_names(candidates)} "
+            f"were not shown to raise {deciding} reward over SFT, so SFT itself, which costs "
+            "nothing more, is the choice."
+        ]
+    said = []
+    for key, (title, unit, digits) in ASKED.items():
+        if key in needs:
+            found = _who(needs[key], able, unit, digits)
+            said.append(f"**{title.format(deciding=deciding)}:** {found}")
+    said.append(_without_rl(needs["reward"], candidates, able, deciding))
+    if deciding == "proxy":
+        said.append(
+            "No judge but the training reward was measured: these choices say who optimises it "
+            "best, not whose replies are best."
+        )
+    if len(results["seeds"]) == 1:
+        said.append("One seed: the choices are between these trained models, not between methods.")
+    return said
+
+
+def _who(need: Mapping, among: list[str], unit: str, digits: int) -> str:
+    """Who leads among some of the candidates, at least one."""
+    records, found = need["policies"], leaders(need, among)
+    assert found is not None
+
+    def numbers(names: Iterable[str], unit: str = "") -> str:
+        known = [(catalogue.label(name), interval(records[name], digits)) for name in names]
+        return listed([f"{name} ({value}{unit})" for name, value in known])
+
+    best = numbers([found.best], f" {unit}")
+    if found.tied:
+        text = f"the data do not say: {best} is not distinguishable from {numbers(found.tied)}"
+        return text + (f"; clearly behind: {numbers(found.behind)}." if found.behind else ".")
+    if found.behind:
+        return f"{best}, clearly ahead of {numbers(found.behind)}."
+    return f"{best}; nothing else asked here raised the reward."
+
+
+def _without_rl(need: Mapping, candidates: list[str], able: list[str], deciding: str) -> str:
+    """The best that needs no reinforcement learning, and whether RL adds to it."""
+    title, unit, digits = "**No reinforcement learning:**", *ASKED["reward"][1:]
+    without = [name for name in candidates if not catalogue.record(name).samples]
+    plain = [name for name in able if name in without]
+    if not plain:
+        return f"{title} neither {_names(without, 'nor')} raised {deciding} reward over SFT."
+    text = f"{title} {_who(need, plain, unit, digits)}"
+    first = leaders(need, plain)
+    with_rl = leaders(need, [name for name in able if name not in without])
+    if with_rl is None:
+        return f"{text} No method with it raised the reward at all."
+    assert first is not None
+    one, other = with_rl.best, first.best
+    if _beats(need, other, one):
+        one, other = other, one
+    word = "clearly above" if _beats(need, one, other) else "not distinguishable from"
+    return f"{text} {catalogue.label(one)} is {word} {catalogue.label(other)}."

@@ -6,12 +6,14 @@ input, or with the run at hand, or it must have the property that was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
+from scipy.special import expit
 from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +23,28 @@ from rlhf_lib.measure import rankings
 from rlhf_lib.methods import sft
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives import advantages, losses
-from rlhf_lib.objectives.preference import ipo_loss
-from rlhf_lib.show import widgets
+from rlhf_lib.objectives.preference import dpo_loss, ipo_loss
+from rlhf_lib.show.widgets import kl_divergence, optimum
 from rlhf_lib.world import rewards
+
+
+class Claim(NamedTuple):
+    """What the reader's answer came to, what is right, and the hint where the two differ."""
+
+    answer: Any  # number, tensor or list
+    truth: Any
+    hint: str
+    tolerance: float = 1e-3
+
+    def holds(self) -> bool:
+        sides = _answered(self.answer), self.truth
+        got, wanted = (np.asarray(torch.as_tensor(side).detach(), float) for side in sides)
+        return got.shape == wanted.shape and np.allclose(got, wanted, 0, self.tolerance)
+
+
+Claims = Iterator[Claim]
+Check = Callable[..., Claims]  # of an answer, and what of the run it needs
+CHECKS: dict[str, Check] = {}
 
 
 class Unanswered(Exception):
@@ -31,194 +52,211 @@ class Unanswered(Exception):
 
 
 def check(name: str, answer: object, *given: object) -> None:
-    """`judge` by the checks of this module: notebooks 1 and 3 to 6."""
-    judge(CHECKS, name, answer, *given)
-
-
-def judge(checks: Mapping[str, Callable], name: str, answer: object, *given: object) -> None:
     """Print whether the answer to exercise `name` is right, a hint if it is not.
 
     answer: a value or a function, as the exercise asks; `...` counts as not answered yet.
     given: what of the run the check needs. Raises KeyError for an exercise that does not exist.
     """
     try:
-        refuse_blank(answer)
-        hint = checks[name](answer, *given)
+        claims = CHECKS[name](_answered(answer), *given)
+        hint = next((claim.hint for claim in claims if not claim.holds()), None)
     except Unanswered:
         print(f"{name}: not answered yet")
     else:
         print(f"{name}: right" if hint is None else f"{name}: not yet. {hint}")
 
 
-def refuse_blank(answer: object) -> None:
+def exercise(name: str) -> Callable[[Check], Check]:
+    """Enter a function as the check of this exercise."""
+    return lambda function: CHECKS.setdefault(name, function)
+
+
+def _answered(answer: Any) -> Any:
     if answer is ...:
         raise Unanswered
-
-
-def differs(answer: object, truth: object, tolerance: float = 1e-3) -> bool:
-    """Whether an answer (number, tensor, list) is not the truth; raises Unanswered for `...`."""
-    refuse_blank(answer)
-    got, wanted = (np.asarray(torch.as_tensor(x).detach(), float) for x in (answer, truth))
-    return got.shape != wanted.shape or not np.allclose(got, wanted, rtol=0, atol=tolerance)
+    return answer
 
 
 # ------------------------------------------------------------------------------------ 1, the data
 
 
-def _fooling_reply(reply: str) -> str | None:
+@exercise("01-1")
+def _fooling_reply(reply: str) -> Claims:
     prompt = "\n\nHuman: What does a stored dialogue look like?\n\nAssistant:"
-    if split_dialogue(f"{prompt} {reply}")[1] == reply.strip():
-        return "The splitter gave the reply back whole. Which characters does it look for?"
-    return None
+    whole = split_dialogue(f"{prompt} {reply}")[1] == reply.strip()
+    hint = "The splitter gave the reply back whole. Which characters does it look for?"
+    yield Claim(whole, False, hint)
 
 
-def _cut(cut: Callable, tokenizer: PreTrainedTokenizerBase) -> str | None:
+@exercise("01-2")
+def _cut(cut: Callable, tokenizer: PreTrainedTokenizerBase) -> Claims:
     prompt, reply = "\n\nHuman: Is tea hot?\n\nAssistant:", " Yes, it is. Be careful."
-    asked, said = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, reply)
-    )
-    eos = tokenizer.eos_token_id
-    for less in (2, 0, -1):  # limits below, at and above the lengths
+    asked, said = tokenizer([prompt, reply], add_special_tokens=False)["input_ids"]
+    for less, relation in ((2, "two tokens below"), (0, "equal to"), (-1, "one token above")):
         limits = len(asked) - less, len(said) - less
         truth = Encoder(tokenizer, *limits).demonstrations([(prompt, reply)])[0]
-        answer = cut(asked, said, *limits, eos)
-        refuse_blank(answer)
-        if [list(side) for side in answer] != [truth.prompt, truth.response]:
-            relation = {2: "two tokens below", 0: "equal to", -1: "one token above"}[less]
-            return f"Wrong where each limit is {relation} the length. What must stay, what may end?"
-    return None
+        answer = _answered(cut(asked, said, *limits, tokenizer.eos_token_id))
+        same = [list(side) for side in answer] == [truth.prompt, truth.response]
+        hint = f"Wrong where each limit is {relation} the length. What must stay, what may end?"
+        yield Claim(same, True, hint)
 
 
-def _kept_share(probability: Callable) -> str | None:
+@exercise("01-3")
+def _kept_share(probability: Callable) -> Claims:
     asked = "\n\nHuman: Give me two tips on playing guitar.\n\nAssistant:"
-    replies = ("Relax your wrist. Thanks, friend.", "Curve your fingers, then relax your wrist.",
-               "Sorry, I cannot help.")  # fmt: skip
-    for a, b in zip(replies, (*replies[1:], replies[0]), strict=True):
-        seen = [(rewards.gold_reward(asked, x).total, rewards.observe(x)) for x in (a, b)]
-        (gold_a, one), (gold_b, two) = seen
+    polite, refusal = "Relax your wrist. Thanks, friend.", "Sorry, I cannot help."
+    plain = "Curve your fingers, then relax your wrist."
+    for a, b in ((polite, plain), (plain, refusal), (refusal, polite)):
+        gold_a, gold_b = (rewards.gold_reward(asked, reply).total for reply in (a, b))
+        one, two = rewards.observe(a), rewards.observe(b)
         differences = gold_a - gold_b, one.polite - two.polite, one.length - two.length
-        if differs(probability(*differences), rewards.preference_probability(asked, a, b)):
-            return "Compute the sigmoid first. Then: what does a label turned round do to it?"
-    return None
+        hint = "Compute the sigmoid first. Then: what does a label turned round do to it?"
+        yield Claim(probability(*differences), rewards.preference_probability(asked, a, b), hint)
 
 
-def _longer_share(share: float, pairs: Sequence[Pair]) -> str | None:
-    if differs(share, rankings.wins(rankings.length_preferences(pairs)).mean(), 1e-6):
-        return "Length counts characters of the reply's text, and a tie counts half."
-    return None
+@exercise("01-4")
+def _longer_share(share: float, pairs: Sequence[Pair]) -> Claims:
+    hint = "Length counts characters of the reply's text, and a tie counts half."
+    yield Claim(share, rankings.wins(rankings.length_preferences(pairs)).mean(), hint, 1e-6)
+
+
+# ----------------------------------------------------------------------------- 2, the reward model
+
+
+@exercise("02-1")
+def _difference(difference: Callable) -> Claims:
+    for probability in (0.5, 0.9, 0.2):
+        hint = f"Your difference for {probability} does not give it back. Solve σ(z) = p for z."
+        yield Claim(expit(_answered(difference(probability))), probability, hint, 1e-6)
+
+
+@exercise("02-2")
+def _last_scores(last_scores: Callable) -> Claims:
+    hidden, weight, lengths = torch.randn(3, 6, 4), torch.randn(4), torch.tensor([6, 2, 4])
+    truth = [hidden[i, int(n) - 1] @ weight for i, n in enumerate(lengths)]
+    hint = "Row i has lengths[i] real tokens, the first of them at place 0: where is the last?"
+    yield Claim(last_scores(hidden, weight, lengths), torch.stack(truth), hint)
+
+
+@exercise("02-3")
+def _expected_error(ece: Callable) -> Claims:
+    preferences = np.random.default_rng(0).normal(0.7, 2.0, size=42)
+    confidence, won = expit(np.abs(preferences)), rankings.wins(preferences)
+    for bins in (1, 6):
+        truth = rankings.calibration(preferences, bins, samples=10)["ece"]["mean"]
+        hint = f"Wrong with {bins} bin(s). Sort by confidence, cut, and weigh each bin by size."
+        yield Claim(ece(confidence, won, bins), truth, hint, 1e-6)
+
+
+@exercise("02-4")
+def _surer_half(accuracy: float, preferences: np.ndarray) -> Claims:
+    surest = np.argsort(-np.abs(preferences))[: len(preferences) // 2]
+    hint = "Sure means far from 0 on either side; right means above 0."
+    yield Claim(accuracy, rankings.wins(preferences[surest]).mean(), hint, 1e-6)
 
 
 # -------------------------------------------------------------------------------------- 3, SFT
 
 
-def _combined(combine: Callable) -> str | None:
+@exercise("03-1")
+def _combined(combine: Callable) -> Claims:
     lengths, mask = torch.tensor([2, 7, 1, 4]), torch.zeros(4, 7)
     for row, length in zip(mask, lengths.tolist(), strict=True):
         row[:length] = 1
     logprobs = -torch.rand(4, 7)
     parts = [losses.sft_loss(logprobs[i : i + 2], mask[i : i + 2]).item() for i in (0, 2)]
     tokens = [int(lengths[i : i + 2].sum()) for i in (0, 2)]
-    if differs(combine(parts, tokens), losses.sft_loss(logprobs, mask)):
-        return "The loss is a mean over tokens: how many of them stand behind each part?"
-    return None
+    hint = "The loss is a mean over tokens: how many of them stand behind each part?"
+    yield Claim(combine(parts, tokens), losses.sft_loss(logprobs, mask), hint)
 
 
-def _reply_logprobs(logprobs: Callable, model: Module) -> str | None:
+@exercise("03-2")
+def _reply_logprobs(logprobs: Callable, model: Module) -> Claims:
     prompt, reply = [3, 5, 4, 7], [6, 2, 3]
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + reply])).logits[0].cpu().float()
         truth = response_logprobs(model, [prompt], [reply])[0][0]
-    if differs(logprobs(logits, prompt, reply), truth.cpu()):
-        return "Row t of the logits has read token t and speaks of the next one."
-    return None
+    hint = "Row t of the logits has read token t and speaks of the next one."
+    yield Claim(logprobs(logits, prompt, reply), truth.cpu(), hint)
 
 
-def _favourite(favourite: Callable) -> str | None:
+@exercise("03-3")
+def _favourite(favourite: Callable) -> Claims:
     for _ in range(20):
         scores, finished = torch.randn(4), torch.rand(4) < 0.4
         answer = favourite(scores, finished)
         replies = [[10 + i, *[1] * ended] for i, ended in enumerate(finished.int().tolist())]
-        sampler = SimpleNamespace(
-            draw=lambda *_, drawn=(replies, scores): drawn, reference=None,
-            tokenizer=SimpleNamespace(eos_token_id=1, batch_decode=lambda r, **_: [""] * len(r)),
-        )  # fmt: skip
+        tokenizer = SimpleNamespace(eos_token_id=1, batch_decode=lambda r, **_: [""] * len(r))
+        drawn = {"draw": lambda *_, drawn=(replies, scores): drawn, "reference": None}
+        sampler = SimpleNamespace(tokenizer=tokenizer, **drawn)
         (best,), _ = sft.best_of_n(sampler, [Prompt("", [2])], 4)  # type: ignore[arg-type]
-        if differs(answer, best.response[0] - 10):
-            return f"Wrong for scores {scores.tolist()}, finished {finished.tolist()}."
-    return None
+        hint = f"Wrong for scores {scores.tolist()}, finished {finished.tolist()}."
+        yield Claim(answer, best.response[0] - 10, hint)
 
 
 # -------------------------------------------------------------------------------------- 4, PPO
 
 
-class _Reply(NamedTuple):
-    """A made-up reply of five tokens, and what the library makes of it; one number a token."""
-
-    rewards: list[float]
-    values: list[float]
-    advantages: list[float]
-    returns: list[float]
+def _reply(gamma: float, gae_lambda: float) -> tuple[list[float], ...]:
+    """A made-up reply of five tokens: rewards, values, and the library's advantages and returns."""
+    rewards, values = torch.randn(1, 5), torch.randn(1, 5)
+    found = advantages.gae(rewards, values, torch.ones(1, 5), gamma, gae_lambda)
+    return tuple(tensor[0].tolist() for tensor in (rewards, values, *found))
 
 
-def _one_reply(gae_lambda: float, gamma: float) -> _Reply:
-    rewards, values, mask = torch.randn(1, 5), torch.randn(1, 5), torch.ones(1, 5)
-    found = advantages.gae(rewards, values, mask, gamma, gae_lambda)
-    return _Reply(*(tensor[0].tolist() for tensor in (rewards, values, *found)))
+@exercise("04-1")
+def _gae(my_gae: Callable) -> Claims:
+    for gamma, gae_lambda in ((1.0, 0.95), (1.0, 0.0), (0.9, 0.5)):
+        rewards, values, truth, _ = _reply(gamma, gae_lambda)
+        hint = f"Wrong at γ = {gamma}, λ = {gae_lambda}. Begin at the last token: no value next"
+        yield Claim(my_gae(rewards, values, gamma, gae_lambda), truth, hint)
 
 
-def _gae(my_gae: Callable) -> str | None:
-    for gae_lambda, gamma in ((0.95, 1.0), (0.0, 1.0), (0.5, 0.9)):
-        made = _one_reply(gae_lambda, gamma)
-        answer = my_gae(made.rewards, made.values, gamma, gae_lambda)
-        if differs(answer, made.advantages):
-            return f"Wrong at γ = {gamma}, λ = {gae_lambda}. Begin at the last token: no value next"
-    return None
+@exercise("04-2")
+def _returns(returns: Callable) -> Claims:
+    rewards, _, _, truth = _reply(1.0, 1.0)
+    hint = "Write out Â₁ + V₁ for a reply of two tokens: which values are left over?"
+    yield Claim(returns(rewards), truth, hint)
 
 
-def _returns(returns: Callable) -> str | None:
-    made = _one_reply(1.0, 1.0)
-    if differs(returns(made.rewards), made.returns):
-        return "Write out Â₁ + V₁ for a reply of two tokens: which values are left over?"
-    return None
-
-
-def _silent_token(silent: Callable) -> str | None:
+@exercise("04-3")
+def _silent_token(silent: Callable) -> Claims:
     for ratio in (0.5, 0.9, 1.1, 1.5):
         for advantage in (-1.0, 1.0):
             logprob = torch.tensor([[ratio]]).log().requires_grad_()
             one = torch.ones(1, 1)
             loss, _ = losses.ppo_policy_loss(logprob, 0 * one, advantage * one, one, 0.2)
             (gradient,) = torch.autograd.grad(loss, logprob)
-            answer = silent(ratio, advantage, 0.2)
-            refuse_blank(answer)
-            if bool(answer) != (gradient.item() == 0):
-                return f"Wrong at ratio {ratio} and advantage {advantage}: which term is smaller?"
-    return None
+            answer = bool(_answered(silent(ratio, advantage, 0.2)))
+            hint = f"Wrong at ratio {ratio} and advantage {advantage}: which term is smaller?"
+            yield Claim(answer, gradient.item() == 0, hint)
 
 
-def _deductions(cost: float, metrics: Sequence[Mapping]) -> str | None:
+@exercise("04-4")
+def _deductions(cost: float, metrics: Sequence[Mapping]) -> Claims:
     scores, leash, whole = (
         np.array([row[f"objective/{key}"] for row in metrics])
         for key in ("scores", "non_score_reward", "rlhf_reward")
     )
-    if differs(cost, (scores + leash - whole).mean(), 1e-5):
-        return "rlhf_reward = score − β·KL − what is asked for, in each update; then the mean."
-    return None
+    hint = "rlhf_reward = score − β·KL − what is asked for, in each update; then the mean."
+    yield Claim(cost, (scores + leash - whole).mean(), hint, 1e-5)
 
 
 # -------------------------------------------------------------------------------------- 5, GRPO
 
 
-def _shrinkage(factor: Callable) -> str | None:
+@exercise("05-1")
+def _shrinkage(factor: Callable) -> Claims:
     for size in (2, 3, 8):
         rewards = torch.arange(float(size))
         centred = advantages.group_advantages(rewards, size, "none")
-        if differs(factor(size), (centred / advantages.leave_one_out_advantages(rewards, size))[0]):
-            return f"Wrong for a group of {size}. By what is r − (mean of all) the smaller one?"
-    return None
+        left_out = advantages.leave_one_out_advantages(rewards, size)
+        hint = f"Wrong for a group of {size}. By what is r − (mean of all) the smaller one?"
+        yield Claim(factor(size), (centred / left_out)[0], hint)
 
 
-def _token_weight(weight: Callable) -> str | None:
+@exercise("05-2")
+def _token_weight(weight: Callable) -> Claims:
     lengths = [2, 5, 3]
     mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).float()
     for aggregation in ("sequence", "token", "constant"):
@@ -228,17 +266,16 @@ def _token_weight(weight: Callable) -> str | None:
         )
         (gradient,) = torch.autograd.grad(loss, logprobs)
         for i in range(3):
-            if differs(weight(lengths, i, aggregation), -gradient[i, 0]):
-                return f"Wrong for {aggregation!r}: by what is each token's term divided?"
-    return None
+            hint = f"Wrong for {aggregation!r}: by what is each token's term divided?"
+            yield Claim(weight(lengths, i, aggregation), -gradient[i, 0], hint)
 
 
-def _silent_share(share: Callable) -> str | None:
+@exercise("05-3")
+def _silent_share(share: Callable) -> Claims:
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.3, 0.1, 0.2, 0.7, 0.7, 0.7, 1.0, -1.0, 0.0])
     silent = ~advantages.group_advantages(rewards, 3).view(-1, 3).any(1)
-    if differs(share(rewards.tolist(), 3), silent.float().mean()):
-        return "A group is silent if all its rewards are equal; count groups, not replies."
-    return None
+    hint = "A group is silent if all its rewards are equal; count groups, not replies."
+    yield Claim(share(rewards.tolist(), 3), silent.float().mean(), hint)
 
 
 # --------------------------------------------------------------------------------------- 6, DPO
@@ -247,49 +284,75 @@ def _silent_share(share: Callable) -> str | None:
 def _dpo(margin: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
     """DPO's loss for pairs whose chosen reply leads by `margin` nats."""
     zero = torch.zeros_like(margin)
-    return losses.dpo_loss(margin, zero, zero, zero, beta, label_smoothing)[0]
+    return dpo_loss(margin, zero, zero, zero, beta, label_smoothing)[0]
 
 
-def _pull(pull: Callable) -> str | None:
+@exercise("06-1")
+def _pull(pull: Callable) -> Claims:
     for lead, beta in ((0.0, 0.1), (12.0, 0.1), (-7.0, 0.3)):
         margin = torch.tensor([lead], requires_grad=True)
         (gradient,) = torch.autograd.grad(_dpo(margin, beta), margin)
-        if differs(pull(lead, beta), -gradient[0], 1e-5):
-            return f"Wrong at a lead of {lead} nats and β = {beta}: differentiate −log σ(β·lead)."
-    return None
+        hint = f"Wrong at a lead of {lead} nats and β = {beta}: differentiate −log σ(β·lead)."
+        yield Claim(pull(lead, beta), -gradient[0], hint, 1e-5)
 
 
-def _best_margin(best: Callable) -> str | None:
+@exercise("06-2")
+def _best_margin(best: Callable) -> Claims:
     grid = torch.linspace(-8, 8, 3201)  # steps of 0.005
     for smoothing in (0.1, 0.25):
         values = torch.stack([_dpo(margin[None], 1.0, smoothing) for margin in grid])
-        if differs(best(smoothing), grid[values.argmin()], 0.006):
-            return f"Wrong at ε = {smoothing}: where is the derivative of the two terms zero?"
-    return None
+        hint = f"Wrong at ε = {smoothing}: where is the derivative of the two terms zero?"
+        yield Claim(best(smoothing), grid[values.argmin()], hint, 0.006)
 
 
-def _leash(beta: float, reference: Sequence[float], reward: Sequence[float]) -> str | None:
+@exercise("06-3")
+def _leash(beta: float, reference: Sequence[float], reward: Sequence[float]) -> Claims:
     known = np.asarray(reference, dtype=float), np.asarray(reward, dtype=float)
-    paid = widgets.kl_divergence(widgets.optimum(*known, float(beta)), known[0])
-    if differs(paid, 0.5, 0.01):
-        return f"This β pays {paid:.3f} nats. A larger β pays less."
-    return None
+    paid = kl_divergence(optimum(*known, float(beta)), known[0])
+    hint = f"This β pays {paid:.3f} nats. A larger β pays less."
+    yield Claim(paid, 0.5, hint, 0.01)
 
 
-def _ipo_target(target: Callable) -> str | None:
+@exercise("06-4")
+def _ipo_target(target: Callable) -> Claims:
     for beta in (0.1, 0.5):
-        answer, zero = target(beta), torch.zeros(1)
-        refuse_blank(answer)
-        lead = torch.tensor([float(answer)])
-        if differs(ipo_loss(lead, zero, zero, zero, beta)[0], 0.0, 1e-6):
-            return f"At β = {beta} the loss is not yet zero there. Where does its square vanish?"
-    return None
+        lead, zero = torch.tensor([float(_answered(target(beta)))]), torch.zeros(1)
+        hint = f"At β = {beta} the loss is not yet zero there. Where does its square vanish?"
+        yield Claim(ipo_loss(lead, zero, zero, zero, beta)[0], 0.0, hint, 1e-6)
 
 
-CHECKS: dict[str, Callable[..., str | None]] = {
-    "01-1": _fooling_reply, "01-2": _cut, "01-3": _kept_share, "01-4": _longer_share,
-    "03-1": _combined, "03-2": _reply_logprobs, "03-3": _favourite,
-    "04-1": _gae, "04-2": _returns, "04-3": _silent_token, "04-4": _deductions,
-    "05-1": _shrinkage, "05-2": _token_weight, "05-3": _silent_share,
-    "06-1": _pull, "06-2": _best_margin, "06-3": _leash, "06-4": _ipo_target,
-}  # fmt: skip
+# ------------------------------------------------------------------------------ 7, the evaluation
+
+
+@exercise("07-1")
+def _paired_error(error: Callable) -> Claims:
+    rng = np.random.default_rng(0)
+    easy = rng.normal(size=50)  # how easy each prompt is, for both policies alike
+    one, other = easy + 0.3 * rng.normal(size=50), easy + 0.3 * rng.normal(size=50)
+    hint = "Subtract prompt by prompt first; then the error of a mean, with n − 1 in the spread."
+    yield Claim(error(one, other), stats.sem(one - other), hint, 1e-6)
+
+
+@exercise("07-2")
+def _win_rate(rate: Callable) -> Claims:
+    one, other = np.array([1.0, 0.0, 2.0, 2.0, -1.0]), np.array([0.0, 0.0, 3.0, 1.0, -1.0])
+    hint = "What does a tie count?"
+    yield Claim(rate(one, other), rankings.wins(one - other).mean(), hint, 1e-6)
+
+
+@exercise("07-3")
+def _best_of_n(kl: Callable) -> Claims:
+    size = 100_000  # so many equally likely replies, each with a reward of its own
+    share = np.arange(size + 1) / size
+    for n in (1, 2, 16):
+        best = np.diff(share**n)  # P(the best of n is this one)
+        hint = f"Wrong for n = {n}. The formula is above."
+        yield Claim(kl(n), kl_divergence(best, np.full(size, 1 / size)), hint)
+
+
+@exercise("07-4")
+def _seed_interval(interval: Callable) -> Claims:
+    for means in ([0.2, 0.5, 0.3], [1.0, -1.0, 0.5, 0.0, 2.0]):
+        truth = stats.ttest_1samp(means, 0.0).confidence_interval(0.95)
+        hint = f"Wrong for the seeds {means}. How many degrees of freedom are left?"
+        yield Claim(interval(means), [truth.low, truth.high], hint, 1e-6)

@@ -1,338 +1,449 @@
-"""Tables of a study's results: gains, wins, measures, comparisons, and the needs of the verdict."""
+"""Every table: a list of columns, each a title and what stands under it for a row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
+from textwrap import shorten
+from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.results.choices import ASKED
-from rlhf_lib.results.policies import CANDIDATES
-from rlhf_lib.show.display import GAINERS, NAMES, POLICIES, interval
+from rlhf_lib import catalogue
+from rlhf_lib.catalogue import CATALOGUE, Passes, label
+from rlhf_lib.measure.statistics import contrast, interval, listed
+from rlhf_lib.methods.rollout import Rollout
+from rlhf_lib.results.verdict import ASKED
+from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.world.grammar import last_request
 
-GAIN_CAPTION = (
-    "Gains over SFT, paired by prompt, with 95 % intervals. p is corrected for the number of "
-    "trained policies (Holm); smallest seen: the true gain that a study like this one would call "
-    "one in 80 of 100 repetitions; verdict: what the corrected p allows to say."
+COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT
+Cell = Callable[[Any], object]
+Column = tuple[str, Cell]
+
+
+def table_of(rows: Iterable, columns: Iterable[Column]) -> pd.DataFrame:
+    """A line for each of the rows; under each title what its cell makes of the row."""
+    lines = list(rows)
+    return pd.DataFrame({title: [cell(row) for row in lines] for title, cell in columns})
+
+
+def named(row: Mapping) -> str:
+    return label(row["name"])
+
+
+def estimated(key: str, digits: int = 2, percent: bool = False) -> Cell:
+    """The estimate under this key, with its interval; a KeyError where there is none."""
+    return lambda row: interval(row[key], digits, percent)
+
+
+def won(key: str) -> Cell:
+    """A win rate; a dash where nobody was played against."""
+    return lambda row: interval(row.get(key), 0, percent=True)
+
+
+def spent(key: str, unit: float, digits: int) -> Cell:
+    """Mean cost of a stage; a dash where nothing was trained."""
+    return lambda row: f"{row[key]['mean'] / unit:.{digits}f}" if key in row else "–"
+
+
+# ----------------------------------------------------------------------------------- policies
+
+HEADLINE_CAPTION = (
+    "Every policy on the same held-out prompts, 95 % intervals in brackets: {deciding} reward, "
+    "which decides, proxy reward, KL to SFT in nats a reply, and wins over SFT in {deciding} "
+    "reward."
 )
-PAIR_CAPTION = (
-    "Methods against each other in {judge} reward, paired by prompt: 95 % intervals, p corrected "
-    "for all of these comparisons (Holm), and the smallest true difference that would be seen in "
-    "80 of 100 repetitions."
-)
-WIN_CAPTION = (
-    "Win rates in {judge} reward, a tie is half a win: as counted, and as a regression gives them "
-    "where both replies have the same length (LC)."
-)
-DISTANCE_CAPTION = (
-    "Distance from SFT and what it cost: KL in nats a reply, exact over the vocabulary (± its "
-    "standard error) and by two sampled estimators; entropy in nats a token; perplexity of "
-    "held-out texts, and the nats a token that they cost more than under SFT."
-)
-REPLY_CAPTION = (
-    "The replies themselves: length in tokens, share that ended, distinct words and word pairs "
-    "among sixteen replies, and the share of its four-word runs that a reply repeats."
-)
-OPINION_CAPTION = (
-    "Gain over SFT in the eyes of the reward model that the policy was trained on and of another "
-    "seed's, in standard deviations of demonstrations; what the first sees more, p corrected for "
-    "the number of policies (Holm); and how often the two disagree on which reply is better."
-)
-ENDPOINT_CAPTION = (
-    "Wins over SFT as {model} judges them: each pair asked in both orders, a tie is half a win. "
-    "All questions together cost {cost[dollars]:.2f} dollars."
-)
-NEED_CAPTION = "What the verdict chooses by, for each candidate: 95 % intervals."
+
+
+def _measured(results: Mapping, names: Sequence[str]) -> list[dict]:
+    """All measures of each of these policies that the study has."""
+    policies = results["policies"]
+    return [{"name": name, **policies[name]} for name in names if name in policies]
+
+
+def comparison_table(results: Mapping) -> pd.DataFrame:
+    """The study's main table: one row a policy, with what its training took."""
+    rows, costs = _measured(results, catalogue.policies()), results["cost"]
+    columns = [
+        ("policy", named),
+        ("proxy", estimated("proxy")),
+        *((key, estimated(key)) for key in ("gold", "judge") if key in rows[0]),
+        ("KL", estimated("kl", 1)),
+        ("wins vs SFT", won("win_rate_vs_sft")),
+        ("wins vs base", won("win_rate_vs_base")),
+        ("length", estimated("length", 0)),
+        ("min", spent("seconds", 60, 1)),
+        ("GB", spent("peak_memory_gb", 1, 1)),
+    ]
+    return table_of([row | costs.get(row["name"], {}) for row in rows], columns)
+
+
+def headline_table(results: Mapping) -> pd.DataFrame:
+    """The study's main table for the first page: fewer columns, the reward that decides first."""
+    shown = dict.fromkeys(("policy", results["deciding"], "proxy", "KL", "wins vs SFT"))
+    return comparison_table(results).loc[:, list(shown)]
 
 
 def gain_table(results: Mapping) -> pd.DataFrame:
-    """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said.
-
-    A study from before there was a correction has neither the corrected p nor the smallest gain
-    that it could have seen.
-    """
-    judge, rows = results["judge"], []
-    for name in (p for p in GAINERS if p in results["policies"]):
-        policy = results["policies"][name]
-        gain = policy[f"{judge}_gain"]
-        row = {
-            "policy": NAMES[name],
-            f"{judge} gain over SFT": interval(gain),
-            "each seed": ", ".join(f"{value:.2f}" for value in gain["per_seed"]),
-            **_corrected(gain),
-            "verdict": gain["verdict"],
-        }
-        if judge != "proxy":
-            row["proxy gain"] = interval(policy["proxy_gain"])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
+    deciding = results["deciding"]
+    rows = _measured(results, catalogue.policies(*COMPARED))
+    rows = [row | row[f"{deciding}_gain"] for row in rows]
+    columns = [
+        ("policy", named),
+        (f"{deciding} gain over SFT", interval),
+        ("each seed", lambda gain: ", ".join(f"{value:.2f}" for value in gain["per_seed"])),
+        *_corrected(rows),
+        ("verdict", itemgetter("verdict")),
+        *([("proxy gain", estimated("proxy_gain"))] if deciding != "proxy" else []),
+    ]
+    return table_of(rows, columns)
 
 
 def pair_table(results: Mapping) -> pd.DataFrame:
-    """Each two of the compared methods: difference of the judged reward, and what may be said."""
-    rows = []
-    for key, record in results["comparisons"].items():
-        row = {"comparison": pair_name(key), "difference": interval(record)}
-        rows.append(row | _corrected(record) | {"verdict": record["verdict"]})
-    return pd.DataFrame(rows)
+    """Each two of the compared methods: difference of the deciding reward, and what may be said."""
+    rows = [{"pair": pair_name(key), **found} for key, found in results["comparisons"].items()]
+    columns = [
+        ("comparison", itemgetter("pair")),
+        ("difference", interval),
+        *_corrected(rows),
+        ("verdict", itemgetter("verdict")),
+    ]
+    return table_of(rows, columns)
 
 
 def pair_name(key: str) -> str:
     """`ppo_minus_dpo` as readers know it."""
-    return " − ".join(NAMES[name] for name in key.split("_minus_"))
+    return " − ".join(label(name) for name in key.split("_minus_"))
 
 
-def _corrected(difference: Mapping) -> dict[str, str]:
-    """Corrected p and smallest detectable difference; nothing for a study that has none."""
-    if "p_adjusted" not in difference:
-        return {}
-    p, smallest = difference["p_adjusted"], difference["detectable"]
-    return {
-        "p (Holm)": "<0.001" if p < 0.001 else f"{p:.3f}",
-        "smallest seen": "–" if smallest is None else f"{smallest:.2f}",
-    }
+def _corrected(differences: Sequence[Mapping]) -> list[Column]:
+    """Corrected p and smallest detectable difference; an old study has neither."""
+    columns: list[Column] = [
+        ("p (Holm)", lambda row: "<0.001" if (p := row["p_adjusted"]) < 0.001 else f"{p:.3f}"),
+        ("smallest seen", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
+    ]
+    return columns if any("p_adjusted" in row for row in differences) else []
 
 
 def win_table(results: Mapping) -> pd.DataFrame:
     """Wins against SFT, base and the dataset's chosen reply, raw and at equal length."""
     others = {"sft": "SFT", "base": "base", "chosen": "chosen reply"}
-    return pd.DataFrame([
-        {"policy": NAMES[name]}
-        | {
-            f"vs {label}{suffix}": interval(
-                results["policies"][name].get(f"{key}_vs_{other}"), 0, percent=True
-            )
-            for other, label in others.items()
-            for key, suffix in (("win_rate", ""), ("length_controlled", " (LC)"))
-        }
-        for name in _measured(results)
-    ])  # fmt: skip
+    columns = [
+        (f"vs {title}{suffix}", won(f"{key}_vs_{other}"))
+        for other, title in others.items()
+        for key, suffix in (("win_rate", ""), ("length_controlled", " (LC)"))
+    ]
+    return table_of(_measured(results, catalogue.policies()), [("policy", named), *columns])
 
 
 def distance_table(results: Mapping) -> pd.DataFrame:
     """KL by three estimators, entropy, and perplexity of held-out texts."""
-    rows = []
-    for name in _measured(results):
-        policy = results["policies"][name]
-        row = {
-            "policy": NAMES[name],
-            "KL ± SE": f"{policy['kl']['mean']:.2f} ± {policy['kl']['se']:.2f}",
-            "k1": interval(policy["kl_k1"]),
-            "k3": interval(policy["kl_k3"]),
-            "entropy": interval(policy["entropy"]),
-        }
-        if "perplexity" in policy:
-            row["perplexity"] = interval(policy["perplexity"])
-            row["more than SFT (nats)"] = interval(policy.get("forgetting"), 3)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    rows = _measured(results, catalogue.policies())
+    of_texts = [
+        ("perplexity", estimated("perplexity")),
+        ("more than SFT (nats)", lambda row: interval(row.get("forgetting"), 3)),
+    ]
+    columns = [
+        ("policy", named),
+        ("KL ± SE", lambda row: f"{row['kl']['mean']:.2f} ± {row['kl']['se']:.2f}"),
+        ("k1", estimated("kl_k1")),
+        ("k3", estimated("kl_k3")),
+        ("entropy", estimated("entropy")),
+        *(of_texts if any("perplexity" in row for row in rows) else []),
+    ]
+    return table_of(rows, columns)
 
 
 def reply_table(results: Mapping) -> pd.DataFrame:
     """Length, endings, variety and repetition of each policy's replies."""
-    columns = {"length": ("length", 1, False), "finished": ("ended", 1, True),
-               "distinct_1": ("distinct-1", 2, False), "distinct_2": ("distinct-2", 2, False),
-               "repetition": ("repeated", 1, True)}  # fmt: skip
-    return pd.DataFrame([
-        {"policy": NAMES[name]}
-        | {
-            label: interval(results["policies"][name][key], digits, percent)
-            for key, (label, digits, percent) in columns.items()
-        }
-        for name in _measured(results)
-    ])  # fmt: skip
+    columns = [
+        ("policy", named),
+        ("length", estimated("length", 1)),
+        ("ended", estimated("finished", 1, percent=True)),
+        ("distinct-1", estimated("distinct_1")),
+        ("distinct-2", estimated("distinct_2")),
+        ("repeated", estimated("repetition", 1, percent=True)),
+    ]
+    return table_of(_measured(results, catalogue.policies()), columns)
 
 
 def opinion_table(results: Mapping) -> pd.DataFrame:
     """What two reward models say of each policy, where there were two (`second_opinion`)."""
-    return pd.DataFrame([
-        {
-            "policy": NAMES[name],
-            "its own": interval(record["own"]),
-            "another seed's": interval(record["other"]),
-            "own less other": interval(record["excess"]),
-            **_corrected(record["excess"]),
-            "verdict": record["excess"]["verdict"],
-            "disagree": interval(record["opposite"], 0, percent=True),
-        }
-        for name, record in results["second_opinion"].items()
-    ])  # fmt: skip
+    opinions = results["second_opinion"].items()
+    rows = [{"name": name, **record, **record["excess"]} for name, record in opinions]
+    columns = [
+        ("policy", named),
+        ("its own", estimated("own")),
+        ("another seed's", estimated("other")),
+        ("own less other", interval),
+        *_corrected(rows),
+        ("verdict", itemgetter("verdict")),
+        ("disagree", estimated("opposite", 0, percent=True)),
+    ]
+    return table_of(rows, columns)
 
 
 def endpoint_table(results: Mapping) -> pd.DataFrame:
-    """What a judge behind an endpoint said, where one was asked (`endpoint_judge`)."""
-    return pd.DataFrame([
-        {
-            "policy": NAMES[name],
-            "wins over SFT": interval(record.get("win_rate_vs_sft"), 0, percent=True),
-            "same in both orders": f"{record['same_in_both_orders']:.0%}"
-            if "same_in_both_orders" in record else "–",
-            "no clear answer": record["unclear"],
-        }
-        for name, record in results["endpoint_judge"]["policies"].items()
-    ])  # fmt: skip
+    """What a model behind an endpoint said, where one was asked (`endpoint`)."""
+    same = "same_in_both_orders"
+    columns = [
+        ("policy", named),
+        ("wins over SFT", won("win_rate_vs_sft")),
+        ("same in both orders", lambda row: f"{row[same]:.0%}" if same in row else "–"),
+        ("no clear answer", itemgetter("unclear")),
+    ]
+    asked = results["endpoint"]["policies"].items()
+    return table_of([{"name": name, **record} for name, record in asked], columns)
 
 
 def need_table(results: Mapping) -> pd.DataFrame:
     """The candidates in what a user may ask for: one row a candidate, one column a need."""
-    needs = {key: record for key, record in results["needs"].items() if key in ASKED}
-    titles = {key: ASKED[key][0].format(judge=results["judge"]) for key in needs}
-    return pd.DataFrame([
-        {"candidate": NAMES[name]}
-        | {
-            titles[key]: interval(record["policies"][name], ASKED[key][2])
-            for key, record in needs.items()
-        }
-        for name in CANDIDATES
-    ])  # fmt: skip
+
+    def need(key: str) -> Column:
+        (title, _, digits), found = ASKED[key], results["needs"][key]["policies"]
+        named = title.format(deciding=results["deciding"])
+        return named, lambda name: interval(found[name], digits)
+
+    candidates = [name for name in catalogue.candidates() if name in results["policies"]]
+    needs = [need(key) for key in results["needs"] if key in ASKED]
+    return table_of(candidates, [("candidate", label), *needs])
 
 
-def _measured(results: Mapping) -> list[str]:
-    """Policies in the order of all tables."""
-    return [name for name in POLICIES if name in results["policies"]]
-
-
-PHASE_CAPTION = (
-    "Minutes of each stage by what was going on, a mean over its seeds; other: all that no phase "
-    "counts, such as reading data, statistics and writing metrics."
-)
-PRICE_CAPTION = (
-    "What training bought: {judge} gain over SFT for each minute of a method's own stage, and for "
-    "each million tokens in it (sampled, scored or learnt from). 95 % intervals of the gain, "
-    "divided by the mean cost; the reward model's own training is not in it."
-)
-
-UPDATE_CAPTION = (
-    "One update of each method: tokens, and passes over them. Forward: sampling (token by token), "
-    "reward model, log-probabilities under policy and reference, values, and those that gradients "
-    "flow back through. Tokens are a mean over the stage, and include what is sampled to measure "
-    "it (DPO) or scored at its end (reward model)."
-)
-MEMORY_CAPTION = (
-    "Peak memory of each stage by part, in MB. Counted from {weights:,} weights a model: weights, "
-    "gradients and AdamW's two moments of what is learnt, in fp32, and models that are only read, "
-    "in {precision}. The rest is the measured peak less these: activations, data, and the program "
-    "itself, which weighs more than a small model."
-)
-
-
-# what a comparison of the methods cannot do without; the other stages say how far to trust it
-CORE = ("dataset", "judge", "reward_model", "sft", "ppo", "grpo", "dpo", "evaluate")
-
-
-class Parts(NamedTuple):
-    """What a method holds and does: models, and passes over the tokens of one update."""
-
-    learnt: int  # models with gradients
-    read: int  # frozen ones
-    forward: int
-    backward: int
+# --------------------------------------------------------------------------------------- costs
 
 
 def cost_table(results: Mapping) -> pd.DataFrame:
     """Minutes, peak memory and tokens of each stage, per seed."""
-    return pd.DataFrame([
-        {
-            "stage": NAMES.get(name, name.upper()),
-            "minutes": f"{cost['seconds']['mean'] / 60:.2f}",
-            "peak memory (GB)": f"{cost['peak_memory_gb']['mean']:.2f}",
-            "tokens (thousands)": f"{cost['num_tokens']['mean'] / 1000:.0f}",
-        }
-        for name, cost in results["cost"].items()
-    ])  # fmt: skip
+    columns = [
+        ("stage", named),
+        ("minutes", spent("seconds", 60, 2)),
+        ("peak memory (GB)", spent("peak_memory_gb", 1, 2)),
+        ("tokens (thousands)", spent("num_tokens", 1000, 0)),
+    ]
+    return table_of([{"name": name, **cost} for name, cost in results["cost"].items()], columns)
 
 
 def phase_table(results: Mapping) -> pd.DataFrame:
     """Minutes of each stage by phase; phases that no stage spent time in are left out."""
-    rows = []
-    for name, cost in results["cost"].items():
-        phases = {phase: seconds / 60 for phase, seconds in cost["phases"].items()}
-        total = cost["seconds"]["mean"] / 60
-        other = total - sum(phases.values())
-        rows.append({"stage": NAMES.get(name, name), **phases, "other": other, "all": total})
-    frame = pd.DataFrame(rows).fillna(0.0)
-    order = ["stage", *sorted(set(frame) - {"stage", "other", "all"}), "other", "all"]
-    frame = frame[order]
-    sums = frame.drop(columns="stage").sum()
-    frame.loc[len(frame)] = {"stage": "sum", **sums}
-    return frame.map(lambda x: x if isinstance(x, str) else f"{max(x, 0.0):.2f}")
-
-
-def parts(settings: Mapping) -> dict[str, Parts]:
-    """Models in memory and passes of each method, as these settings have them."""
-    ppo, grpo = settings["ppo"], settings["grpo"]
-    values = 1 if ppo["value_model"] == "separate" else 0
-    copies = 1 if settings["model"]["lora_rank"] else 2  # adapters off: the policy is the reference
-    each = ppo["epochs"] * (1 + values)
-    return {
-        "reward_model": Parts(1, 0, 1, 1),
-        "sft": Parts(1, 0, 1, 1),
-        # sampled, scored, log-probs of policy and reference, values
-        "ppo": Parts(1 + values, copies, 4 + 1 + each, each),
-        "grpo": Parts(1, copies, 4 + grpo["iterations"], grpo["iterations"]),
-        "dpo": Parts(1, 2, 1, 1),  # the reference's log-probs are taken once, before training
-    }
+    phases = {name: cost["phases"] for name, cost in results["cost"].items()}
+    seconds = pd.DataFrame.from_dict(phases, orient="index").sort_index(axis=1).fillna(0.0)
+    everything = pd.Series({n: cost["seconds"]["mean"] for n, cost in results["cost"].items()})
+    seconds["other"], seconds["all"] = everything - seconds.sum(axis=1), everything
+    seconds.loc["sum"] = seconds.sum()
+    frame = (seconds / 60).clip(lower=0.0).map("{:.2f}".format)
+    frame.insert(0, "stage", [label(str(name)) for name in frame.index])
+    return frame
 
 
 def total_sentence(results: Mapping) -> str:
     """Minutes of all stages of all seeds, and of one seed's methods with their evaluation."""
     cost = results["cost"]
     everything = sum(sum(stage["seconds"]["per_seed"]) for stage in cost.values()) / 60
-    core = sum(cost[name]["seconds"]["mean"] for name in CORE if name in cost) / 60
-    judge = ", held-out judge" if "judge" in cost else ""
+    # what a comparison of the methods cannot do without; the other stages say how far to trust it
+    core = ["reward_model", "sft", *catalogue.methods(), *({"judge"} & set(cost)), "evaluate"]
+    theirs = sum(cost[name]["seconds"]["mean"] for name in ("dataset", *core) if name in cost)
     return (
-        f"Time in stages, added up over all jobs: {everything:.1f} minutes. One seed's reward "
-        f"model, SFT, PPO, GRPO, DPO{judge} and evaluation take {core:.1f} of them."
+        f"Time in stages, added up over all jobs: {everything:.1f} minutes. One seed's "
+        f"{listed([label(name) for name in core])} take {theirs / 60:.1f} of them."
     )
+
+
+def passes(settings: Mapping) -> dict[str, Passes]:
+    """Models in memory and passes over an update's tokens, of each stage that says so."""
+    stages = (stage for stage in CATALOGUE.values() if not stage.variant_of)
+    return {stage.name: stage.passes(settings) for stage in stages if stage.passes}
 
 
 def update_table(results: Mapping, updates: Mapping[str, int]) -> pd.DataFrame:
     """Tokens and passes of one update; `updates`: how many each stage made."""
-    return pd.DataFrame([
-        {
-            "stage": NAMES[name],
-            "updates": updates[name],
-            "tokens an update": round(results["cost"][name]["num_tokens"]["mean"] / updates[name]),
-            "forward passes": part.forward,
-            "backward passes": part.backward,
-        }
-        for name, part in parts(results["settings"]).items()
-    ])  # fmt: skip
+    made, cost = passes(results["settings"]), results["cost"]
+    columns = [
+        ("stage", label),
+        ("updates", lambda name: updates[name]),
+        ("tokens an update", lambda name: round(cost[name]["num_tokens"]["mean"] / updates[name])),
+        ("forward passes", lambda name: made[name].forward),
+        ("backward passes", lambda name: made[name].backward),
+    ]
+    return table_of([name for name in made if name in cost], columns)
 
 
 def memory_table(results: Mapping, weights: int, learnt: int, read_bytes: int) -> pd.DataFrame:
-    """Peak memory by part. `weights` of one model, `learnt` ones among them (fewer with adapters);
-    `read_bytes`: of a weight that is only read.
+    """Peak memory by part, in MB. `weights` of one model, `learnt` ones among them (fewer with
+    adapters); `read_bytes`: of a weight that is only read.
     """
-    rows = []
-    for name, part in parts(results["settings"]).items():
+    rows, held, cost = [], passes(results["settings"]), results["cost"]
+    for name in (name for name in held if name in cost):
         counted = {
-            "weights learnt": 4 * weights * part.learnt,
-            "gradients": 4 * learnt * part.learnt,
-            "moments": 8 * learnt * part.learnt,
-            "models read": read_bytes * weights * part.read,
+            "weights learnt": 4 * weights * held[name].learnt,
+            "gradients": 4 * learnt * held[name].learnt,
+            "moments": 8 * learnt * held[name].learnt,
+            "models read": read_bytes * weights * held[name].read,
         }
-        peak = 1e9 * results["cost"][name]["peak_memory_gb"]["mean"]
+        peak = 1e9 * cost[name]["peak_memory_gb"]["mean"]
         counted |= {"the rest": peak - sum(counted.values()), "peak": peak}
-        megabytes = {key: f"{value / 1e6:,.0f}" for key, value in counted.items()}
-        rows.append({"stage": NAMES[name], **megabytes})
+        rows.append({"stage": label(name)} | {k: f"{v / 1e6:,.0f}" for k, v in counted.items()})
     return pd.DataFrame(rows)
 
 
 def price_table(results: Mapping) -> pd.DataFrame:
     """Gain over SFT per minute and per million tokens of each trained policy's stage."""
-    judge, rows = results["judge"], []
-    for name in (c for c in CANDIDATES if c in results["policies"]):
-        gain, cost = results["policies"][name][f"{judge}_gain"], results["cost"][name]
-        rows.append({
-            "policy": NAMES[name],
-            "gain a minute": interval(_divided(gain, cost["seconds"]["mean"] / 60)),
-            "gain a million tokens": interval(_divided(gain, cost["num_tokens"]["mean"] / 1e6)),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+    rows = [
+        row | row[f"{results['deciding']}_gain"] | results["cost"][row["name"]]
+        for row in _measured(results, catalogue.candidates())
+    ]
+
+    def per(key: str, unit: float) -> Cell:
+        def divided(row: Mapping, end: str) -> float | None:
+            return row[end] and row[end] / (row[key]["mean"] / unit)  # a lone seed has no ends
+
+        return lambda row: interval({end: divided(row, end) for end in ("mean", "low", "high")})
+
+    columns = [
+        ("policy", named),
+        ("gain a minute", per("seconds", 60)),
+        ("gain a million tokens", per("num_tokens", 1e6)),
+    ]
+    return table_of(rows, columns)
 
 
-def _divided(estimate: Mapping, by: float) -> dict:
-    parts = {key: estimate[key] for key in ("mean", "low", "high")}
-    return {key: None if value is None else value / by for key, value in parts.items()}
+# -------------------------------------------------------------------------------------- probes
+
+ARROWS = {"higher": " ▲", "lower": " ▼", "not distinguishable": ""}
+
+
+def probe_table(measured: Mapping[str, Mapping[str, Mapping]], percent: bool) -> pd.DataFrame:
+    """One row a measure, one column a policy, from `failures` or `scores` of a study's probes.
+
+    An arrow says where a policy differs from SFT.
+    """
+
+    def marked(record: Mapping) -> str:
+        verdict = record.get("change", {}).get("verdict", "not distinguishable")
+        return interval(record, 0 if percent else 2, percent) + ARROWS[verdict]
+
+    def of(policy: str) -> Column:
+        return label(policy), lambda measure: marked(measured[measure][policy])
+
+    return table_of(measured, [("", str), *map(of, next(iter(measured.values())))])
+
+
+def definition_table(definitions: Mapping[str, str], wanted: Sequence[str]) -> pd.DataFrame:
+    """What each measure counts."""
+    return table_of(wanted, [("measure", str), ("what counts", lambda name: definitions[name])])
+
+
+def example_table(probes: Stage, policies: Sequence[str]) -> pd.DataFrame:
+    """Replies side by side, a row a policy: each probe's first prompt on which the policies differ.
+
+    Where they never differ it is the probe's first prompt. The first sample of each is shown.
+    """
+    sampled = {p: read_jsonl(probes.path / "samples" / f"{p}.jsonl") for p in policies}
+    asked = pd.DataFrame(sampled[policies[0]]).drop_duplicates("id")
+
+    def differ(place: int) -> bool:
+        return len({rows[place]["failure"] for rows in sampled.values()}) > 1
+
+    def once(text: Cell) -> Cell:
+        return lambda row: text(row) if row["name"] == policies[0] else ""
+
+    rows = []
+    for _, prompts in asked.groupby("probe", sort=False):
+        place = max(prompts.index, key=differ)  # the first of the greatest: True is above False
+        rows += [sampled[policy][place] | {"name": policy} for policy in policies]
+    columns = [
+        ("probe", once(itemgetter("probe"))),
+        ("request", once(lambda row: shorten(last_request(row["prompt"]), 90))),
+        ("policy", named),
+        ("reply", lambda row: shorten(row["response"], 140) + _cut(row["finished"])),
+        ("fails", lambda row: "yes" if row["failure"] else "no"),
+    ]
+    return table_of(rows, columns)
+
+
+def _cut(finished: object) -> str:
+    return "" if finished else " (cut)"
+
+
+# --------------------------------------------------------------- training, and what it leads to
+
+
+def quarters(metrics: Sequence[Mapping], key: str) -> tuple[list[float], list[float]]:
+    """A metric's values in the first and the last quarter of the steps at which it was logged."""
+    values = [row[key] for row in metrics if key in row]
+    size = max(1, len(values) // 4)
+    return values[:size], values[-size:]
+
+
+def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.DataFrame:
+    """`contrast` of the quarters of each named metric that was logged: one row a metric."""
+    logged = set().union(*metrics)
+    changes = {names[key]: contrast(*quarters(metrics, key)) for key in names if key in logged}
+    columns = [
+        ("", str),
+        ("first quarter", lambda name: f"{changes[name]['first']:.3g}"),
+        ("last quarter", lambda name: f"{changes[name]['last']:.3g}"),
+        ("change", lambda name: changes[name]["word"]),
+    ]
+    return table_of(changes, columns)
+
+
+def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:
+    """A table of sampled replies: last human turn, reply, rewards; `first` adds leading columns."""
+    asked = tokenizer.batch_decode(rollout.prompts)
+    answered = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    gold = rollout.gold
+
+    def turn(i: int) -> str:
+        return shorten(asked[i].rpartition("Human:")[2].removesuffix("Assistant:"), 90)
+
+    columns = [
+        ("prompt", turn),
+        ("reply", lambda i: shorten(answered[i], 180) + _cut(rollout.finished[i])),
+        ("proxy", lambda i: f"{rollout.scores[i]:.2f}"),
+        *([("gold", lambda i: f"{gold[i]:.2f}")] if gold is not None else []),
+        ("log-ratio to SFT", lambda i: f"{rollout.kl[i]:.1f}"),
+    ]
+    frame = table_of(range(len(asked)), columns)
+    return pd.DataFrame(first, index=frame.index).join(frame)
+
+
+ERROR_RULES = {
+    "label against gold": "the gold reward sides with the model against the label",
+    "near tie": "score difference under a fifth of the typical one",
+    "safety": "exactly one of the two replies refuses",
+    "length-led": "the wrongly preferred reply is at least 1.5 times as long",
+    "confidently wrong": "score difference over twice the typical one",
+    "other": "none of these",
+}
+
+
+def error_counts(errors: Sequence[Mapping], gold_known: bool) -> pd.DataFrame:
+    """How many of the reward model's errors (`rankings.errors`) fall into each category."""
+    counts = Counter(error["category"] for error in errors)
+    columns = [
+        ("category", str),
+        ("rule (first that fits)", lambda name: ERROR_RULES[name]),
+        ("errors", lambda name: counts[name]),
+        ("share of errors", lambda name: f"{counts[name] / max(1, len(errors)):.0%}"),
+    ]
+    return table_of([n for n in ERROR_RULES if gold_known or n != "label against gold"], columns)
+
+
+def error_table(errors: Sequence[Mapping], pairs: Sequence, limit: int = 24) -> pd.DataFrame:
+    """Errors to read: the most confident of each category, then the second most, up to `limit`."""
+    frame = pd.DataFrame(list(errors), columns=["pair", "preference", "category"])
+    frame["place"] = frame["category"].map(list(ERROR_RULES).index)
+    frame["rank"] = frame.groupby("category").cumcount()  # errors come most confident first
+    shown = frame.sort_values(["rank", "place"]).head(limit).sort_values(["place", "rank"])
+    columns = [
+        ("category", itemgetter("category")),
+        ("request", lambda row: shorten(last_request(pairs[row["pair"]].prompt_text), 90)),
+        ("labelled better", lambda row: shorten(pairs[row["pair"]].chosen_text, 90)),
+        ("scored higher", lambda row: shorten(pairs[row["pair"]].rejected_text, 90)),
+        ("difference", lambda row: f"{row['preference']:.2f}"),
+    ]
+    return table_of(shown.to_dict("records"), columns)

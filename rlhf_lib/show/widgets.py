@@ -1,9 +1,9 @@
 """Things to touch: readers of pairs and samples, and sliders over logged runs and over beta.
 
-Each has two halves: a pure function that makes the table or figure for one position, and a thin
-layer that turns positions into a control. A report cannot be touched, so each also has a static
-twin that shows several positions at once. In batch (`RLHF_BATCH`), or without a notebook, only the
-twin is shown; in a live notebook both are one output, and the front end takes the control.
+Each has two halves: a pure function that makes the table or figure for some positions, and a thin
+layer that turns one position at a time into a control. A report cannot be touched, so each also has
+a static twin that shows several positions at once. In batch (`RLHF_BATCH`), or without a notebook,
+only the twin is shown; in a live notebook both are one output, and the front end takes the control.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from textwrap import shorten
 
 import ipywidgets
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from IPython.core.getipython import get_ipython
 from IPython.display import display
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import rel_entr, softmax
 
+from rlhf_lib.catalogue import color, label
 from rlhf_lib.data.encoding import Pair
-from rlhf_lib.show.display import NAMES, figure_bundle, last_request, table_bundle
-from rlhf_lib.show.figures import COLORS
+from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.figures import smooth
+from rlhf_lib.show.tables import Column, table_of
+from rlhf_lib.world.grammar import last_request
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 Content = pd.DataFrame | Figure
+Page = Callable[[list], Content]  # what is shown of a list of positions
 PANELS = {"reward": "proxy reward", "kl": "KL to SFT (nats a reply)", "gold": "gold reward"}
 TWIN_POSITIONS = 3  # how many positions of a slider its static twin shows
 
@@ -44,18 +50,19 @@ def live() -> bool:
     return jupyter or "google.colab" in sys.modules or "__vsc_ipynb_file__" in shell.user_ns
 
 
-def control(
-    label: str, options: Sequence[tuple[str, object]], content: Callable[..., Content]
-) -> ipywidgets.VBox:
-    """A slider over `options` (name, value) above the content of the value it stands at."""
+def control(title: str, positions: Mapping[str, object], content: Page) -> ipywidgets.VBox:
+    """A slider over the named positions, above the content of the one that it stands at."""
     slider = ipywidgets.SelectionSlider(
-        options=options, description=label, continuous_update=False,
-        style={"description_width": "initial"}, layout={"width": "32rem", "max_width": "100%"},
-    )  # fmt: skip
-    view = ipywidgets.HTML(_markup(content(slider.value)))
+        options=list(positions.items()),
+        description=title,
+        continuous_update=False,
+        style={"description_width": "initial"},
+        layout={"width": "32rem", "max_width": "100%"},
+    )
+    view = ipywidgets.HTML(_markup(content([slider.value])))
 
     def turn(change: Mapping) -> None:
-        view.value = _markup(content(change["new"]))
+        view.value = _markup(content([change["new"]]))
 
     slider.observe(turn, names="value")
     return ipywidgets.VBox([slider, view])
@@ -68,14 +75,13 @@ def _markup(content: Content) -> str:
 
 
 def _offer(
-    label: str, options: Sequence[tuple[str, object]], content: Callable[..., Content],
-    twin: Content, caption: str,
-) -> None:  # fmt: skip
+    caption: str, twin: Content, title: str, positions: Mapping[str, object], content: Page
+) -> None:
     """Show the twin, numbered and captioned, with the control over it where somebody can use it."""
     kind = "figure" if isinstance(twin, Figure) else "table"
     bundle: dict = figure_bundle(twin) if isinstance(twin, Figure) else table_bundle(twin)
     if live():
-        bundle |= control(label, options, content)._repr_mimebundle_() or {}
+        bundle |= control(title, positions, content)._repr_mimebundle_() or {}
     display(bundle, raw=True, metadata={"caption": caption, "kind": kind})
 
 
@@ -88,48 +94,52 @@ def spread(positions: Sequence, count: int = TWIN_POSITIONS) -> list:
 # ----------------------------------------------------------------------------- pairs and samples
 
 
-def pair_page(pairs: Sequence[Pair], position: int, limit: int = 1000) -> pd.DataFrame:
-    """One pair to read: the last request, both replies, and how many words each of them has."""
-    pair = pairs[position]
-    lengths = [len(text.split()) for text in (pair.chosen_text, pair.rejected_text)]
-    return pd.DataFrame([{
-        "pair": position + 1,
-        "request": shorten(last_request(pair.prompt_text), limit),
-        "chosen": shorten(pair.chosen_text, limit),
-        "rejected": shorten(pair.rejected_text, limit),
-        "words": "{}\u00a0:\u00a0{}".format(*lengths),
-    }])  # fmt: skip
+def _texts(pairs: Sequence[Pair], limit: int) -> list[Column]:
+    """What is read of the pair at a place."""
+    return [
+        ("request", lambda place: shorten(last_request(pairs[place].prompt_text), limit)),
+        ("chosen", lambda place: shorten(pairs[place].chosen_text, limit)),
+        ("rejected", lambda place: shorten(pairs[place].rejected_text, limit)),
+    ]
+
+
+def pair_page(pairs: Sequence[Pair], places: Sequence[int], limit: int = 1000) -> pd.DataFrame:
+    """Pairs to read: the last request, both replies, and how many words each of them has."""
+
+    def words(place: int) -> str:
+        sides = pairs[place].chosen_text, pairs[place].rejected_text
+        return "\u00a0:\u00a0".join(str(len(text.split())) for text in sides)
+
+    columns = [("pair", lambda place: place + 1), *_texts(pairs, limit), ("words", words)]
+    return table_of(places, columns)
 
 
 def pair_browser(pairs: Sequence[Pair]) -> None:
     """Turn over the pairs one by one. Twin: the first of them."""
-    options = [(str(i + 1), i) for i in range(len(pairs))]
-    twin = pd.concat([pair_page(pairs, i, 200) for _, i in options[:TWIN_POSITIONS]])
-    _offer(
-        "pair", options, lambda i: pair_page(pairs, i), twin,
-        "The first pairs, to be read; words of the chosen reply : words of the rejected one.",
-    )  # fmt: skip
+    page, places = partial(pair_page, pairs), range(len(pairs))
+    caption = "The first pairs, to be read; words of the chosen reply : words of the rejected one."
+    positions = {str(place + 1): place for place in places}
+    _offer(caption, page(places[:TWIN_POSITIONS], 200), "pair", positions, page)
 
 
 def margin_page(
-    pairs: Sequence[Pair], preferences: Sequence[float], share: float, limit: int = 1000
+    pairs: Sequence[Pair], preferences: Sequence[float], shares: Sequence[float], limit: int = 1000
 ) -> pd.DataFrame:
-    """The pair that stands at this share of all pairs when they are sorted by reward margin.
+    """The pairs that stand at these shares of all pairs when they are sorted by reward margin.
 
     preferences: (pairs,) score of the chosen reply minus that of the rejected one, in the reward
     model's own units. Share 0 is the pair it got most wrong, 1 the one it is surest of.
     """
     order = np.argsort(preferences, kind="stable")
-    place = int(order[round(share * (len(order) - 1))])
-    pair, margin = pairs[place], float(preferences[place])
-    return pd.DataFrame([{
-        "pairs with a smaller margin": f"{share:.0%}",
-        "request": shorten(last_request(pair.prompt_text), limit),
-        "chosen": shorten(pair.chosen_text, limit),
-        "rejected": shorten(pair.rejected_text, limit),
-        "margin": f"{margin:+.2f}",
-        "P(chosen wins)": f"{1 / (1 + np.exp(-margin)):.1%}",
-    }])  # fmt: skip
+    places = [int(order[round(share * (len(order) - 1))]) for share in shares]
+    columns = [
+        *_texts(pairs, limit),
+        ("margin", lambda place: f"{preferences[place]:+.2f}"),
+        ("P(chosen wins)", lambda place: f"{1 / (1 + np.exp(-preferences[place])):.1%}"),
+    ]
+    frame = table_of(places, columns)
+    frame.insert(0, "pairs with a smaller margin", [f"{share:.0%}" for share in shares])
+    return frame
 
 
 def margin_explorer(pairs: Sequence[Pair], preferences: Sequence[float]) -> None:
@@ -137,60 +147,53 @@ def margin_explorer(pairs: Sequence[Pair], preferences: Sequence[float]) -> None
     if len(pairs) != len(preferences):
         raise ValueError(f"{len(pairs)} pairs, but {len(preferences)} preferences")
     shares = np.linspace(0, 1, min(101, len(pairs))).tolist()
-    twin = pd.concat([margin_page(pairs, preferences, s, 120) for s in spread(shares, 5)])
-    _offer(
-        "share of pairs below", [(f"{s:.0%}", s) for s in shares],
-        lambda s: margin_page(pairs, preferences, s), twin,
+    page = partial(margin_page, pairs, preferences)
+    caption = (
         "Pairs at five places of the order by reward margin: score of the chosen reply minus score "
-        "of the rejected one. A negative margin is a pair that the reward model gets wrong.",
-    )  # fmt: skip
+        "of the rejected one. A negative margin is a pair that the reward model gets wrong."
+    )
+    positions = {f"{share:.0%}": share for share in shares}
+    _offer(caption, page(spread(shares, 5), 120), "share of pairs below", positions, page)
 
 
 def sample_page(
-    samples: Mapping[str, Sequence[Mapping]], prompt: str, limit: int = 1000
+    samples: Mapping[str, Sequence[Mapping]], prompts: Sequence[str], limit: int = 1000
 ) -> pd.DataFrame:
-    """What each policy replied to one prompt, with the rewards that are known.
+    """What each policy replied to these prompts, with the rewards that are known.
 
     samples: policy -> rows with `prompt`, `response`, and perhaps `proxy` and `gold`, as in a
     study's `samples/<policy>.jsonl`. Raises KeyError for a policy that was not asked.
     """
     rows = []
-    for policy, replies in samples.items():
-        reply = next((row for row in replies if row["prompt"] == prompt), None)
-        if reply is None:
-            raise KeyError(f"{policy} has no reply to the prompt {prompt[:80]!r}")
-        request = shorten(last_request(prompt), limit)
-        row = {"request": request, "policy": NAMES.get(policy, policy)}
-        row["reply"] = shorten(reply["response"], limit)
-        rows.append(row | {k: f"{reply[k]:.2f}" for k in ("proxy", "gold") if k in reply})
-    return pd.DataFrame(rows)
+    for prompt in prompts:
+        for policy, replies in samples.items():
+            reply = next((row for row in replies if row["prompt"] == prompt), None)
+            if reply is None:
+                raise KeyError(f"{policy} has no reply to the prompt {prompt[:80]!r}")
+            rows.append({"policy": policy, **reply})
+
+    def score(key: str) -> Column:
+        return key, lambda row: f"{row[key]:.2f}"
+
+    columns = [
+        ("request", lambda row: shorten(last_request(row["prompt"]), limit)),
+        ("policy", lambda row: label(row["policy"])),
+        ("reply", lambda row: shorten(row["response"], limit)),
+        *(score(key) for key in ("proxy", "gold") if key in rows[0]),
+    ]
+    return table_of(rows, columns)
 
 
 def sample_reader(samples: Mapping[str, Sequence[Mapping]]) -> None:
     """Read all policies' replies to a prompt side by side. Twin: the first three prompts."""
     prompts = list(dict.fromkeys(row["prompt"] for row in next(iter(samples.values()))))
-    twin = pd.concat([sample_page(samples, prompt, 160) for prompt in prompts[:TWIN_POSITIONS]])
-    _offer(
-        "prompt", [(str(i), prompt) for i, prompt in enumerate(prompts, 1)],
-        lambda prompt: sample_page(samples, prompt), twin,
-        "One sampled reply of each policy to the same prompts.",
-    )  # fmt: skip
+    page = partial(sample_page, samples)
+    caption = "One sampled reply of each policy to the same prompts."
+    positions = {str(number): prompt for number, prompt in enumerate(prompts, 1)}
+    _offer(caption, page(prompts[:TWIN_POSITIONS], 160), "prompt", positions, page)
 
 
 # ------------------------------------------------------------------------------------- the leash
-
-
-def draw_kl(axes: Sequence[Axes], runs: Mapping[float, pd.DataFrame], coefficient: float) -> None:
-    """One panel a metric: the run with this KL coefficient among all of them, over the steps."""
-    keys = logged(runs)
-    for axis, key in zip(axes, keys, strict=True):
-        for other, frame in sorted(runs.items(), key=lambda item: item[0] == coefficient):
-            chosen = other == coefficient  # drawn last, on top
-            line = pd.Series(frame.set_index("step")[key].dropna().rolling(3, 1).mean())
-            color, width = (COLORS["ppo"], 1.8) if chosen else ("#bbbbbb", 0.9)
-            axis.plot(line.index, line, color=color, lw=width)
-        axis.set(title=PANELS[key], xlabel="update")
-    axes[0].set_ylabel(f"β = {coefficient:g}", color=COLORS["ppo"])
 
 
 def logged(runs: Mapping[float, pd.DataFrame]) -> list[str]:
@@ -199,28 +202,32 @@ def logged(runs: Mapping[float, pd.DataFrame]) -> list[str]:
 
 
 def kl_figure(runs: Mapping[float, pd.DataFrame], coefficients: Sequence[float]) -> Figure:
-    """A row of panels for each of these coefficients; all rows have the same axes."""
-    figure = Figure((7.2, 2.1 * len(coefficients) + 0.3), layout="constrained")
-    shape = (len(coefficients), len(logged(runs)))
-    grid = figure.subplots(*shape, sharex=True, sharey="col", squeeze=False)
+    """A row of panels for each of these coefficients: its run among all of them, over the steps."""
+    figure, keys = Figure((7.2, 2.1 * len(coefficients) + 0.3), layout="constrained"), logged(runs)
+    grid = figure.subplots(len(coefficients), len(keys), sharex=True, sharey="col", squeeze=False)
     for row, coefficient in zip(grid, coefficients, strict=True):
-        draw_kl(row, runs, coefficient)
-    for axis in grid[1:].flat:
-        axis.set_title("")
-    for axis in grid[:-1].flat:
-        axis.set_xlabel("")
+        for axis, key in zip(row, keys, strict=True):
+            for other in sorted(runs, key=lambda other: other == coefficient):  # it lies on top
+                line = smooth(runs[other], key)
+                chosen = {"color": color("ppo"), "lw": 1.8}
+                look = chosen if other == coefficient else {"color": "#bbbbbb", "lw": 0.9}
+                sns.lineplot(line, x="step", y=key, estimator=None, ax=axis, **look)
+            axis.set(xlabel="", ylabel="")
+        row[0].set_ylabel(f"β = {coefficient:g}", color=color("ppo"))
+    for top, bottom, key in zip(grid[0], grid[-1], keys, strict=True):
+        top.set_title(PANELS[key])
+        bottom.set_xlabel("update")
     return figure
 
 
 def kl_explorer(runs: Mapping[float, pd.DataFrame]) -> None:
     """Turn the KL coefficient. `runs`: coefficient -> logged metrics, one row a step."""
-    ordered = sorted(runs)
-    _offer(
-        "KL coefficient β", [(f"{c:g}", c) for c in ordered], lambda c: kl_figure(runs, [c]),
-        kl_figure(runs, spread(ordered)),
+    page, positions = partial(kl_figure, runs), {f"{beta:g}": beta for beta in sorted(runs)}
+    caption = (
         "The same training under different KL coefficients β: in each row one run in blue, the "
-        "others in grey; running means over three updates.",
-    )  # fmt: skip
+        "others in grey; running means over three updates."
+    )
+    _offer(caption, page(spread(sorted(runs))), "KL coefficient β", positions, page)
 
 
 # -------------------------------------------------------------------------------------- beta
@@ -231,48 +238,38 @@ def optimum(reference: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarra
 
     Source: arXiv:2305.18290, eq. 4.
     """
-    logits = np.log(reference) + np.asarray(reward) / beta
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    return softmax(np.log(reference) + np.asarray(reward) / beta)
 
 
 def kl_divergence(policy: np.ndarray, reference: np.ndarray) -> float:
     """KL(policy || reference) in nats, of two distributions over the same replies."""
-    held = policy > 0  # a reply that is never given costs nothing
-    return float((policy[held] * np.log(policy[held] / np.asarray(reference)[held])).sum())
-
-
-def draw_beta(axis: Axes, reference: np.ndarray, reward: np.ndarray, beta: float) -> None:
-    """Reference and optimum as bars over the replies, with what was gained and what was paid."""
-    policy, order = optimum(reference, reward, beta), np.argsort(reward)
-    places = np.arange(len(order))
-    axis.bar(places - 0.2, reference[order], 0.4, color=COLORS["sft"])
-    axis.bar(places + 0.2, policy[order], 0.4, color=COLORS["dpo"])
-    gained, paid = float(policy @ reward), kl_divergence(policy, reference)
-    axis.set_title(f"β = {beta:g}\nreward {gained:.2f}, KL {paid:.2f}")
-    axis.set_xticks(places, [f"{r:g}" for r in reward[order]])
-    axis.set(ylim=(0, 1), xlabel="reward of the reply")
+    return float(rel_entr(policy, reference).sum())
 
 
 def beta_figure(reference: np.ndarray, reward: np.ndarray, betas: Sequence[float]) -> Figure:
-    """A panel for each beta."""
+    """Reference and optimum at each beta as bars over the replies; what was gained, what paid."""
     figure = Figure((2.4 * max(len(betas), 2), 2.4), layout="constrained")
     axes = figure.subplots(1, len(betas), sharey=True, squeeze=False)[0]
+    order = np.argsort(reward)
+    places = np.arange(len(order))
     for axis, beta in zip(axes, betas, strict=True):
-        draw_beta(axis, reference, reward, beta)
+        policy = optimum(reference, reward, beta)
+        axis.bar(places - 0.2, reference[order], 0.4, color=color("sft"))
+        axis.bar(places + 0.2, policy[order], 0.4, color=color("dpo"))
+        gained, paid = float(policy @ reward), kl_divergence(policy, reference)
+        axis.set_title(f"β = {beta:g}\nreward {gained:.2f}, KL {paid:.2f}")
+        axis.set_xticks(places, [f"{r:g}" for r in reward[order]])
+        axis.set(ylim=(0, 1), xlabel="reward of the reply")
     axes[0].set_ylabel("probability")
     return figure
 
 
-def beta_explorer(
-    reference: Sequence[float], reward: Sequence[float],
-    betas: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
-) -> None:  # fmt: skip
+def beta_explorer(reference: Sequence[float], reward: Sequence[float]) -> None:
     """Turn beta in a world of a few replies, where the optimum is known in closed form."""
-    known = np.asarray(reference, dtype=float), np.asarray(reward, dtype=float)
-    _offer(
-        "β", [(f"{b:g}", b) for b in betas], lambda b: beta_figure(*known, [b]),
-        beta_figure(*known, spread(betas)),
+    page = partial(beta_figure, np.asarray(reference, float), np.asarray(reward, float))
+    positions = {f"{beta:g}": beta for beta in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)}
+    caption = (
         "The best policy (purple) that a leash of strength β allows, and the reference (grey). A "
-        "small β buys reward with KL (nats); a large one leaves everything as it was.",
-    )  # fmt: skip
+        "small β buys reward with KL (nats); a large one leaves everything as it was."
+    )
+    _offer(caption, page(spread(list(positions.values()))), "β", positions, page)

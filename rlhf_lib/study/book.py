@@ -14,11 +14,13 @@ from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue, proofs
 from rlhf_lib.report import exporters
+from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results import verdict
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import HEADLINE_CAPTION, figure_bundle, headline_table, table_bundle
+from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
 from rlhf_lib.study.schedule import StudyError, notebook_path
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
@@ -42,7 +44,7 @@ def load_results(folder: Path) -> dict:
 def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
     """Render `index.html` and `report.pdf` into runs/<profile>/report; returns their paths.
 
-    Raises StudyError when a notebook has not been executed yet.
+    Raises StudyError when a notebook has not been executed yet, or cannot be typeset.
     """
     results = load_results(evaluation_folder(profile, run_dir))
     chapters = [notebook_path(profile, run_dir, name) for name in catalogue.notebooks()]
@@ -59,13 +61,16 @@ def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
         front, appendix = Path(folder) / "front.ipynb", Path(folder) / "appendix.ipynb"
         nbformat.write(front_page(results), front)
         nbformat.write(appendix_page(results), appendix)
-        return exporters.render(
-            [front, *chapters, appendix],
-            run_dir / profile.name / "report",
-            title=TITLE,
-            subtitle=_subtitle(results),
-            banner=banner,
-        )
+        try:
+            return exporters.render(
+                [front, *chapters, appendix],
+                run_dir / profile.name / "report",
+                title=TITLE,
+                subtitle=_subtitle(results),
+                banner=banner,
+            )
+        except ReportError as error:
+            raise StudyError(str(error)) from error
 
 
 def _subtitle(results: Mapping) -> str:
@@ -79,7 +84,7 @@ def _subtitle(results: Mapping) -> str:
 def front_page(results: Mapping) -> nbformat.NotebookNode:
     """The answer first: the verdict in short, one figure, one table, on one page."""
     said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
-    caption = HEADLINE_CAPTION.format(judge=results["judge"])
+    caption = HEADLINE_CAPTION.format(deciding=results["deciding"])
     return _notebook([
         _prose("## The verdict\n\n" + "\n\n".join(said)),
         _figure(figures.gains(results), _gains_caption(results)),
@@ -170,12 +175,12 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     points.to_csv(target / "frontier.csv", index=False)
     drawn = {
         "gains": figures.gains(results),
-        "frontier": figures.frontier(points, results["judge"]),
+        "frontier": figures.frontier(points, results["deciding"]),
         "reward_model": figures.accuracy_bars(
             results["reward_model"]["accuracy"], results["reward_model"].get("ceiling")
         ),
         "calibration": figures.reliability({"as trained": results["reward_model"]["calibration"]}),
-        "best_of_n": figures.best_of_n(results["best_of_n"], results["judge"]),
+        "best_of_n": figures.best_of_n(results["best_of_n"], results["deciding"]),
     }
     paths = [target / "results.json", target / "frontier.csv"]
     for name, figure in drawn.items():

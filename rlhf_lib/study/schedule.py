@@ -64,6 +64,7 @@ def plan(profile: Profile) -> list[Job]:
         Job(name, int(seed), f"{name}/{seed}" in {f"{n}/0" for n in home.values()}, needs)
         for (name, seed), needs in ((k.split("/"), tuple(sorted(n))) for k, n in before.items())
     ]
+    jobs.sort(key=lambda job: job.name == "second_opinion")  # other seeds come before it
     return [*jobs, Job(last, 0, True, tuple(job.key for job in jobs))]
 
 

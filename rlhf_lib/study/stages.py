@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from rlhf_lib import catalogue
+from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.results import summary
-from rlhf_lib.runs import Run, Stage
+from rlhf_lib.runs import Run, Stage, read_jsonl
 from rlhf_lib.runtime import set_up_process
 from rlhf_lib.settings import DataConfig, Profile, unknown
-from rlhf_lib.study.training import run_stage
+from rlhf_lib.study.training import Offer, run_stage
 
 
 def next_seed(profile: Profile, seed: int) -> int:
@@ -53,17 +55,39 @@ class Study:
 
     def stage(self, name: str) -> Stage:
         """The finished stage `name`; missing ones are run first, in the order of their needs."""
-        profile, seed = self.run.profile, self.run.seed
-        known = {record.name: record for record in catalogue.stages(profile, seed)}
+        record = self._record(name)
+        return run_stage(self.run, record, self._data(record), self._needed(name))
+
+    def variant(self, name: str, of: str, **changes: object) -> Stage:
+        """The stage `of` once more, under another name and with other settings."""
+        record = self._record(of)
+        record = replace(record, name=name, changes=lambda p, c=record.changes: c(p) | changes)
+        return run_stage(self.run, record, self._data(record), self._needed(of))
+
+    def offer(self, name: str) -> Offer:
+        """The live objects that the stage `name` works on, to be looked at: nothing is trained."""
+        record = self._record(name)
+        return Offer(self.run, record, self._data(record), self._needed(name))
+
+    def _record(self, name: str) -> Record:
+        known = {
+            record.name: record for record in catalogue.stages(self.run.profile, self.run.seed)
+        }
         if name not in known:
             raise unknown("stage", name, known)
+        return known[name]
+
+    def _data(self, record: Record) -> PreferenceData:
+        return self.control_data if record.pairs == "control" else self.data
+
+    def _needed(self, name: str) -> dict[str, Stage]:
+        """The stages that `name` reads, run if missing."""
+        profile, seed = self.run.profile, self.run.seed
         needed = {other: self.stage(other) for other in catalogue.needs(profile, name, seed)}
         if name == "second_opinion":
             rival = replace(self.run, seed=next_seed(profile, seed))
-            needed["rival"] = run_stage(rival, known["reward_model"], self.data, {})
-        record = known[name]
-        data = self.control_data if record.pairs == "control" else self.data
-        return run_stage(self.run, record, data, needed)
+            needed["rival"] = run_stage(rival, self._record("reward_model"), self.data, {})
+        return needed
 
     def stages(self) -> dict[str, Stage]:
         """All stages of this seed, run if missing."""
@@ -76,3 +100,20 @@ def summarise(profile: Profile, run_dir: Path) -> Path:
     studies = [Study(Run(profile, seed, Path(run_dir))) for seed in range(profile.seeds)]
     stages = [study.stages() for study in studies]
     return summary.summarise([study.run for study in studies], stages, studies[0].data)
+
+
+def stage_folders(folder: Path) -> list[dict]:
+    """Every stage folder of a profile: seed, name with hash, state, and seconds so far."""
+    rows = []
+    for path in sorted(folder.glob("seed-*/*-*")):
+        if not path.is_dir():
+            continue
+        metrics = path / "metrics.jsonl"
+        steps = len(read_jsonl(metrics)) if metrics.exists() else 0
+        done, seconds = (path / "DONE").exists(), None
+        if done:
+            seconds = json.loads((path / "result.json").read_text())["seconds"]
+        state = "done" if done else f"under way: {steps}"
+        name = path.name.removesuffix(".partial")
+        rows.append({"seed": path.parent.name, "stage": name, "state": state, "seconds": seconds})
+    return rows

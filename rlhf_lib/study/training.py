@@ -94,16 +94,24 @@ def _modules(run: Run, record: Record) -> list[str]:
 
 
 class Offer:
-    """What a stage may ask for. Each thing is made when it is asked for, and once."""
+    """What a stage may ask for. Each thing is made when it is asked for, and once.
+
+    Without `work` nothing can be run: the objects are there to be looked at.
+    """
 
     def __init__(
-        self, run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage],
-        work: Work,
-    ) -> None:  # fmt: skip
-        self.run, self.record, self.data, self.needed, self.work = run, record, data, needed, work
+        self,
+        run: Run,
+        record: Record,
+        data: PreferenceData,
+        needed: Mapping[str, Stage],
+        work: Work | None = None,
+    ) -> None:
+        self.run, self.record, self.data, self.needed = run, record, data, needed
         self.profile, self.seed, self.truth = run.profile, run.seed, data.truth
         self.config = record.config(run.profile)
-        self.log, self.kept = work.log, work.kept
+        if work is not None:
+            self.work, self.log, self.kept = work, work.log, work.kept
 
     def call(self, stage: Callable[..., dict]) -> dict:
         """Run a stage with what its parameters name. Raises SettingsError for another name."""
@@ -155,8 +163,9 @@ class Offer:
     @cached_property
     def start(self) -> str:
         """What a policy is trained from: SFT, or the pretrained model where SFT is not needed."""
-        from_sft = self.needed.get("sft") or self.needed.get("reward_model")
-        return str(from_sft.model_path) if from_sft else self.profile.model.name
+        return (
+            str(self.needed["sft"].model_path) if "sft" in self.needed else self.profile.model.name
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -100,12 +100,17 @@ PATTERNS = {
 }
 
 
+def last_request(prompt_text: str) -> str:
+    """What the human said last in an HH prompt, as text."""
+    return prompt_text.removesuffix(ASSISTANT).rpartition(HUMAN)[2].strip()
+
+
 def parse_request(prompt_text: str) -> Request:
     """The request in the last human turn of an HH prompt.
 
     Raises ValueError for a prompt that does not belong to the bundled world: it has no gold reward.
     """
-    turn = prompt_text.removesuffix(ASSISTANT).rpartition(HUMAN)[2].strip()
+    turn = last_request(prompt_text)
     for greeting in filter(None, words.GREETINGS):
         turn = turn.removeprefix(greeting)
     for kind, patterns in PATTERNS.items():
@@ -116,7 +121,7 @@ def parse_request(prompt_text: str) -> Request:
                 return request
     raise ValueError(
         f"no request of the bundled world in the last human turn {turn!r}: "
-        "the gold reward exists for prompts written by rlhf_lib.world.rewards only"
+        "the gold reward exists for prompts written by rlhf_lib.world.grammar only"
     )
 
 
@@ -223,7 +228,6 @@ def sample_dialogues(
     rng = Random(f"{seed} {name} replies")
     rows = []
     for prompt in sample_prompts(name, count, split, seed):
-        request = parse_request(prompt)
-        reply = sample_reply(request, rng, rng.uniform(*quality))
+        reply = sample_reply(parse_request(prompt), rng, rng.uniform(*quality))
         rows.append({"prompt": prompt, "response": reply})
     return rows

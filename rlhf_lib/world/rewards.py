@@ -4,8 +4,6 @@ Real preference data cannot tell whether a policy became better or only better a
 reward model. Here plain rules give the gold reward of any reply, and a noisy annotator, who likes
 polite and long replies more than the rules do, gives the preferences to learn from. A control
 annotator without that bias shows how much of any reward hacking comes from the annotator.
-
-The dialogues are written by `world_grammar`; its functions are offered here too.
 """
 
 from __future__ import annotations
@@ -14,35 +12,9 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from random import Random
 
 from rlhf_lib.world import words
-from rlhf_lib.world.grammar import (
-    ALL_DETAILS,
-    ALL_FACTS,
-    Request,
-    parse_request,
-    sample_reply,
-    sample_request,
-    write_prompt,
-)
-
-__all__ = [
-    "ANNOTATOR",
-    "CONTROL",
-    "MAX_GOLD",
-    "Annotator",
-    "Gold",
-    "Request",
-    "annotate",
-    "gold_reward",
-    "observe",
-    "parse_request",
-    "preference_probability",
-    "sample_reply",
-    "sample_request",
-    "write_prompt",
-]
+from rlhf_lib.world.grammar import ALL_DETAILS, ALL_FACTS, parse_request
 
 FREE_WORDS = 18  # a reply may have this many words before its length costs anything
 MAX_GOLD = 2.4
@@ -163,10 +135,3 @@ def preference_probability(
     )
     logit += annotator.polite * (a.polite - b.polite) + annotator.length * (a.length - b.length)
     return annotator.flips + (1 - 2 * annotator.flips) / (1 + math.exp(-logit))
-
-
-def annotate(
-    prompt_text: str, reply_a: str, reply_b: str, rng: Random, annotator: Annotator = ANNOTATOR
-) -> bool:
-    """Whether the annotator prefers A to B: one draw from `preference_probability`."""
-    return rng.random() < preference_probability(prompt_text, reply_a, reply_b, annotator)

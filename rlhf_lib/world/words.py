@@ -1,7 +1,7 @@
 """The words of the bundled world: topics, facts, cartoon crimes and turns of phrase.
 
-Plain data for `world_grammar.py`. A fact is a fixed phrase of two or three words that is right for
-exactly one topic. The "dangerous details" are deliberately comic: they play the part of harmful
+Plain data for `grammar` and `rewards`. A fact is a fixed phrase of two or three words that is right
+for exactly one topic. The "dangerous details" are deliberately comic: they play the part of harmful
 content without being of use to anyone. After an edit rebuild: `python -m tools.build_world`.
 """
 

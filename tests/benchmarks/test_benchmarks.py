@@ -175,13 +175,15 @@ def test_growth_and_memory_have_tables_of_their_own() -> None:
 
 
 def test_a_benchmark_block_is_filled_and_a_study_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "cpu.json").write_text(json.dumps(made_up()))
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "cpu.json").write_text(json.dumps(made_up()))
     text = "<!-- benchmark: cpu -->\nold\n<!-- end -->\nkept <!-- end -->"
-    filled = readme.fill(text, tmp_path / "figures", tmp_path)
+    filled = readme.fill(text, tmp_path / "figures")
     assert "old" not in filled
     assert filled.endswith("<!-- end -->\nkept <!-- end -->")
     assert "| dpo | TRL |" in filled
-    assert readme.fill(filled, tmp_path / "figures", tmp_path) == filled
+    assert readme.fill(filled, tmp_path / "figures") == filled
 
 
 def test_what_nobody_has_measured_is_said(tmp_path: Path) -> None:

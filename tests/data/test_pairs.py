@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rlhf_lib.data.pairs import DataError, PreferenceData, load_data
+from rlhf_lib.data.pairs import PreferenceData, load_data
+from rlhf_lib.data.sources import DataError
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import DataConfig, SettingsError
 

@@ -8,12 +8,13 @@ from statistics import mean
 
 import pytest
 
-from rlhf_lib.data.dialogues import ASSISTANT, HUMAN, Unusable, read_pair, split_dialogue
+from rlhf_lib.data.dialogues import Unusable, read_pair, split_dialogue
 from rlhf_lib.data.encoding import Encoder
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.sources import Row, read_source
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.settings import DataConfig
+from rlhf_lib.world.grammar import ASSISTANT, HUMAN
 
 FILE = Path(__file__).resolve().parents[3] / "shared/data/hh-rlhf/harmless-base-test.jsonl.gz"
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""The outside judge, asked on a server of our own: both orders, the cache, the cost, the errors."""
+"""An outside opinion, asked on a server of our own: both orders, cache, cost and errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rlhf_lib.measure import endpoint
-from rlhf_lib.measure.endpoint import JudgeError, ask, judge_policies, points
-from rlhf_lib.settings import PROFILES, JudgeConfig, SettingsError
+from rlhf_lib.measure.endpoint import EndpointError, ask, points, win_rates
+from rlhf_lib.settings import PROFILES, EndpointConfig, SettingsError, load_profile
 
 
 @dataclass
@@ -62,15 +62,15 @@ def says(word: str) -> dict:
 
 
 def prefers_good(question: str) -> dict:
-    """A judge that reads: "good" beats anything else."""
+    """One that reads: "good" beats anything else."""
     first, second = question.split("[Reply A]")[1].split("[Reply B]")
     a, b = "good" in first, "good" in second
     return says("tie" if a == b else "A" if a else "**B**.")
 
 
-def config(server: Server, **changes: Any) -> JudgeConfig:
+def config(server: Server, **changes: Any) -> EndpointConfig:
     settings = {"prompts": 3, "dollars_per_million_input": 10.0, "dollars_per_million_output": 1e2}
-    return JudgeConfig(url=server.url, model="judge-1", **(settings | changes))
+    return EndpointConfig(url=server.url, model="judge-1", **(settings | changes))
 
 
 def rows(*replies: str) -> list[dict]:
@@ -82,12 +82,12 @@ STUDY = {"sft": rows("bad", "good", "poor", "bad"), "ppo": rows("good", "good to
 
 def test_every_pair_is_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
     server.mind = prefers_good
-    judged = judge_policies(config(server), STUDY, tmp_path, 100)
-    record = judged["policies"]["ppo"]
+    asked = win_rates(config(server), STUDY, tmp_path, 100)
+    record = asked["policies"]["ppo"]
     assert record["win_rate_vs_sft"]["mean"] == pytest.approx((1 + 0.5 + 0.5) / 3), "three prompts"
     assert record["same_in_both_orders"] == 1.0
-    assert (record["unclear"], judged["model"]) == (0, "judge-1")
-    assert judged["policies"].keys() == {"ppo"}
+    assert (record["unclear"], asked["model"]) == (0, "judge-1")
+    assert asked["policies"].keys() == {"ppo"}
     assert len(server.asked) == 6
     path, key, body = server.asked[0]
     assert (path, key) == ("/v1/chat/completions", "Bearer a secret")
@@ -95,9 +95,9 @@ def test_every_pair_is_asked_in_both_orders(server: Server, tmp_path: Path) -> N
     assert "Human: 0" in body["messages"][0]["content"]
 
 
-def test_a_judge_that_likes_the_first_place_sees_ties(server: Server, tmp_path: Path) -> None:
+def test_one_that_likes_the_first_place_sees_ties(server: Server, tmp_path: Path) -> None:
     server.mind = lambda _: says("A")
-    record = judge_policies(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
+    record = win_rates(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
     assert record["win_rate_vs_sft"]["mean"] == 0.5
     assert record["same_in_both_orders"] == 0.0
 
@@ -106,12 +106,12 @@ def test_what_was_asked_is_not_asked_again_and_the_cost_says_so(
     server: Server, tmp_path: Path
 ) -> None:
     server.mind = prefers_good
-    first = judge_policies(config(server), STUDY, tmp_path, 100)
+    first = win_rates(config(server), STUDY, tmp_path, 100)
     # six requests of 100 and 2 tokens, at 10 and 100 dollars a million
     cost = {"requests": 6, "input_tokens": 600, "output_tokens": 12}
     assert first["cost"] == first["cost_now"] == cost | {"dollars": pytest.approx(0.0072)}
     server.mind = lambda _: pytest.fail("asked again")
-    again = judge_policies(config(server), STUDY, tmp_path, 100)
+    again = win_rates(config(server), STUDY, tmp_path, 100)
     assert again["policies"] == first["policies"]
     assert again["cost"] == first["cost"]
     assert again["cost_now"]["requests"] == again["cost_now"]["dollars"] == 0
@@ -122,7 +122,7 @@ def test_what_was_asked_is_not_asked_again_and_the_cost_says_so(
 def test_another_model_is_another_question(server: Server, tmp_path: Path) -> None:
     server.mind = prefers_good
     for model in ("judge-1", "judge-2", "judge-2"):
-        ask(JudgeConfig(url=server.url, model=model), "p", "good", "bad", tmp_path)
+        ask(EndpointConfig(url=server.url, model=model), "p", "good", "bad", tmp_path)
     assert len(server.asked) == 2
 
 
@@ -130,10 +130,10 @@ def test_an_answer_that_names_no_side_is_counted_and_left_out(
     server: Server, tmp_path: Path
 ) -> None:
     server.mind = lambda question: says("I cannot" if "Human: 1" in question else "B")
-    record = judge_policies(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
+    record = win_rates(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
     assert (record["unclear"], record["win_rate_vs_sft"]["units"]) == (1, 2)
     server.mind = lambda _: says("")
-    silent = judge_policies(config(server, prompts=2), STUDY, tmp_path / "other", 100)
+    silent = win_rates(config(server, prompts=2), STUDY, tmp_path / "other", 100)
     assert silent["policies"]["ppo"] == {"unclear": 2}
 
 
@@ -157,16 +157,16 @@ def test_without_a_key_nothing_is_sent(
 
 def test_errors_name_the_endpoint_and_nothing_is_cached(server: Server, tmp_path: Path) -> None:
     server.mind, server.status = lambda _: {"error": "too many requests"}, 429
-    with pytest.raises(JudgeError, match=r"chat/completions answered 429: .*too many requests"):
+    with pytest.raises(EndpointError, match=r"chat/completions answered 429: .*too many requests"):
         ask(config(server), "p", "a", "b", tmp_path)
     server.status = 200
-    with pytest.raises(JudgeError, match="no choices"):
+    with pytest.raises(EndpointError, match="no choices"):
         ask(config(server), "p", "a", "b", tmp_path)
-    with pytest.raises(JudgeError, match="gave no answer"):
-        ask(JudgeConfig(url="http://127.0.0.1:1/v1"), "p", "a", "b", tmp_path)
+    with pytest.raises(EndpointError, match="gave no answer"):
+        ask(EndpointConfig(url="http://127.0.0.1:1/v1"), "p", "a", "b", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_it_is_off_by_default() -> None:
-    assert all(not profile.judge.url for profile in PROFILES.values())
-    assert endpoint.KEY not in json.dumps(vars(JudgeConfig()))
+    assert all(not load_profile(name).endpoint.url for name in PROFILES)
+    assert endpoint.KEY not in json.dumps(vars(EndpointConfig()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_lib.data.pairs import Prompt
-from rlhf_lib.measure import evaluate, heldout
+from rlhf_lib import catalogue
+from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.measure import evaluate
+from rlhf_lib.methods.rewards import Reply
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.study import training
 
 # ------------------------------------------------------------------------------------ best of n
 
@@ -66,10 +70,12 @@ def made_up_rollout(**changes: Any) -> Rollout:
 
 
 PROMPTS = [Prompt("first", [5, 6]), Prompt("second", [7])]
+REPLIES = [Reply(" a b c", [8, 9, 10], False), Reply("", [1], True)]
 
 
 def test_a_row_holds_what_was_measured_of_its_reply() -> None:
-    first, second = evaluate.records(made_up_rollout(), PROMPTS, [" a b c", ""])
+    gold = {"gold": torch.tensor([2.0, 1.0])}
+    first, second = evaluate.records(made_up_rollout(), PROMPTS, REPLIES, gold)
     # k3 of a log-ratio of +0.5 is e^-0.5 - 1 + 0.5, of -0.25 it is e^0.25 - 1 - 0.25
     assert first == {
         "prompt": "first", "response": " a b c", "proxy": 0.5, "kl": pytest.approx(0.6),
@@ -84,14 +90,13 @@ def test_a_row_holds_what_was_measured_of_its_reply() -> None:
 
 
 def test_rows_of_real_data_have_no_gold_and_rows_without_exact_kl_are_refused() -> None:
-    rows = evaluate.records(made_up_rollout(gold=None), PROMPTS, ["", ""])
+    rows = evaluate.records(made_up_rollout(gold=None), PROMPTS, REPLIES, {})
     assert all("gold" not in row and "judge" not in row for row in rows)
-    judged = evaluate.records(
-        made_up_rollout(gold=None), PROMPTS, ["", ""], torch.tensor([3.0, 4.0])
-    )
+    judge = {"judge": torch.tensor([3.0, 4.0])}
+    judged = evaluate.records(made_up_rollout(gold=None), PROMPTS, REPLIES, judge)
     assert [row["judge"] for row in judged] == [3.0, 4.0]
     with pytest.raises(AssertionError, match="exact_kl=True"):
-        evaluate.records(made_up_rollout(exact_kl=None), PROMPTS, ["", ""])
+        evaluate.records(made_up_rollout(exact_kl=None), PROMPTS, REPLIES, {})
 
 
 # ------------------------------------------------------------------------- policies of one seed
@@ -99,9 +104,8 @@ def test_rows_of_real_data_have_no_gold_and_rows_without_exact_kl_are_refused() 
 
 @pytest.fixture(scope="module")
 def evaluated(
-    tmp_path_factory: pytest.TempPathFactory, make_run: Callable, tiny_data: Any,
-    tiny_base: Path, finished: Any,
-) -> SimpleNamespace:  # fmt: skip
+    tmp_path_factory: pytest.TempPathFactory, make_run: Callable, tiny_data: Any, finished: Any
+) -> SimpleNamespace:
     """Base and SFT on sixteen prompts, two of which a test pair shares, each answered twice.
 
     The reward model stands in for its control and for the judge as well.
@@ -113,18 +117,16 @@ def evaluated(
     small = ("evaluation.best_of_n=4", "evaluation.best_of_n_prompts=3", "evaluation.batch_size=5",
              "evaluation.heldout_texts=7")  # fmt: skip
     run = make_run(tmp_path_factory.mktemp("evaluated"), *small)
-    policies = {"base": str(tiny_base), "sft": str(finished.sft.model_path)}
+    needed = vars(finished) | dict.fromkeys(
+        ("reward_model_control", "judge"), finished.reward_model
+    )
 
-    def run_it(upstream: dict, control: Any = None, judge: Any = None, data: Any = data) -> Stage:
-        return evaluate.evaluate(
-            run, data, policies, finished.reward_model, upstream, control, judge
-        )
+    def run_it(needed: dict = needed, data: Any = data) -> Stage:
+        return training.run_stage(run, catalogue.record("evaluate"), data, needed)
 
-    stage = run_it({"data": "x"}, finished.reward_model, finished.reward_model)
     return SimpleNamespace(
-        evaluate=run_it, stage=stage, prompts=prompts, pairs=pairs, data=data,
-        judge=finished.reward_model,
-    )  # fmt: skip
+        evaluate=run_it, stage=run_it(), prompts=prompts, pairs=pairs, data=data, needed=needed
+    )
 
 
 def samples(stage: Stage, policy: str) -> list[dict]:
@@ -168,7 +170,7 @@ def test_held_out_texts_are_measured_under_every_policy(evaluated: SimpleNamespa
     rows = read_jsonl(evaluated.stage.path / "heldout.jsonl")
     assert [row["tokens"] for row in rows] == [len(p.chosen) for p in evaluated.pairs[:7]]
     assert all(row["nll"].keys() == {"base", "sft"} for row in rows)
-    assert evaluated.stage.result()["heldout"] == heldout.REAL
+    assert evaluated.stage.result()["heldout"] == evaluate.REAL_TEXTS
     totals = {name: sum(row["nll"][name] for row in rows) for name in ("base", "sft")}
     assert totals["base"] != totals["sft"]
 
@@ -207,17 +209,22 @@ def test_best_of_n_curves_rise_and_a_control_has_its_own(evaluated: SimpleNamesp
 
 
 def test_a_finished_evaluation_is_not_run_again(
-    evaluated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    evaluated: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "Sampler", lambda *_, **__: pytest.fail("sampled again"))
-    again = evaluated.evaluate({"data": "x"}, judge=evaluated.judge)
-    assert again.path == evaluated.stage.path
-    shorter = evaluated.data.pairs | {"test": evaluated.pairs[1:]}
+    monkeypatch.setattr(evaluate, "measure", lambda config: pytest.fail("measured again"))
+    assert evaluated.evaluate().path == evaluated.stage.path
+    needed = evaluated.needed
+    without_judge = {name: stage for name, stage in needed.items() if name != "judge"}
+    other_sft = SimpleNamespace(hash="other", model_path=needed["sft"].model_path)
     for changed in (
-        {"upstream": {"data": "changed"}, "judge": evaluated.judge},
-        {"upstream": {"data": "x"}},  # no judge
-        {"upstream": {"data": "x"}, "judge": evaluated.judge,
-         "data": replace(evaluated.data, pairs=shorter)},  # other held-out texts
-    ):  # fmt: skip
-        with pytest.raises(pytest.fail.Exception, match="sampled again"):
+        {"data": replace(evaluated.data, hash="changed")},
+        {"needed": without_judge},
+        {"needed": needed | {"sft": other_sft}},
+    ):
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
             evaluated.evaluate(**changed)
+    with gzip.open(tmp_path / "heldout.jsonl.gz", "wt") as texts:
+        texts.write("others\n")
+    monkeypatch.setattr(training, "bundled_folder", lambda: tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        evaluated.evaluate()

@@ -1,4 +1,4 @@
-"""Judges of pairs: baselines, ceiling, calibration, and the names of a reward model's errors."""
+"""Rankers of pairs: baselines, ceiling, calibration, and the names of a reward model's errors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import rankings
-from rlhf_lib.show.display import ERROR_RULES
+from rlhf_lib.show.tables import ERROR_RULES
+from rlhf_lib.world.rewards import ANNOTATOR, CONTROL
 
+WORLD, UNBIASED = Truth(ANNOTATOR), Truth(CONTROL)
 CHESS = "\n\nHuman: Give me two tips on playing chess.\n\nAssistant:"
 HARM = "\n\nHuman: How do I rob a bank?\n\nAssistant:"
 GOOD = " You should castle early, and study endgames."
@@ -76,16 +79,16 @@ def test_the_ceiling_is_the_accuracy_of_the_best_guess() -> None:
     control = 0.05 + 0.9 / (1 + math.exp(-0.8 * gold))
     biased = 0.05 + 0.9 / (1 + math.exp(-0.8 * gold - 0.05 * words))
     for pairs in ([pair(GOOD, WRONG)], [pair(WRONG, GOOD)]):  # whichever side was chosen
-        assert rankings.ceiling(pairs, control=True) == pytest.approx(control)
-        assert rankings.ceiling(pairs) == pytest.approx(biased)
+        assert UNBIASED.ceiling(pairs) == pytest.approx(control)
+        assert WORLD.ceiling(pairs) == pytest.approx(biased)
     assert control != pytest.approx(biased)
 
 
-def test_accuracies_of_all_judges() -> None:
+def test_accuracies_of_all_rankers() -> None:
     train = lexical_pairs(12)
     test = [pair(" good reply", " evil reply"), pair(" good", " evil reply")] * 6
     right, wrong = np.ones(12), -np.ones(12)
-    table = rankings.accuracies(train, test, [right, wrong, right], "path:pairs.jsonl", 100)
+    table = rankings.accuracies(train, test, [right, wrong, right], None, 100)
     assert table["reward_model"]["mean"] == pytest.approx(2 / 3)
     assert table["reward_model"]["per_seed"] == [1.0, 0.0, 1.0]
     assert table["bag_of_words"]["mean"] == 1.0
@@ -94,7 +97,7 @@ def test_accuracies_of_all_judges() -> None:
     assert difference["mean"] == pytest.approx(-1 / 3)
     assert difference["high"] == pytest.approx(-1 / 3), "paired: each pair differs by the same"
     assert "gold" not in table, "real pairs have no gold reward"
-    world = rankings.accuracies(train, [pair(GOOD, WRONG)] * 2, [np.ones(2)], "bundled", 100)
+    world = rankings.accuracies(train, [pair(GOOD, WRONG)] * 2, [np.ones(2)], WORLD, 100)
     assert world["gold"]["mean"] == 1.0
 
 
@@ -207,31 +210,31 @@ LONG = " " + "a very long answer indeed" * 2
 
 
 @pytest.mark.parametrize(
-    ("wrong", "preference", "bundled", "category"),
+    ("wrong", "preference", "truth", "category"),
     [
-        (pair(WRONG, GOOD), -3.0, True, "label against gold"),
-        (pair(WRONG, GOOD), -3.0, False, "confidently wrong"),
-        (pair(GOOD, WRONG), -0.1, True, "near tie"),
-        (pair(REFUSAL, " Sure!"), -0.1, False, "near tie"),  # the first rule that fits
-        (pair(REFUSAL, LONG), -3.0, False, "safety"),
-        (pair(" Yes.", REFUSAL), -1.0, False, "safety"),
-        (pair(" short", LONG), -3.0, False, "length-led"),
-        (pair(LONG, " short"), -3.0, False, "confidently wrong"),
-        (pair(LONG, " short"), -1.0, False, "other"),
-        (pair(REFUSAL, REFUSAL + "!"), -1.0, False, "other"),
+        (pair(WRONG, GOOD), -3.0, WORLD, "label against gold"),
+        (pair(WRONG, GOOD), -3.0, None, "confidently wrong"),
+        (pair(GOOD, WRONG), -0.1, WORLD, "near tie"),
+        (pair(REFUSAL, " Sure!"), -0.1, None, "near tie"),  # the first rule that fits
+        (pair(REFUSAL, LONG), -3.0, None, "safety"),
+        (pair(" Yes.", REFUSAL), -1.0, None, "safety"),
+        (pair(" short", LONG), -3.0, None, "length-led"),
+        (pair(LONG, " short"), -3.0, None, "confidently wrong"),
+        (pair(LONG, " short"), -1.0, None, "other"),
+        (pair(REFUSAL, REFUSAL + "!"), -1.0, None, "other"),
     ],
 )
 def test_the_category_of_an_error_is_the_first_rule_that_fits(
-    wrong: Pair, preference: float, bundled: bool, category: str
+    wrong: Pair, preference: float, truth: Truth | None, category: str
 ) -> None:
-    assert rankings.categorise_error(wrong, preference, 1.0, bundled) == category
+    assert rankings.categorise_error(wrong, preference, 1.0, truth) == category
     assert category in ERROR_RULES, "a reader is told the rule of every category"
 
 
 def test_errors_come_most_confident_first() -> None:
     pairs = [pair(" abc", " abd")] * 5
     preferences = np.array([-0.1, 2.0, -3.0, 0.0, -1.0])
-    found = rankings.errors(pairs, preferences, "path:pairs.jsonl")
+    found = rankings.errors(pairs, preferences, None)
     assert [error["pair"] for error in found] == [2, 4, 0], "a tie is no error"
     assert [error["preference"] for error in found] == [-3.0, -1.0, -0.1]
     # the typical difference is the median, 1
@@ -240,16 +243,15 @@ def test_errors_come_most_confident_first() -> None:
 
 
 def test_the_kind_of_a_request() -> None:
-    assert rankings.request_kind(CHESS, "bundled") == "help"
-    assert rankings.request_kind(HARM, "bundled:control") == "harm"
-    assert rankings.request_kind("anything", "path:pairs.jsonl") == "all"
+    assert rankings.request_kind(CHESS, WORLD) == "help"
+    assert rankings.request_kind(HARM, WORLD) == "harm"
+    assert rankings.request_kind("anything", None) == "all"
 
 
 def test_real_pairs_are_grouped_by_subset_or_else_by_turns() -> None:
-    real = "path:pairs.jsonl"
-    assert rankings.category(pair(" a", " b"), "bundled") == "help"
-    assert rankings.category(replace(pair(" a", " b"), subset="base"), real) == "base"
-    turns = [rankings.category(pair(" a", " b", CHESS * n), real) for n in (1, 2, 3, 4)]
+    assert rankings.category(pair(" a", " b"), WORLD) == "help"
+    assert rankings.category(replace(pair(" a", " b"), subset="base"), None) == "base"
+    turns = [rankings.category(pair(" a", " b", CHESS * n), None) for n in (1, 2, 3, 4)]
     assert turns == ["one turn", "two turns", *["three turns or more"] * 2]
 
 

@@ -10,6 +10,7 @@ from rlhf_lib.measure.statistics import (
     bootstrap,
     compare,
     detectable,
+    differences,
     estimate,
     holm,
     over_seeds,
@@ -59,6 +60,11 @@ def test_over_seeds_is_students_t() -> None:
         "mean": 2.0, "low": pytest.approx(2 - half), "high": pytest.approx(2 + half), "n": 3,
         "over": "seeds", "per_seed": [1.0, 2.0, 3.0],
     }  # fmt: skip
+
+
+def test_a_lone_number_has_no_interval() -> None:
+    lone = {"mean": 0.7, "low": None, "high": None, "n": 1, "per_seed": [0.7]}
+    assert over_seeds([0.7]) == lone
 
 
 def test_one_seed_speaks_of_its_prompts_and_says_so() -> None:
@@ -148,6 +154,15 @@ def test_three_seeds_cover_the_truth_about_as_often_as_they_promise(
 def difference(mean: float, se: float = 1.0, df: float = 20.0) -> dict:
     half = float(stats.t.ppf(0.975, df)) * se
     return {"mean": mean, "low": mean - half, "high": mean + half, "se": se, "df": df}
+
+
+def test_differences_are_taken_seed_by_seed_in_one_family() -> None:
+    made = {"a": [[3.0, 4.0, 6.0], [5.0, 7.0, 6.0]], "b": [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]}
+    values = {name: [np.array(seed) for seed in seeds] for name, seeds in made.items()}
+    found = differences(values, {"a": ("a", "b"), "turned": ("b", "a")}, estimate)
+    assert found["a"]["per_seed"] == pytest.approx([10 / 3, 4.0])
+    assert found["turned"]["mean"] == -found["a"]["mean"]
+    assert found["a"]["p_adjusted"] == pytest.approx(min(1.0, 2 * found["a"]["p"]))
 
 
 def test_holm_by_hand() -> None:

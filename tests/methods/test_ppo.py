@@ -26,8 +26,8 @@ from rlhf_lib.objectives.advantages import explained_variance, gae, kl_shaped_re
 from rlhf_lib.objectives.masked import masked_whiten
 from rlhf_lib.runs import Run
 from rlhf_lib.runtime import make_accelerator
-from rlhf_lib.settings import PPOConfig
-from tests.conftest import numbers, train_stage
+from rlhf_lib.settings import PPOConfig, numbers
+from tests.conftest import train_stage
 
 CONFIG = PPOConfig(batch_size=8, minibatch_size=8, micro_batch_size=3, epochs=1, kl_coef=0.1)
 

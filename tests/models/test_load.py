@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_lib.models.attention import attention
 from rlhf_lib.models.load import (
-    attention,
     fingerprint,
     freeze,
     load_policy,

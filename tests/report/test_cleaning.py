@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import typst
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 
-from rlhf_lib.report.cleaning import MAX_SVG_BYTES, clean_text
-from rlhf_lib.report.exporters import ReportError, RlhfHTMLExporter, RlhfPDFExporter, exporters
+from rlhf_lib.report import exporters
+from rlhf_lib.report.cleaning import MAX_SVG_BYTES, ReportError, clean_text
+from rlhf_lib.report.exporters import RlhfPDFExporter
 from rlhf_lib.report.mathfont import font_path
+from tests.report.cells import SVG, code, page, shown, stream
 
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9"/></svg>'
 PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmM"
     "IQAAAABJRU5ErkJggg=="
@@ -45,28 +46,9 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def code(*outputs: Any, tags: tuple[str, ...] = (), source: str = "secret_source()") -> Any:
-    metadata = {"tags": list(tags)}
-    return new_code_cell(source, execution_count=1, outputs=list(outputs), metadata=metadata)
-
-
-def shown(mime: str, value: str, **metadata: Any) -> Any:
-    return new_output("display_data", {mime: value}, metadata=metadata)
-
-
-def stream(text: str, name: str = "stdout") -> Any:
-    return new_output("stream", text=text, name=name)
-
-
 def table(rows: list[list[str]]) -> str:
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def page(*cells: Any) -> str:
-    """The `<main>` of the HTML report of one notebook."""
-    whole, _ = RlhfHTMLExporter().from_notebook_node(new_notebook(cells=list(cells)))
-    return whole.partition("<main")[2]
 
 
 @pytest.fixture
@@ -91,13 +73,8 @@ def pdf_elements(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(exporters, "_compile_typst", query)
         nb = new_notebook(cells=list(cells))
-        nb.metadata["report"] = {
-            "title": "T",
-            "subtitle": "",
-            "banner": "",
-            "front": False,
-            **titles,
-        }
+        blank = {"title": "T", "subtitle": "", "banner": "", "front": False}
+        nb.metadata["report"] = blank | titles
         RlhfPDFExporter().from_notebook_node(nb)
         return found
 

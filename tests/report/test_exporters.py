@@ -15,36 +15,11 @@ from matplotlib.image import imread
 from nbconvert.exporters import get_exporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from rlhf_lib.report.exporters import (
-    ReportError,
-    RlhfHTMLExporter,
-    RlhfPDFExporter,
-    exporters,
-    merge,
-    render,
-)
-from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
-
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9"/></svg>'
-
-
-def code(*outputs: Any, tags: tuple[str, ...] = (), source: str = "secret_source()") -> Any:
-    metadata = {"tags": list(tags)}
-    return new_code_cell(source, execution_count=1, outputs=list(outputs), metadata=metadata)
-
-
-def shown(mime: str, value: str, **metadata: Any) -> Any:
-    return new_output("display_data", {mime: value}, metadata=metadata)
-
-
-def stream(text: str, name: str = "stdout") -> Any:
-    return new_output("stream", text=text, name=name)
-
-
-def page(*cells: Any) -> str:
-    """The `<main>` of the HTML report of one notebook."""
-    whole, _ = RlhfHTMLExporter().from_notebook_node(new_notebook(cells=list(cells)))
-    return whole.partition("<main")[2]
+from rlhf_lib.report import exporters
+from rlhf_lib.report.cleaning import ReportError
+from rlhf_lib.report.exporters import RlhfHTMLExporter, RlhfPDFExporter, merge, render
+from rlhf_lib.report.mathfont import font_path
+from tests.report.cells import SVG, code, page, shown, stream
 
 
 def write(folder: Path, name: str, *cells: Any) -> Path:
@@ -166,17 +141,6 @@ def test_nbconvert_finds_the_exporters_and_one_notebook_is_enough(tmp_path: Path
     assert '<a href="05_grpo.html">next</a>' in text
     pdf, _ = get_exporter("rlhf_lib.report.exporters.RlhfPDFExporter")().from_filename(str(path))
     assert pdf.startswith(b"%PDF")
-
-
-def test_formulas_carry_their_font() -> None:
-    tex = "\\begin{align}a &= \\sqrt{\\mathbb{E}[\\theta]}\\end{align}"
-    whole, _ = RlhfHTMLExporter().from_notebook_node(new_notebook(cells=[new_markdown_cell(tex)]))
-    assert "<msqrt>" in whole
-    assert 'src: url("data:font/woff2;base64,d09GM' in whole
-    assert {"𝔼", "θ", "a"} <= math_characters(whole)
-    assert font_data_url(frozenset("∑")) == font_data_url.__wrapped__(frozenset("∑"))
-    without, _ = RlhfHTMLExporter().from_notebook_node(new_notebook())
-    assert "font/woff2" not in without
 
 
 @pytest.mark.parametrize("exporter", [RlhfHTMLExporter, RlhfPDFExporter])

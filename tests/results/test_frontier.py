@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rlhf_lib.catalogue import CATALOGUE, Record
+from rlhf_lib.results import summary
 from rlhf_lib.results.frontier import (
     at_equal_budget,
     early_stops,
@@ -125,6 +127,22 @@ def test_each_point_has_the_coefficient_of_its_method(tmp_path: Path) -> None:
     }  # fmt: skip
     assert found[found["kind"] == "best_of_n"]["coefficient"].isna().all()
     assert (method("rloo_strong"), method("ppo")) == ("rloo", "ppo")
+    assert (method("ppo_low_kl"), method("unheard_of")) == ("ppo", "unheard_of")
+
+
+def test_a_further_method_is_on_the_frontier_and_its_minutes_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Record("toy", "Toy", role="method")
+    monkeypatch.setitem(CATALOGUE, "toy", toy)
+    run = Run(load_profile("smoke"), 0, tmp_path)
+    stages = stages_of(run, "bundled")
+    stages["toy"] = stages["grpo"]
+    found = frontier([run], [stages])
+    points = found[(found["policy"] == "toy") & (found["kind"] == "training")]
+    assert points["step"].tolist() == [0, 1]
+    assert points["coefficient"].isna().all(), "its record names no coefficient"
+    assert summary._minutes([stages])["toy"] == summary._minutes([stages])["grpo"]
 
 
 def test_the_figure_joins_the_ends_of_each_method() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rlhf_lib import catalogue
 from rlhf_lib.results import policies
-from rlhf_lib.results.policies import Samples, length_controlled
+from rlhf_lib.results.policies import Samples, distinct, length_controlled
 from tests.made_up_study import sample_rows, strict, summarise
 
 
@@ -89,7 +90,7 @@ def test_needs_compare_the_candidates_in_what_a_user_may_ask_for(results: dict) 
 def made_up(extra: str | None = None, seeds: int = 2) -> Samples:
     """Base, SFT and the candidates; `extra`: another column, the proxy's opposite."""
     rows: dict[str, Any] = {}
-    for name in ("base", "sft", *policies.CANDIDATES):
+    for name in ("base", "sft", *catalogue.candidates()):
         rows[name] = [sample_rows(name, seed, gold=False) for seed in range(seeds)]
         for row in (row for seed in rows[name] for row in seed if extra):
             row[extra] = -row["proxy"]
@@ -97,14 +98,14 @@ def made_up(extra: str | None = None, seeds: int = 2) -> Samples:
 
 
 def test_the_best_measure_there_is_decides() -> None:
-    assert made_up().judge == "proxy"
+    assert made_up().deciding == "proxy"
     judged = made_up("judge")
-    assert judged.judge == "judge"
+    assert judged.deciding == "judge"
     table = policies.policies(judged)
     assert table["ppo"]["proxy_gain"]["mean"] > 0
     assert table["ppo"]["judge_gain"]["mean"] == -table["ppo"]["proxy_gain"]["mean"]
     assert table["ppo"]["win_rate_vs_sft"]["mean"] == 0.0, "the judge decides who wins"
-    assert made_up("gold").judge == "gold"
+    assert made_up("gold").deciding == "gold"
 
 
 def test_a_study_without_held_out_texts_or_chosen_replies_says_nothing_of_them() -> None:
@@ -112,14 +113,14 @@ def test_a_study_without_held_out_texts_or_chosen_replies_says_nothing_of_them()
     table = policies.policies(samples)
     said = {key for record in table.values() for key in record}
     assert not said & {"perplexity", "forgetting", "win_rate_vs_chosen"}
-    needs = policies.needs(samples, {n: [1.0, 1.0] for n in policies.CANDIDATES})
+    needs = policies.needs(samples, {n: [1.0, 1.0] for n in catalogue.candidates()})
     assert "forgetting" not in needs
 
 
 def test_twice_the_minutes_are_half_the_gain_a_minute() -> None:
     samples = made_up()
     one, two = (
-        policies.needs(samples, {n: [m, m] for n in policies.CANDIDATES}) for m in (1.0, 2.0)
+        policies.needs(samples, {n: [m, m] for n in catalogue.candidates()}) for m in (1.0, 2.0)
     )
     record = one["per_minute"]["policies"]["ppo"]
     assert record["mean"] == pytest.approx(one["reward"]["policies"]["ppo"]["mean"])
@@ -149,6 +150,29 @@ def test_equal_prompts_are_one_unit_of_a_policys_interval() -> None:
     ):  # fmt: skip
         assert two["proxy"]["units"] == one["proxy"]["units"]
         assert two["proxy"]["se"] == pytest.approx(one["proxy"]["se"], rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------- variety
+
+
+def test_distinct_counts_within_a_block() -> None:
+    texts = ["a b", "a c", "a b", "d"]
+    # a b a c: three words of four; a b d: all three
+    assert distinct(texts, 1, block=2) == [3 / 4, 1.0]
+    assert distinct(texts, 2, block=2) == [1.0, 1.0]
+    assert distinct(texts, 1, block=4) == [4 / 7]
+
+
+def test_it_does_not_fall_with_the_number_of_replies() -> None:
+    few, many = ["a b"] * 16, ["a b"] * 160
+    assert set(distinct(few, 1)) == set(distinct(many, 1)) == {2 / 32}
+    assert len(distinct(many, 1)) == 10
+
+
+def test_what_is_left_over_counts_only_where_it_is_all() -> None:
+    assert distinct(["a", "a", "b"], 1, block=2) == [0.5]
+    assert distinct(["a", "b"], 1, block=16) == [1.0]
+    assert distinct(["", ""], 1, block=2) == [0.0]
 
 
 # ------------------------------------------------------------------------------ length control

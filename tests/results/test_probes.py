@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.measure.probes import ORDINARY, PROBES, SCORES, load_probes
 from rlhf_lib.results import probes
 from rlhf_lib.runs import write_jsonl
-from rlhf_lib.show import figures
-from rlhf_lib.show.display import NAMES
 
+WORLD = truth_of("bundled")
 PROMPTS = 16  # of each probe, two replies each
 # share of each policy's prompts on which it fails, in every probe
 SHARES = {"sft": 0.5, "ppo": 0.0, "dpo": 1.0}
 
 
-def stages(folder: Path, source: str, seeds: int) -> list[dict]:
+def stages(folder: Path, truth: Truth | None, seeds: int) -> list[dict]:
     made = []
     for seed in range(seeds):
         paths = {name: folder / str(seed) / name for name in ("probes", "evaluate")}
@@ -27,13 +27,13 @@ def stages(folder: Path, source: str, seeds: int) -> list[dict]:
             (path / "samples").mkdir(parents=True)
         for policy, share in SHARES.items():
             probed, ordinary = [], []
-            for number, row in enumerate(load_probes(source, PROMPTS) * 2):
+            for number, row in enumerate(load_probes(truth, PROMPTS) * 2):
                 failure = int(number % PROMPTS < share * PROMPTS)
                 more = {"response": f" says {policy}", "finished": True, "proxy": 1.0 - failure}
                 probed.append(row | more | {"failure": failure})
             for number in range(20):
                 prompt = f"\n\nHuman: Give me {'one' if number % 2 else 'two'} tips on it."
-                if source == "bundled":
+                if truth:
                     prompt = "\n\nHuman: How do I rob a bank?\n\nAssistant:"
                 reply = " Sorry, I cannot." if policy == "ppo" else " Let it rise."
                 ordinary.append({"prompt": prompt, "response": reply, "finished": policy == "sft"})
@@ -45,8 +45,8 @@ def stages(folder: Path, source: str, seeds: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def english(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    made = stages(tmp_path_factory.mktemp("english"), "path:x", 1)
-    return probes.probe_table(made, "path:x", 200)
+    made = stages(tmp_path_factory.mktemp("english"), None, 1)
+    return probes.probe_table(made, None, 200)
 
 
 def test_one_table_holds_probes_and_ordinary_modes(english: dict) -> None:
@@ -96,49 +96,14 @@ def test_changes_are_paired_and_called_by_their_interval(english: dict) -> None:
 
 
 def test_the_world_has_flattery_and_the_parts_of_the_gold_reward(tmp_path: Path) -> None:
-    made = stages(tmp_path, "bundled", 2)
+    made = stages(tmp_path, WORLD, 2)
     for seed in made:  # the scores need every kind of request
         for path in (seed["evaluate"].path / "samples").glob("*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             asked = "\n\nHuman: Give me one tip on baking bread.\n\nAssistant:"
             write_jsonl(path, [*rows, *({**row, "prompt": asked} for row in rows)])
-    measured = probes.probe_table(made, "bundled", 200)
-    assert list(measured["failures"]) == [*PROBES["bundled"], *ORDINARY]
+    measured = probes.probe_table(made, WORLD, 200)
+    assert list(measured["failures"]) == [*PROBES["world"], *ORDINARY]
     assert measured["scores"]["harmless"]["ppo"]["mean"] == pytest.approx(1.5)
     assert measured["scores"]["helpful"]["sft"]["mean"] == pytest.approx(2.0)
     assert measured["rules"] is None, "there the rules are the definition"
-
-
-def test_frames_show_every_policy_and_mark_what_differs(english: dict) -> None:
-    frame = probes.probe_frame(english["failures"], percent=True)
-    assert list(frame.columns) == ["", *(NAMES[p] for p in SHARES)]
-    row = frame.set_index("").loc["over-refusal"]
-    assert row["PPO"] == "0% [0, 19] ▼"
-    assert row["DPO"].endswith("▲")
-    assert row["SFT"].startswith("50% [")
-    assert row["SFT"].endswith("]")
-    definitions = probes.definition_frame(english["definitions"], list(SCORES["english"]))
-    assert list(definitions["measure"]) == list(SCORES["english"])
-    assert english["rules"], "the table says how often its rules err"
-
-
-def test_examples_show_a_prompt_on_which_policies_differ(tmp_path: Path) -> None:
-    made = stages(tmp_path, "path:x", 1)[0]["probes"]
-    frame = probes.example_frame(made, ("sft", "ppo"))
-    assert [p for p in frame["probe"] if p] == list(PROBES["english"])
-    assert list(frame["fails"]) == ["yes", "no"] * len(PROBES["english"])
-    # where no prompt tells them apart, the first one is shown
-    alike = probes.example_frame(made, ("ppo",))
-    first = load_probes("path:x", 1)[0]["prompt"]
-    assert alike["request"][0] in first
-
-
-def test_a_panel_for_each_measure_and_a_filled_dot_for_each_difference(english: dict) -> None:
-    figure = figures.panels(english["failures"], share=True)
-    shown = [axis for axis in figure.axes if axis.get_visible()]
-    assert [axis.get_title("left") for axis in shown] == list(english["failures"])
-    dots = [c.lines[0] for c in shown[0].containers]
-    assert [line.get_xdata()[0] for line in dots] == list(SHARES.values())
-    assert [line.get_markerfacecolor() == line.get_color() for line in dots] == [False, True, True]
-    scores = figures.panels(english["scores"], share=False)
-    assert len([axis for axis in scores.axes if axis.get_visible()]) == 3

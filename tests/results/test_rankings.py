@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_lib.data.pairs import Pair, PreferenceData
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.rankings import fit_temperature
 from rlhf_lib.results import rankings
 from rlhf_lib.runs import Run, Stage
 from rlhf_lib.settings import load_profile
 
-REAL = "path:pairs.jsonl"
 SIZES = (3, 9, 27)
 
 
@@ -75,7 +75,7 @@ def stages(tmp_path: Path) -> Callable[[int], list[dict[str, Stage]]]:
 
 
 def summary(stages: list[dict[str, Stage]]) -> dict:
-    return rankings.reward_model_summary(stages, DATA, REAL, 200)
+    return rankings.reward_model_summary(stages, DATA, 200)
 
 
 def test_accuracy_groups_and_errors_of_one_seed(stages: Callable) -> None:
@@ -143,9 +143,3 @@ def test_without_a_curve_the_rest_is_there(stages: Callable) -> None:
     record = summary(made)
     assert not {"learning_curve", "recalibrated"} & record.keys()
     assert {"accuracy", "calibration", "by_kind", "by_length", "by_margin"} < record.keys()
-
-
-def test_a_lone_number_has_no_interval() -> None:
-    assert rankings.over_seeds_or_lone([0.7])["low"] is None
-    several = rankings.over_seeds_or_lone([0.7, 0.8])
-    assert several["low"] < 0.7 < 0.8 < several["high"]

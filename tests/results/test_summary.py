@@ -10,7 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rlhf_lib.data.truth import truth_of
 from rlhf_lib.results import summary
+from rlhf_lib.results.policies import Samples
 from rlhf_lib.runs import Run
 from rlhf_lib.settings import load_profile
 from tests.made_up_study import PROMPTS, stages_of, strict, summarise
@@ -31,7 +33,7 @@ def results(folder: Path) -> dict:
 def test_the_folder_holds_what_readers_look_for(folder: Path) -> None:
     assert folder.name.startswith("evaluation-")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"results.json", "frontier.csv", "failure_modes.json", "samples", "DONE"}
+    assert names == {"results.json", "frontier.csv", "samples", "DONE"}
     rows = pd.read_json(folder / "samples" / "ppo.jsonl", orient="records", lines=True)
     assert rows["seed"].tolist() == [seed for seed in range(3) for _ in range(PROMPTS)]
     assert {"prompt", "response", "proxy", "gold", "kl"} <= set(rows.columns)
@@ -124,7 +126,7 @@ def test_the_made_up_results_have_the_shape_of_real_ones(
     """Verdict, figures, tables and report are tested with them."""
     results = strict((summarise(tmp_path, seeds, source) / "results.json").read_text())
     made_up = json.loads((MADE_UP / f"{kind}.json").read_text())
-    assert results["judge"] == made_up["judge"] == kind
+    assert results["deciding"] == made_up["deciding"] == kind
     for record in (results, made_up):
         assert len(record["stages"]) == len(record["seeds"]) == seeds
         for key in UNLIKE:
@@ -164,7 +166,8 @@ def test_results_of_other_seeds_get_a_folder_of_their_own(tmp_path: Path) -> Non
 def test_a_mode_that_no_prompt_is_about_is_left_out() -> None:
     plain = {"prompt": "\n\nHuman: How do I rob a bank?\n\nAssistant:", "response": " Sorry.",
              "finished": True}  # fmt: skip
-    table = summary._failure_modes({"sft": [[plain] * 3], "ppo": [[plain] * 3]}, "bundled", 50)
+    samples = Samples({"sft": [[plain] * 3], "ppo": [[plain] * 3]}, [], [], 50)
+    table = summary._failure_modes(samples, truth_of("bundled"))
     assert table["sft"].keys() == table["ppo"].keys()
     assert "harmful compliance" in table["sft"]
     assert "sycophancy" not in table["sft"]

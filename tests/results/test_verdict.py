@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rlhf_lib.catalogue import CATALOGUE
 from rlhf_lib.results import verdict
+from rlhf_lib.results.policies import compared
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 METHODS = ("ppo", "grpo", "dpo")
@@ -33,7 +36,7 @@ def results() -> dict:
         made_up["policies"][name]["gold_gain"] = UNCLEAR
         made_up["policies"][name]["gold"] = interval(0.8, 1.0)
     made_up["comparisons"] = dict.fromkeys(PAIRS, UNCLEAR)
-    made_up["needs"] = {}  # what is chosen for which need: tests/test_choices.py
+    made_up["needs"] = {}  # what is chosen for which need: test_verdict_choices.py
     made_up["overoptimisation"] = {"proxy": UNCLEAR, "gold": UNCLEAR}
     made_up["reward_model"]["accuracy"]["reward_model_minus_bag_of_words"] = UNCLEAR
     return made_up
@@ -264,3 +267,59 @@ def test_every_number_of_the_made_up_study_is_one_of_its_results() -> None:
     numbers = re.findall(r"\d+(?:\.\d+)?", said)
     assert len(numbers) > 20
     assert not [number for number in numbers if number not in known]
+
+
+# ------------------------------------------------------------------------------ a further method
+
+
+@pytest.fixture
+def with_toy(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A study with one method more, the only one that gained."""
+    toy = replace(CATALOGUE["ppo"], name="toy", label="Toy")
+    monkeypatch.setitem(CATALOGUE, "toy", toy)
+    made_up = json.loads((MADE_UP / "gold.json").read_text())
+    made_up["policies"]["toy"] = made_up["policies"]["ppo"] | {"gold_gain": UP}
+    for name in METHODS:
+        made_up["policies"][name]["gold_gain"] = DOWN
+    names = [*METHODS, "toy", "rejection_sft"]
+    pairs = compared(names)
+    made_up["comparisons"] = {key: UP if "toy" in key else UNCLEAR for key in pairs}
+    values = {name: interval(0.8, 1.0) for name in names}
+    need = {"policies": values, "comparisons": made_up["comparisons"], "better": "higher"}
+    made_up["needs"] = {"reward": need}
+    return made_up
+
+
+def test_a_further_method_is_spoken_of_wherever_methods_are(with_toy: dict) -> None:
+    assert list(compared([*METHODS, "toy", "rejection_sft"]))[-4:] == [
+        f"{name}_minus_rejection_sft" for name in (*METHODS, "toy")
+    ]
+    said = verdict.sentences(with_toy)
+    assert said[0].startswith("**Toy raised gold reward over SFT** (Toy 0.50 [0.40, 0.60]); ")
+    assert "PPO above Toy (difference 0.50 [0.40, 0.60])" in said[1]
+    assert "Toy higher (0.50 [0.40, 0.60])" in said[2]
+    assert said[3].startswith("**Highest gold reward:** ")
+    assert "Toy (0.90 [0.80, 1.00] gain over SFT)" in said[3]
+
+
+def test_the_number_of_methods_is_counted(with_toy: dict) -> None:
+    with_toy["comparisons"] = dict.fromkeys(with_toy["comparisons"], UNCLEAR)
+    assert "Among themselves the four methods are not distinguishable" in text(with_toy)
+
+
+def test_a_method_that_a_study_did_not_measure_is_left_out(with_toy: dict) -> None:
+    old = json.loads((MADE_UP / "gold.json").read_text())
+    assert "Toy" not in text(old)
+    for name in ("toy", "rejection_sft"):
+        with_toy["policies"][name]["gold_gain"] = DOWN
+    (said,) = verdict.choices(with_toy)
+    assert "PPO, GRPO, DPO, Toy and Best-of-n SFT were not shown" in said
+
+
+def test_of_the_proxy_it_names_the_methods_that_learnt_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results = json.loads((MADE_UP / "proxy.json").read_text())
+    assert "reward model that PPO and GRPO were trained against: a higher" in text(results)
+    monkeypatch.setitem(CATALOGUE, "grpo", replace(CATALOGUE["grpo"], rewarded=False))
+    assert "reward model that PPO was trained against: a higher" in text(results)

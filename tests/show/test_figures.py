@@ -12,8 +12,10 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from rlhf_lib import catalogue
+from rlhf_lib.catalogue import color, label
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import NAMES, figure_bundle
+from rlhf_lib.show.display import figure_bundle
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -41,6 +43,12 @@ def points(axis: Any) -> list[float]:
     return [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
 
 
+def heights(axis: Any) -> list[list[float]]:
+    """At which heights each of the stepped outlines runs, from the ground up."""
+    outlines = [shape.get_paths()[0].vertices[:, 1] for shape in axis.collections]
+    return [np.unique(outline.round(9)).tolist() for outline in outlines]
+
+
 def metrics(shift: float = 0.0) -> list[dict]:
     """Twelve steps; `gold` and `kl` are logged at every other one."""
     rows: list[dict] = [{"step": s, "reward": s + shift} for s in range(12)]
@@ -49,44 +57,36 @@ def metrics(shift: float = 0.0) -> list[dict]:
     return rows
 
 
-def test_every_policy_has_a_colour_of_its_own_and_a_name() -> None:
-    policies = ("base", "sft", "ppo", "ppo_low_kl", "grpo", "dpo")
-    assert len({figures.COLORS[name] for name in policies}) == len(policies)
-    assert set(figures.COLORS) - set(NAMES) == {"proxy"}
+def test_every_policy_has_a_colour_of_its_own() -> None:
+    policies = catalogue.policies()
+    assert len({color(name) for name in policies}) == len(policies)
 
 
-def test_curves_have_a_panel_a_metric_a_line_a_seed_and_their_mean() -> None:
+def test_curves_have_a_panel_a_metric_and_a_band_from_seed_to_seed() -> None:
     figure = figures.curves([metrics(), metrics(2.0)], {"reward": "Reward", "kl": "KL"})
     reward, kl, unused = figure.axes
     assert (reward.get_title(), kl.get_title()) == ("Reward", "KL")
     assert not unused.get_visible()
-    one, other, mean = reward.lines
+    (mean,) = reward.lines
     assert mean.get_ydata().tolist() == [s + 1.0 for s in range(12)]
-    assert other.get_ydata()[0] - one.get_ydata()[0] == 2
+    (band,) = reward.collections
+    assert band.get_datalim(reward.transData).intervaly.tolist() == [0.0, 13.0]
     assert kl.lines[0].get_xdata().tolist() == [0, 2, 4, 6, 8, 10], "joined up over the gaps"
-    assert len(figures.curves([metrics()], {"reward": "Reward"}).axes[0].lines) == 1
+    (lone,) = figures.curves([metrics()], {"reward": "Reward"}).axes[0].lines
+    assert lone.get_ydata().tolist() == [float(s) for s in range(12)]
 
 
 def test_accuracy_bars_hold_every_judge_and_the_ceiling(results: dict, real_results: dict) -> None:
     record = results["reward_model"]
     axis = figures.accuracy_bars(record["accuracy"], record["ceiling"]).axes[0]
-    names = ("gold", "longer_wins", "learned_length", "bag_of_words", "reward_model")
-    assert ticks(axis) == [NAMES[name] for name in names]
+    names = ("reward_model", "bag_of_words", "learned_length", "longer_wins", "gold")
+    assert ticks(axis) == [label(name) for name in names]
+    assert axis.yaxis_inverted(), "the first is on top"
     assert points(axis) == [record["accuracy"][name]["mean"] for name in names]
     assert {"chance", "reachable ceiling", "72.0%"} <= set(texts(axis))
     axis = figures.accuracy_bars(real_results["reward_model"]["accuracy"], None).axes[0]
     assert "reachable ceiling" not in texts(axis)
-    assert NAMES["gold"] not in ticks(axis)
-
-
-def test_histograms_share_one_grid() -> None:
-    rng = np.random.default_rng(0)
-    values = {"sft": rng.normal(size=300), "ppo": rng.normal(3, 1, size=300)}
-    axis = figures.histograms(values, "reward").axes[0]
-    low, high = axis.patches[0].get_xy()[:, 0].min(), axis.patches[1].get_xy()[:, 0].min()
-    assert low == high
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["SFT", "PPO"]
-    assert axis.get_xlabel() == "reward"
+    assert label("gold") not in ticks(axis)
 
 
 @pytest.mark.parametrize("judge", ["gold", "proxy"])
@@ -96,8 +96,8 @@ def test_reward_distributions_have_a_box_a_policy(judge: str) -> None:
     shown = [axis.get_xlabel().split()[0] for axis in figure.axes]
     assert shown == list(dict.fromkeys(("proxy", judge)))
     for axis in figure.axes:
-        faces = [to_hex(patch.get_facecolor()) for patch in axis.patches]
-        assert faces == [figures.COLORS["sft"], figures.COLORS["ppo"]]
+        faces = [to_hex(shape.get_facecolor()[0]) for shape in axis.collections]
+        assert faces == [color("sft"), color("ppo")]
     assert ticks(figure.axes[0]) == ["SFT", "PPO"]
 
 
@@ -126,13 +126,13 @@ def frontier_points() -> pd.DataFrame:
 
 def test_the_frontier_is_over_the_root_of_kl(frontier_points: pd.DataFrame) -> None:
     axis = figures.frontier(frontier_points, "gold").axes[0]
-    finals = [tuple(dots.get_offsets()[0]) for dots in axis.collections]
+    finals = [tuple(place) for dots in axis.collections for place in dots.get_offsets()]
     assert finals == [(0.0, 0.0), (2.0, 1.0)], "the second draw is no point of its own"
     way, best = axis.lines
     assert way.get_xdata()[-1] == pytest.approx(np.sqrt(np.mean(range(5))))  # mean of five
     assert best.get_xdata().tolist() == [0.0, 1.0]
     assert best.get_ydata().tolist() == [0.25, 0.5]
-    assert texts(axis) == ["SFT", NAMES["best_of_n_default"], "PPO"], "from the lowest up"
+    assert texts(axis) == ["SFT", label("best_of_n_default"), "PPO"], "from the lowest up"
     assert axis.get_ylabel() == "gold reward"
 
 
@@ -140,7 +140,7 @@ def test_names_at_the_edge_do_not_cover_each_other() -> None:
     axis = Figure(figsize=(4, 3)).subplots()
     axis.set_ylim(0, 1)
     heights = {"a": 0.99, "b": 0.98, "c": 0.2, "d": 0.97}
-    figures.label_right(axis, [(name, 0.5, y, "#000000") for name, y in heights.items()])
+    figures.name_ends(axis, [(name, 0.5, y, "#000000") for name, y in heights.items()])
     assert texts(axis) == ["c", "d", "b", "a"]
     places = [text.xyann[1] for text in axis.texts]  # type: ignore[attr-defined]
     assert places[0] == pytest.approx(0.2), "who has room stays at its own height"
@@ -154,19 +154,19 @@ def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
     assert [axis.get_title() for axis in figure.axes] == ["PPO", "DPO"]
     for axis in figure.axes:
         assert set(texts(axis)) == {"proxy", "gold"}
-        *_, proxy_mean = axis.lines[:3]
-        *_, gold_mean = axis.lines[3:]
+        proxy_mean, gold_mean = axis.lines
+        assert len(axis.collections) == 2, "a band each"
         assert proxy_mean.get_ydata()[-1] == pytest.approx(11.0)  # 9, 10, 11 and two more, halved
         assert gold_mean.get_ydata()[-1] == pytest.approx(-9.0)  # 6, 8, 10
 
 
 def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dict) -> None:
-    proxy, gold = figures.best_of_n(results["best_of_n"], judge="gold").axes
+    proxy, gold = figures.best_of_n(results["best_of_n"], deciding="gold").axes
     assert len(gold.lines) == len(gold.collections) == 2, "two curves, two bands"
     default = [row["gold"]["mean"] for row in results["best_of_n"]["default"]]
     assert list(gold.lines[0].get_ydata()) == default
     assert list(proxy.lines[0].get_xdata()) == [1, 2, 4, 8]
-    (only,) = figures.best_of_n(real_results["best_of_n"], judge="proxy").axes
+    (only,) = figures.best_of_n(real_results["best_of_n"], deciding="proxy").axes
     assert len(only.lines) == 1
     assert not only.collections, "a lone seed has no band"
 
@@ -174,7 +174,7 @@ def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dic
 def test_gains_have_a_row_a_policy_and_a_tick_a_seed(results: dict, real_results: dict) -> None:
     proxy, gold = figures.gains(results).axes
     names = ("sft_again", "rejection_sft", "ppo", "grpo", "dpo", "ppo_low_kl")
-    assert ticks(proxy) == [NAMES[name] for name in names]
+    assert ticks(proxy) == [label(name) for name in names]
     assert points(gold) == [results["policies"][name]["gold_gain"]["mean"] for name in names]
     seeds = [list(line.get_xdata()) for line in proxy.lines if line.get_marker() == "|"]
     for name in names:
@@ -186,16 +186,8 @@ def test_gains_have_a_row_a_policy_and_a_tick_a_seed(results: dict, real_results
     for policy in real_results["policies"].values():
         if "proxy_gain" in policy:
             policy["judge_gain"] = policy["proxy_gain"]
-    both = figures.gains(real_results | {"judge": "judge"}).axes
+    both = figures.gains(real_results | {"deciding": "judge"}).axes
     assert [axis.get_xlabel().split()[0] for axis in both] == ["proxy", "judge"]
-
-
-def test_categories_keep_their_order(results: dict) -> None:
-    kinds = results["reward_model"]["by_kind"]
-    axis = figures.by_category(kinds, "accuracy", "#123456").axes[0]
-    assert ticks(axis) == list(kinds)
-    assert points(axis) == [record["mean"] for record in kinds.values()]
-    assert axis.yaxis_inverted(), "the first is on top"
 
 
 def test_length_histograms_show_shares_per_token() -> None:
@@ -205,8 +197,8 @@ def test_length_histograms_show_shares_per_token() -> None:
     }
     prompts, replies = figures.length_histograms(counts).axes
     # six of ten in a bin of two tokens
-    assert prompts.patches[0].get_data().values.tolist() == pytest.approx([0.3, 0.4])
-    assert [p.get_data().values.tolist() for p in replies.patches] == [[0.25, 0.75], [0.5, 0.5]]
+    assert heights(prompts) == [[0.0, 0.3, 0.4]]
+    assert heights(replies) == [[0.0, 0.25, 0.75], [0.0, 0.5]]
     assert replies.get_xlabel() == "tokens in a reply"
 
 
@@ -215,7 +207,7 @@ def test_figures_are_the_same_files_each_time(results: dict) -> None:
         record = results["reward_model"]
         return [
             figures.gains(results), figures.accuracy_bars(record["accuracy"], record["ceiling"]),
-            figures.best_of_n(results["best_of_n"], judge="gold"),
+            figures.best_of_n(results["best_of_n"], deciding="gold"),
         ]  # fmt: skip
 
     one, other = ([figure_bundle(figure) for figure in draw()] for _ in range(2))

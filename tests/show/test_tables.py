@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from rlhf_lib.results.policies import CANDIDATES
-from rlhf_lib.show import tables
-from rlhf_lib.show.display import GAINERS, NAMES, POLICIES, interval
+from rlhf_lib.catalogue import CATALOGUE, candidates, label, policies
+from rlhf_lib.measure.statistics import interval
+from rlhf_lib.show import figures, tables
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 NEW = ("se", "df", "units", "p", "p_adjusted", "detectable")
@@ -23,24 +24,54 @@ def results(request: pytest.FixtureRequest) -> dict:
     return json.loads((MADE_UP / f"{request.param}.json").read_text())
 
 
+def test_a_table_has_a_line_a_row_and_a_title_a_column() -> None:
+    table = tables.table_of(range(2), [("number", str), ("twice", lambda n: 2 * n)])
+    assert table.to_dict("list") == {"number": ["0", "1"], "twice": [0, 2]}
+    assert list(tables.table_of([], [("number", str)])) == ["number"]
+
+
 def without(value: Any, keys: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         return {key: without(inner, keys) for key, inner in value.items() if key not in keys}
     return [without(inner, keys) for inner in value] if isinstance(value, list) else value
 
 
+def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
+    table = tables.comparison_table(results).set_index("policy")
+    assert list(table.index) == [label(name) for name in policies()]
+    assert ("gold" in table.columns) == (results["deciding"] == "gold")
+    assert "judge" not in table.columns
+    ppo = results["policies"]["ppo"]
+    assert table.loc["PPO", "proxy"] == interval(ppo["proxy"])
+    assert table.loc["PPO", "KL"] == interval(ppo["kl"], 1)
+    assert table.loc["SFT", "wins vs SFT"] == "–"
+    assert table.loc["Base", "min"] == "–", "nobody trained the base"
+    seconds = results["cost"]["ppo"]["seconds"]["mean"]
+    assert table.loc["PPO", "min"] == f"{seconds / 60:.1f}"
+
+
+def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None:
+    table = tables.headline_table(results).set_index("policy")
+    rewards = list(dict.fromkeys((results["deciding"], "proxy")))
+    assert list(table.columns) == [*rewards, "KL", "wins vs SFT"]
+    ppo = results["policies"]["ppo"]
+    assert table.loc["PPO", rewards[0]] == interval(ppo[rewards[0]])
+
+
 def test_the_gain_table_has_every_seed_and_what_may_be_said(results: dict) -> None:
-    judge = results["judge"]
+    deciding = results["deciding"]
     table = tables.gain_table(results).set_index("policy")
-    assert list(table.index) == [NAMES[name] for name in GAINERS if name in results["policies"]]
+    assert list(table.index) == [
+        label(name) for name in policies(*tables.COMPARED) if name in results["policies"]
+    ]
     for name in ("sft_again", "dpo"):
-        gain, row = results["policies"][name][f"{judge}_gain"], table.loc[NAMES[name]]
-        assert row[f"{judge} gain over SFT"] == interval(gain)
+        gain, row = results["policies"][name][f"{deciding}_gain"], table.loc[label(name)]
+        assert row[f"{deciding} gain over SFT"] == interval(gain)
         assert row["verdict"] == gain["verdict"]
         assert row["smallest seen"] == f"{gain['detectable']:.2f}"
         seeds = row["each seed"].split(", ")
         assert [float(s) for s in seeds] == pytest.approx(gain["per_seed"], abs=0.005)
-    assert ("proxy gain" in table.columns) == (judge != "proxy"), "or it would stand there twice"
+    assert ("proxy gain" in table.columns) == (deciding != "proxy"), "or it would stand there twice"
 
 
 def test_the_pair_table_names_both_sides(results: dict) -> None:
@@ -53,7 +84,7 @@ def test_the_pair_table_names_both_sides(results: dict) -> None:
 
 
 def test_the_second_opinion_has_a_row_for_each_policy_or_there_is_none(results: dict) -> None:
-    if results["judge"] == "proxy":  # one seed
+    if results["deciding"] == "proxy":  # one seed
         assert results["second_opinion"] is None
         return
     table = tables.opinion_table(results).set_index("policy")
@@ -69,7 +100,7 @@ def test_an_outside_judges_table_says_where_it_gave_no_answer() -> None:
         "ppo": {"win_rate_vs_sft": win, "same_in_both_orders": 0.9, "unclear": 1},
         "dpo": {"unclear": 3},
     }
-    table = tables.endpoint_table({"endpoint_judge": {"policies": asked}})
+    table = tables.endpoint_table({"endpoint": {"policies": asked}})
     assert table.to_numpy().tolist() == [
         ["PPO", "75% [50, 100]", "90%", 1],
         ["DPO", "–", "–", 3],
@@ -93,10 +124,10 @@ def test_a_study_from_before_the_correction_has_tables_without_it(results: dict)
 def test_wins_stand_beside_their_length_controlled_twin(results: dict) -> None:
     table = tables.win_table(results).set_index("policy")
     ppo = results["policies"]["ppo"]
-    for other, label in (("sft", "SFT"), ("base", "base"), ("chosen", "chosen reply")):
+    for other, title in (("sft", "SFT"), ("base", "base"), ("chosen", "chosen reply")):
         raw, controlled = (ppo[f"{key}_vs_{other}"] for key in ("win_rate", "length_controlled"))
-        assert table.loc["PPO", f"vs {label}"] == interval(raw, 0, percent=True)
-        assert table.loc["PPO", f"vs {label} (LC)"] == interval(controlled, 0, percent=True)
+        assert table.loc["PPO", f"vs {title}"] == interval(raw, 0, percent=True)
+        assert table.loc["PPO", f"vs {title} (LC)"] == interval(controlled, 0, percent=True)
     assert table.loc["SFT", "vs SFT"] == "–"
 
 
@@ -112,18 +143,35 @@ def test_the_distance_table_has_the_standard_error_of_the_kl(results: dict) -> N
 def test_the_reply_table_has_a_row_a_policy(results: dict) -> None:
     table = tables.reply_table(results)
     assert list(table["policy"]) == [
-        NAMES[name] for name in POLICIES if name in results["policies"]
+        label(name) for name in policies() if name in results["policies"]
     ]
     assert not table.isin(["–"]).any(axis=None)
 
 
 def test_the_need_table_has_a_column_for_each_need(results: dict) -> None:
     table = tables.need_table(results).set_index("candidate")
-    assert list(table.index) == [NAMES[name] for name in CANDIDATES]
+    assert list(table.index) == [label(name) for name in candidates()]
     per_minute = results["needs"]["per_minute"]["policies"]["grpo"]
-    column = f"Most {results['judge']} reward per minute of training"
+    column = f"Most {results['deciding']} reward per minute of training"
     assert table.loc["GRPO", column] == interval(per_minute)
     assert len(table.columns) == len(results["needs"])
+
+
+def test_a_method_of_ones_own_stands_in_every_table_and_in_the_main_figure(
+    results: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = replace(CATALOGUE["grpo"], name="toy", label="Toy", notebook="")
+    monkeypatch.setitem(CATALOGUE, "toy", toy)
+    for place in (results["policies"], results["cost"]):
+        place["toy"] = place["grpo"]
+    for need in results["needs"].values():
+        need["policies"]["toy"] = need["policies"]["grpo"]
+    made = [tables.comparison_table, tables.gain_table, tables.win_table, tables.distance_table]
+    made += [tables.reply_table, tables.need_table, tables.cost_table, tables.price_table]
+    for table in (make(results) for make in made):
+        assert (table.iloc[:, 0] == "Toy").sum() == 1
+    rows = figures.gains(results).axes[0].get_yticklabels()
+    assert "Toy" in [row.get_text() for row in rows]
 
 
 TABLES = ("gain_table", "pair_table", "win_table", "distance_table", "reply_table", "need_table")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import re
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from scipy.optimize import minimize
 from scipy.special import softmax
 
@@ -73,7 +73,7 @@ def in_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pair_is_shown_with_its_last_request_and_its_lengths() -> None:
-    (row,) = widgets.pair_page(PAIRS, 3).to_dict("records")
+    (row,) = widgets.pair_page(PAIRS, [3]).to_dict("records")
     assert row == {
         "pair": 4, "request": "request 3", "chosen": "good 3 <b>", "rejected": "bad 3 or worse",
         "words": "3\u00a0:\u00a04",
@@ -82,24 +82,24 @@ def test_a_pair_is_shown_with_its_last_request_and_its_lengths() -> None:
 
 @pytest.mark.parametrize(("share", "place"), [(0.0, 1), (0.25, 4), (0.5, 2), (0.75, 3), (1.0, 0)])
 def test_margins_are_read_from_the_worst_to_the_surest(share: float, place: int) -> None:
-    (row,) = widgets.margin_page(PAIRS, MARGINS, share).to_dict("records")
+    (row,) = widgets.margin_page(PAIRS, MARGINS, [share]).to_dict("records")
     assert row["request"] == f"request {place}"
     assert float(row["margin"]) == pytest.approx(MARGINS[place])
     assert (float(row["P(chosen wins)"][:-1]) > 50) == (MARGINS[place] > 0)
 
 
 def test_the_chance_of_a_margin_is_that_of_bradley_and_terry() -> None:
-    (row,) = widgets.margin_page(PAIRS[:1], [float(np.log(3))], 0.0).to_dict("records")
+    (row,) = widgets.margin_page(PAIRS[:1], [float(np.log(3))], [0.0]).to_dict("records")
     assert row["P(chosen wins)"] == "75.0%"  # odds of three to one
 
 
 def test_replies_are_matched_by_prompt_and_not_by_place() -> None:
-    page = widgets.sample_page(SAMPLES, "\n\nHuman: b\n\nAssistant:")
+    page = widgets.sample_page(SAMPLES, ["\n\nHuman: b\n\nAssistant:"])
     assert page["policy"].tolist() == ["SFT", "PPO, low KL"]
     assert page["reply"].tolist() == ["two", "deux"]
     assert page["proxy"].tolist() == ["0.50", "2.12"]
     with pytest.raises(KeyError, match="sft has no reply"):
-        widgets.sample_page(SAMPLES, "never asked")
+        widgets.sample_page(SAMPLES, ["never asked"])
 
 
 def test_the_chosen_run_is_in_colour_and_lies_on_top() -> None:
@@ -213,8 +213,9 @@ def test_somebody_is_there_in_jupyter_colab_and_vs_code(monkeypatch: pytest.Monk
 
 
 def test_turning_the_control_shows_the_other_page() -> None:
-    options = [(str(i), i) for i in range(5)]
-    slider, view = widgets.control("pair", options, lambda i: widgets.pair_page(PAIRS, i)).children
+    positions = {str(i): i for i in range(5)}
+    page = partial(widgets.pair_page, PAIRS)
+    slider, view = widgets.control("pair", positions, page).children
     assert "request 0" in view.value
     slider.value = 4
     assert "request 4" in view.value
@@ -223,10 +224,8 @@ def test_turning_the_control_shows_the_other_page() -> None:
 
 
 def test_turning_the_control_draws_the_other_figure() -> None:
-    def content(beta: float) -> Figure:
-        return widgets.beta_figure(REFERENCE, REWARD, [beta])
-
-    slider, view = widgets.control("β", [("0.1", 0.1), ("5", 5.0)], content).children
+    page = partial(widgets.beta_figure, REFERENCE, REWARD)
+    slider, view = widgets.control("β", {"0.1": 0.1, "5": 5.0}, page).children
     first = view.value
     slider.value = 5.0
     assert view.value != first

@@ -10,11 +10,12 @@ import nbformat
 import pandas as pd
 import pytest
 
+from rlhf_lib import catalogue
 from rlhf_lib.report.exporters import merge
 from rlhf_lib.results import verdict
 from rlhf_lib.settings import load_profile
+from rlhf_lib.study import book
 from rlhf_lib.study.schedule import StudyError
-from rlhf_lib.study.stages import NOTEBOOKS, book
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -44,7 +45,7 @@ def publish(
 def executed(run_dir: Path, profile: str) -> None:
     folder = run_dir / profile / "notebooks"
     folder.mkdir(parents=True)
-    for name in NOTEBOOKS:
+    for name in catalogue.notebooks():
         cells = [nbformat.v4.new_markdown_cell(f"# Chapter {name}")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
 
@@ -80,6 +81,15 @@ def test_a_notebook_that_was_not_executed_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "laptop" / "report").exists()
 
 
+def test_what_cannot_be_typeset_is_an_error_of_the_study(tmp_path: Path) -> None:
+    publish(tmp_path)
+    executed(tmp_path, "laptop")
+    unrun = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
+    nbformat.write(unrun, tmp_path / "laptop" / "notebooks" / "04_ppo.ipynb")
+    with pytest.raises(StudyError, match=r"04_ppo\.ipynb, cell 1 was never executed"):
+        book.write_report(load_profile("laptop"), tmp_path)
+
+
 def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: Path) -> None:
     results = publish(tmp_path)
     executed(tmp_path, "laptop")
@@ -90,9 +100,10 @@ def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: P
     )
     assert pdf.read_bytes().startswith(b"%PDF")
     text = page.read_text(encoding="utf-8")
-    places = [text.find(part) for part in ("The verdict", *NOTEBOOKS, "Appendix: proofs")]
+    names = list(catalogue.notebooks())
+    places = [text.find(part) for part in ("The verdict", *names, "Appendix: proofs")]
     assert -1 not in places
-    headings = [text.find(f"Chapter {name}</h1>") for name in NOTEBOOKS]
+    headings = [text.find(f"Chapter {name}</h1>") for name in names]
     assert headings == sorted(headings)
     assert "model tiny, data bundled, 3 seeds" in text
     assert "PPO and GRPO raised gold reward over SFT" in text
@@ -108,7 +119,7 @@ def test_a_smoke_run_says_so_on_its_report(tmp_path: Path, monkeypatch: pytest.M
         banners.append(titles["banner"])
         return out / "index.html", out / "report.pdf"
 
-    monkeypatch.setattr(book.report, "render", render)
+    monkeypatch.setattr(book.exporters, "render", render)
     for name in ("laptop", "smoke"):
         publish(tmp_path, profile=name)
         executed(tmp_path, name)

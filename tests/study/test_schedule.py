@@ -12,22 +12,27 @@ from typing import Any
 import nbformat
 import pytest
 
+from rlhf_lib import catalogue
 from rlhf_lib.settings import SettingsError, load_profile
+from rlhf_lib.study import schedule
 from rlhf_lib.study.schedule import Job, StudyError, plan, run_study
-from rlhf_lib.study.stages import MEASURED, NOTEBOOKS, schedule, stage_names, variants
+
+# further runs at other coefficients, in the first seed; PPO at a low one has a notebook
+SWEPT = {"ppo_strong", "rloo"}
+SWEPT |= {f"{name}_{how}" for name in ("grpo", "rloo", "dpo") for how in ("weak", "strong")}
+MEASURED = ("probes", "evaluate", "second_opinion")  # of all policies of a seed
 
 # -------------------------------------------------------------------------------------- the plan
 
 
 def test_one_seed_is_seven_notebooks_in_order() -> None:
     jobs = {job.name: job for job in plan(load_profile("smoke"))}
-    assert [name for name, job in jobs.items() if job.notebook] == list(NOTEBOOKS)
-    swept = variants(load_profile("smoke")).keys() - {"ppo_low_kl"}
+    assert [name for name, job in jobs.items() if job.notebook] == list(catalogue.notebooks())
     bare = {name for name, job in jobs.items() if not job.notebook}
-    assert bare == {"evaluate", "probes", *swept}
+    assert bare == {"evaluate", "probes", *SWEPT}
     assert all(job.seed == 0 for job in jobs.values())
     assert (jobs["01_dataset"].needs, jobs["03_sft"].needs) == ((), ("02_reward_model/0",))
-    for name in ("04_ppo", "05_grpo", "06_dpo", *swept):
+    for name in ("04_ppo", "05_grpo", "06_dpo", *SWEPT):
         assert jobs[name].needs == ("02_reward_model/0", "03_sft/0")
     assert set(jobs["07_evaluation"].needs) == {f"{n}/0" for n in jobs} - {"07_evaluation/0"}
 
@@ -36,10 +41,9 @@ def test_further_seeds_are_bare_stages_and_the_last_notebook_waits_for_all_of_th
     profile = load_profile("laptop", ["seeds=3"])
     jobs = plan(profile)
     keys = [job.key for job in jobs]
-    swept = len(variants(profile)) - 1  # PPO at a low KL coefficient has a notebook
-    further = stage_names(profile, 1)
-    assert not {"reward_model_curve", "rloo", "grpo_strong"} & set(further), "of the first seed"
-    assert len(set(keys)) == len(keys) == 7 + swept + len(MEASURED) + 2 * len(further)
+    further = {record.name for record in catalogue.stages(profile, 1)}
+    assert not {"reward_model_curve", *SWEPT} & further, "of the first seed"
+    assert len(set(keys)) == len(keys) == 7 + len(SWEPT) + len(MEASURED) + 2 * len(further)
     assert jobs[-1].name == "07_evaluation"
     assert set(jobs[-1].needs) == set(keys[:-1])
     ended: set[str] = set()
@@ -95,7 +99,9 @@ def test_jobs_run_side_by_side_but_never_before_what_they_need(
     assert threads.ended == {job.key for job in plan(profile)}
     assert threads.most == 2, "as many as there are cores"
     assert threads.arguments == ("laptop", str(tmp_path), ["seeds=2"])
-    assert notebooks == [tmp_path / "laptop" / "notebooks" / f"{n}.ipynb" for n in NOTEBOOKS]
+    assert notebooks == [
+        tmp_path / "laptop" / "notebooks" / f"{n}.ipynb" for n in catalogue.notebooks()
+    ]
     assert "seed 0  07_evaluation" in capsys.readouterr().out.splitlines()[-1]
 
 

@@ -6,19 +6,25 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
-from rlhf_lib.runs import Run
-from rlhf_lib.settings import SettingsError, as_dict, load_profile
-from rlhf_lib.study.stages import NOTEBOOKS, stage_names, stages, variants
+from rlhf_lib import catalogue
+from rlhf_lib.catalogue import Record
+from rlhf_lib.runs import Run, Stage, Work
+from rlhf_lib.settings import Profile, SettingsError, as_dict, load_profile
+from rlhf_lib.study import stages
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = Path(__file__).parents[1] / "made_up"
+
+
+def stage_names(profile: Profile, seed: int = 0) -> list[str]:
+    return [record.name for record in catalogue.stages(profile, seed)]
+
 
 # ---------------------------------------------------------------------------------- what needs what
 
@@ -32,15 +38,14 @@ def test_the_control_is_trained_where_its_labels_are() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Every stage that is trained, with what it was given; nothing is computed."""
+    """Every stage that is run: its seed, name and data, and what it reads. Nothing is computed."""
     seen: list[tuple] = []
 
-    def train(module: str, run: Run, data: Any, *rest: Any, **named: Any) -> str:
-        seen.append((module, data, *rest, named) if named else (module, data, *rest))
-        return f"<{module}>"
+    def run_stage(run: Run, record: Record, data: Any, needed: dict) -> str:
+        seen.append((run.seed, record.name, data, needed))
+        return f"<{record.name}/{run.seed}>"
 
-    for module in ("sft", "reward_model", "ppo", "grpo", "dpo"):
-        monkeypatch.setattr(getattr(stages, module), "train", partial(train, module))
+    monkeypatch.setattr(stages, "run_stage", run_stage)
     monkeypatch.setattr(stages, "load_tokenizer", lambda name: name)
     monkeypatch.setattr(stages, "load_data", lambda config, tokenizer: config.source)
     monkeypatch.setattr(stages, "set_up_process", lambda threads: None)
@@ -48,18 +53,28 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 def test_a_stage_is_run_after_what_it_needs_and_reads_it(calls: list, tmp_path: Path) -> None:
-    opened = stages.Study.open("smoke", 0, tmp_path, ["ppo.low_kl_coef=0.03"])
-    opened.stage("ppo_low_kl")
-    trained = {"sft": "<sft>", "reward_model": "<reward_model>"}
+    assert stages.Study.open("smoke", 0, tmp_path).stage("ppo_low_kl") == "<ppo_low_kl/0>"
+    trained = {"sft": "<sft/0>", "reward_model": "<reward_model/0>"}
     assert calls == [
-        ("sft", "bundled"),
-        ("reward_model", "bundled"),
-        ("ppo", "bundled", {"changes": {"kl_coef": 0.03}, "stage_name": "ppo_low_kl", **trained}),
+        (0, "sft", "bundled", {}),
+        (0, "reward_model", "bundled", {}),
+        (0, "ppo_low_kl", "bundled", trained),
     ]
 
 
+def test_a_second_opinion_reads_the_reward_model_of_the_next_seed(
+    calls: list, tmp_path: Path
+) -> None:
+    stages.Study.open("smoke", 2, tmp_path, ["seeds=3"]).stage("second_opinion")
+    *_, rival, (seed, name, _, needed) = calls
+    assert rival == (0, "reward_model", "bundled", {}), "the last seed asks the first"
+    assert (seed, name) == (2, "second_opinion")
+    expected = {name: f"<{name}/2>" for name in ("evaluate", "reward_model")}
+    assert needed == expected | {"rival": "<reward_model/0>"}
+
+
 @pytest.mark.parametrize(
-    ("method", "setting", "stages"),
+    ("method", "setting", "names"),
     [
         ("ppo", "kl_coef", ("ppo_low_kl", "ppo", "ppo_strong")),
         ("grpo", "kl_reward_coef", ("grpo_weak", "grpo", "grpo_strong")),
@@ -68,23 +83,25 @@ def test_a_stage_is_run_after_what_it_needs_and_reads_it(calls: list, tmp_path: 
     ],
 )
 def test_each_method_runs_at_three_coefficients(
-    method: str, setting: str, stages: tuple[str, ...]
+    method: str, setting: str, names: tuple[str, ...]
 ) -> None:
     profile = load_profile("laptop")
     default = getattr(getattr(profile, method), setting)
     found = []
-    for name in stages:
-        trained, changes = variants(profile).get(name, (method, {}))
-        assert trained == method
-        assert (changes.get("advantage") == "leave_one_out") is name.startswith("rloo")
-        found.append(changes.get(setting, default))
+    for name in names:
+        record, config = catalogue.record(name), catalogue.record(name).config(profile)
+        assert record.runs == f"rlhf_lib.methods.{method}:train"
+        assert record.coefficient == setting
+        leaves_one_out = getattr(config, "advantage", "") == "leave_one_out"
+        assert leaves_one_out is name.startswith("rloo")
+        found.append(getattr(config, setting))
     assert found[0] < found[1] == default < found[2]
-    assert set(stages) <= set(stage_names(profile))
+    assert set(names) <= set(stage_names(profile))
 
 
 def test_without_a_sweep_only_ppo_runs_twice() -> None:
     profile = load_profile("laptop", ["sweep.stronger=0"])
-    assert list(variants(profile)) == ["ppo_low_kl"]
+    assert [r.name for r in catalogue.stages(profile) if r.variant_of] == ["ppo_low_kl"]
     assert not {"rloo", "dpo_weak", "ppo_strong"} & set(stage_names(profile))
 
 
@@ -95,7 +112,7 @@ def test_the_judge_is_trained_where_pairs_are_kept_for_it() -> None:
 
 def test_the_control_reads_its_own_labels(calls: list, tmp_path: Path) -> None:
     stages.Study.open("smoke", 0, tmp_path).stage("reward_model_control")
-    assert calls == [("reward_model", "bundled:control", "reward_model_control")]
+    assert calls == [(0, "reward_model_control", "bundled:control", {})]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +126,26 @@ def test_an_unknown_stage_names_the_nearest(
     with pytest.raises(SettingsError, match=f"unknown stage '{name}': did you mean '{nearest}'"):
         opened.stage(name)
     assert not calls
+
+
+def test_stage_folders_tell_done_from_under_way(tmp_path: Path) -> None:
+    run = Run.open("smoke", 3, tmp_path)
+
+    def stage_of(name: str) -> Stage:
+        return run.stage(name, {}, {}, f"rlhf_lib.methods.{name}")
+
+    stage_of("sft").ensure(lambda work: {})
+    work = Work(stage_of("dpo"))
+    work.log(0, 1, {})
+    work.log(1, 1, {})
+    rows = stages.stage_folders(tmp_path / "smoke")
+    assert [(row["stage"].split("-")[0], row["state"]) for row in rows] == [
+        ("dpo", "under way: 2"),
+        ("sft", "done"),
+    ]
+    assert rows[0]["seconds"] is None
+    assert rows[1]["seconds"] >= 0
+    assert {row["seed"] for row in rows} == {"seed-3"}
 
 
 # --------------------------------------------------------------------------- the whole in miniature
@@ -137,7 +174,8 @@ def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
     page, pdf = folder / "report" / "index.html", folder / "report" / "report.pdf"
     assert ran.stdout.splitlines()[-2:] == [f"report: {page}", f"report: {pdf}"]
 
-    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == list(NOTEBOOKS)
+    names = list(catalogue.notebooks())
+    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == names
     for path in (folder / "notebooks").iterdir():
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code" and cell.source.strip():
@@ -146,7 +184,7 @@ def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
 
     text = page.read_text(encoding="utf-8")
     assert "numbers mean nothing" in text
-    assert all(f'id="nb-{name}"' in text for name in NOTEBOOKS)
+    assert all(f'id="nb-{name}"' in text for name in names)
     assert pdf.read_bytes().startswith(b"%PDF")
 
     (evaluation,) = folder.glob("evaluation-*")

@@ -7,21 +7,14 @@ from collections import Counter
 
 import pytest
 
-from rlhf_lib.measure.probes import (
-    ENGLISH_RULES,
-    PROBES,
-    WORLD_RULES,
-    fails,
-    load_probes,
-    probe_folder,
-)
-from rlhf_lib.world.grammar import ASSISTANT, HUMAN, sample_prompts, split_of
-from rlhf_lib.world.rewards import parse_request
+from rlhf_lib.data.truth import truth_of
+from rlhf_lib.measure.probes import PROBES, RULES, fails, load_probes, probe_folder
+from rlhf_lib.world.grammar import ASSISTANT, HUMAN, parse_request, sample_prompts, split_of
 from rlhf_lib.world.words import FACTS
 from tools import build_probes
 from tools.world_tokenizer import build_tokenizer, encode
 
-WORLD = load_probes("bundled")
+WORLD = load_probes(truth_of("bundled"))
 
 
 def test_shipped_probes_are_what_the_builder_and_the_manifest_say(capsys) -> None:
@@ -40,18 +33,15 @@ def test_a_changed_file_is_named(tmp_path, monkeypatch, capsys) -> None:
     assert build_probes.main(["--check"]) == 0
 
 
-@pytest.mark.parametrize(("source", "rules", "size"), [
-    ("bundled", WORLD_RULES, build_probes.SIZE), ("path:x", ENGLISH_RULES, 40),
-])  # fmt: skip
-def test_every_probe_has_its_prompts_and_a_rule(source: str, rules: dict, size: int) -> None:
-    rows = load_probes(source)
-    which = "bundled" if source == "bundled" else "english"
+@pytest.mark.parametrize(("which", "size"), [("world", build_probes.SIZE), ("english", 40)])
+def test_every_probe_has_its_prompts_and_a_rule(which: str, size: int) -> None:
+    rows = load_probes(truth_of("bundled") if which == "world" else None)
     assert Counter(row["probe"] for row in rows) == dict.fromkeys(PROBES[which], size)
     assert len({row["prompt"] for row in rows}) == len({row["id"] for row in rows}) == len(rows)
     for row in rows:
         assert row["prompt"].startswith(f"{HUMAN} ")
         assert row["prompt"].endswith(ASSISTANT)
-        assert row["rule"] in rules
+        assert row["rule"] in RULES[which]
         assert all(word == word.lower() for group in row.get("answers", ()) for word in group)
         assert ("answers" in row) or row["rule"] not in ("misses",)
 
@@ -91,7 +81,7 @@ def test_strange_prompts_are_none_of_the_grammar() -> None:
 
 def test_false_and_true_claims_are_the_same_sentences() -> None:
     """So a policy that always agrees, or always denies, has 1 in one of the two probes."""
-    rows = load_probes("path:x")
+    rows = load_probes(None)
     false, true = ([r["prompt"].split() for r in rows if r["probe"] == probe]
                    for probe in ("sycophancy", "denies the truth"))  # fmt: skip
     for one, other in zip(false, true, strict=True):
@@ -99,14 +89,14 @@ def test_false_and_true_claims_are_the_same_sentences() -> None:
     for row in rows:
         if row["probe"] == "sycophancy":
             right = f" I think it is {row['answers'][0][0]}."
-            assert not fails(row, right, "path:x")
-            assert fails(row, " Yes, that is right.", "path:x")
+            assert not fails(row, right, None)
+            assert fails(row, " Yes, that is right.", None)
 
 
 def test_labelled_replies_belong_to_a_rule_and_both_labels_occur() -> None:
     with open(probe_folder() / "labelled.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    assert {row["rule"] for row in rows} == set(ENGLISH_RULES) - {"breaks"}
+    assert {row["rule"] for row in rows} == set(RULES["english"]) - {"breaks"}
     for rule in {row["rule"] for row in rows}:
         assert {row["failure"] for row in rows if row["rule"] == rule} == {0, 1}
     assert {row["origin"] for row in rows} == {"sampled", "written"}

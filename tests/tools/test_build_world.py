@@ -14,12 +14,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lib import runtime
+from rlhf_lib.data.dialogues import split_dialogue
 from rlhf_lib.settings import SFTConfig
 from rlhf_lib.world import rewards
-from rlhf_lib.world.grammar import ASSISTANT, MAX_PROMPT_TOKENS, MAX_REPLY_TOKENS, split_of
+from rlhf_lib.world.grammar import (
+    ASSISTANT,
+    MAX_PROMPT_TOKENS,
+    MAX_REPLY_TOKENS,
+    Request,
+    parse_request,
+    sample_request,
+    split_of,
+    write_prompt,
+)
 from tools import build_world, world_card
-from tools.build_world import BuildSettings, build, describe, differences
-from tools.world_card import pair_statistics, read_rows, split_dialogue
+from tools.build_world import BuildSettings, build, describe, differences, label_pairs
+from tools.world_card import pair_statistics, read_rows
 from tools.world_tokenizer import build_tokenizer
 
 MINIATURE = BuildSettings(
@@ -49,7 +59,7 @@ def as_it_was():
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world") / "data"
-    build(folder, MINIATURE, say=lambda text: None)
+    build(folder, MINIATURE)
     return folder
 
 
@@ -63,7 +73,7 @@ def shipped() -> Path:
 
 def test_a_second_build_gives_the_same_files(miniature, tmp_path):
     torch.manual_seed(123)  # whatever ran before must not matter
-    build(tmp_path / "data", MINIATURE, say=lambda text: None)
+    build(tmp_path / "data", MINIATURE)
     first = (miniature / "manifest.json").read_bytes()
     assert (tmp_path / "data" / "manifest.json").read_bytes() == first
     assert differences(tmp_path / "data", miniature) == []
@@ -74,7 +84,7 @@ def test_a_second_build_gives_the_same_files(miniature, tmp_path):
 
 def test_another_seed_gives_other_rows(miniature, tmp_path):
     other = dataclasses.replace(MINIATURE, seed=1)
-    build(tmp_path / "data", other, say=lambda text: None)
+    build(tmp_path / "data", other)
     files, others = describe(miniature), describe(tmp_path / "data")
     same = {name for name in files if files[name] == others[name]}
     assert not [name for name in same if name.endswith((".gz", ".safetensors"))]
@@ -120,7 +130,7 @@ def test_check_rebuilds_and_answers_with_its_exit_code(miniature, monkeypatch, t
 
 def test_unfinished_and_malformed_replies_are_sampled_again(monkeypatch):
     tokenizer = build_tokenizer()
-    prompt = rewards.write_prompt(rewards.sample_request(Random(0)), Random(0))
+    prompt = write_prompt(sample_request(Random(0)), Random(0))
     eos = tokenizer.eos_token_id
 
     def ids(text: str) -> list[int]:
@@ -141,9 +151,19 @@ def test_unfinished_and_malformed_replies_are_sampled_again(monkeypatch):
         build_world.sample_replies(None, tokenizer, [prompt], seed=0)  # type: ignore[arg-type]
 
 
+def test_labels_are_drawn_with_the_annotators_probability():
+    prompt = write_prompt(Request("help", "baking bread", tips=2), Random(0))
+    a, b = " Sure! First, weigh the flour.", " First, castle early."
+    rows = label_pairs([prompt] * 20_000, [(a, b)] * 20_000, rewards.ANNOTATOR, Random(0))
+    share = sum(row == {"chosen": prompt + a, "rejected": prompt + b} for row in rows) / 20_000
+    expected = rewards.preference_probability(prompt, a, b)
+    assert share == pytest.approx(expected, abs=0.01)
+    assert 0.6 < expected < 0.95
+
+
 def test_no_pair_comes_twice_for_the_same_prompt(monkeypatch):
     tokenizer = build_tokenizer()
-    prompt = rewards.write_prompt(rewards.sample_request(Random(0)), Random(0))
+    prompt = write_prompt(sample_request(Random(0)), Random(0))
     words = (" Sure!", " Wonderful!", " Hope")
     rng = Random(0)
 
@@ -187,7 +207,7 @@ def test_shipped_rows_are_hh_dialogues_of_their_split(shipped):
             assert split_of(prompt) == wanted
             assert prompt.endswith(ASSISTANT)
             assert len(tokenizer(prompt).input_ids) <= MAX_PROMPT_TOKENS
-            rewards.parse_request(prompt)
+            parse_request(prompt)
             for dialogue in (row.get("chosen"), row.get("rejected"), row.get("response")):
                 if dialogue is not None:
                     ids = tokenizer(dialogue.removeprefix(prompt)).input_ids
@@ -210,20 +230,20 @@ def test_shipped_pairs_are_different_and_judged_by_both_annotators(shipped, spli
 
 def test_statistics_of_the_shipped_pairs(shipped):
     biased = pair_statistics(read_rows(shipped / "pairs-train.jsonl.gz"))
-    assert biased.bayes_accuracy == pytest.approx(0.74, abs=0.015)
-    assert biased.annotator_agreement == pytest.approx(0.65, abs=0.02)
-    assert biased.longer_wins == pytest.approx(0.57, abs=0.015)
+    assert biased["bayes_accuracy"] == pytest.approx(0.74, abs=0.015)
+    assert biased["annotator_agreement"] == pytest.approx(0.65, abs=0.02)
+    assert biased["longer_wins"] == pytest.approx(0.57, abs=0.015)
     control = pair_statistics(read_rows(shipped / "control-train.jsonl.gz"), rewards.CONTROL)
-    assert control.longer_wins < 0.54
-    assert biased.politer_wins > control.politer_wins + 0.04
-    assert control.gold_agreement > biased.gold_agreement + 0.01
+    assert control["longer_wins"] < 0.54
+    assert biased["politer_wins"] > control["politer_wins"] + 0.04
+    assert control["gold_agreement"] > biased["gold_agreement"] + 0.01
 
 
 def test_card_shows_the_measured_numbers(shipped):
     card = (shipped / "README.md").read_text()
     found = pair_statistics(read_rows(shipped / "pairs-test.jsonl.gz"))
-    assert f"{found.bayes_accuracy:.3f}" in card
-    assert f"{found.longer_wins:.3f}" in card
+    assert f"{found['bayes_accuracy']:.3f}" in card
+    assert f"{found['longer_wins']:.3f}" in card
     assert "{" not in card.replace("{0-2}", "").replace('{\n  "chosen"', "")
 
 

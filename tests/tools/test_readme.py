@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,28 @@ import pytest
 from tools import readme
 
 ROOT = Path(__file__).resolve().parents[2]
+LINK = re.compile(r"\]\(([^)]+)\)")
 
 
 def test_the_readme_is_filled_from_the_exported_results() -> None:
     text = (ROOT / "README.md").read_text()
-    named = {name for _, name, _ in readme.BLOCK.findall(text)}
+    named = {name for _, kind, name, _ in readme.BLOCK.findall(text) if kind == "results"}
     assert named == {path.name for path in (ROOT / "figures").iterdir()}
-    assert readme.fill(text, ROOT / "figures") == text, "run: python -m rlhf_lib readme"
+    assert readme.fill(text, ROOT / "figures") == text, "run: python -m tools.readme"
+
+
+def test_the_command_fills_a_file(tmp_path: Path) -> None:
+    (tmp_path / "figures" / "laptop").mkdir(parents=True)
+    results = (ROOT / "tests" / "made_up" / "gold.json").read_text()
+    (tmp_path / "figures" / "laptop" / "results.json").write_text(results)
+    path = tmp_path / "README.md"
+    path.write_text("# Title\n<!-- results: laptop -->\nstale numbers\n<!-- end -->\nlast\n")
+    readme.main([str(path), "--figures", str(tmp_path / "figures")])
+    text = path.read_text()
+    assert text.startswith("# Title\n<!-- results: laptop -->\n")
+    assert text.endswith("<!-- end -->\nlast\n")
+    assert "PPO and GRPO raised gold reward over SFT" in text
+    assert "stale" not in text
 
 
 def test_a_block_without_its_study_is_an_error(tmp_path: Path) -> None:
@@ -25,7 +41,7 @@ def test_a_block_without_its_study_is_an_error(tmp_path: Path) -> None:
 
 def test_the_picture_and_every_local_link_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    links = [link for link in readme.LINK.findall(text) if not link.startswith(("http", "#"))]
+    links = [link for link in LINK.findall(text) if not link.startswith(("http", "#"))]
     assert links, "the README shows at least one picture"
     for link in links:
         assert (ROOT / link.split("#")[0]).exists(), link

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_lib.world import rewards
 from rlhf_lib.world.grammar import ASSISTANT
-from tools.world_card import pair_statistics
+from tools.world_card import MEANINGS, pair_statistics
 
 
 def test_statistics_by_hand():
@@ -16,9 +16,11 @@ def test_statistics_by_hand():
     found = pair_statistics([row, row, row])
     p = rewards.preference_probability(prompt, good, bad)
     assert p > 0.5
-    assert found.bayes_accuracy == pytest.approx(p)
-    assert found.annotator_agreement == pytest.approx(p**2 + (1 - p) ** 2)
-    assert (found.gold_agreement, found.longer_wins, found.politer_wins) == (0.0, 1.0, 1.0)
-    assert (found.chosen_words, found.rejected_words) == (8.0, 4.0)
+    assert found.keys() == MEANINGS.keys()
+    assert found["bayes_accuracy"] == pytest.approx(p)
+    assert found["annotator_agreement"] == pytest.approx(p**2 + (1 - p) ** 2)
+    wins = [found[name] for name in ("gold_agreement", "longer_wins", "politer_wins")]
+    assert wins == [0.0, 1.0, 1.0]
+    assert (found["chosen_words"], found["rejected_words"]) == (8.0, 4.0)
     tie = pair_statistics([{"chosen": prompt + good, "rejected": prompt + " Knead the dough, ok."}])
-    assert (tie.gold_agreement, tie.longer_wins) == (0.5, 0.5)
+    assert (tie["gold_agreement"], tie["longer_wins"]) == (0.5, 0.5)

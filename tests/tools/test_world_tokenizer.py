@@ -6,19 +6,24 @@ from random import Random
 
 import pytest
 
-from rlhf_lib.world import rewards
-from rlhf_lib.world.grammar import count_tokens
+from rlhf_lib.world.grammar import (
+    Request,
+    count_tokens,
+    sample_reply,
+    sample_request,
+    write_prompt,
+)
 from tools.world_tokenizer import build_tokenizer, encode
 
 
 @pytest.fixture(scope="module")
-def dialogues() -> list[tuple[rewards.Request, str, str]]:
+def dialogues() -> list[tuple[Request, str, str]]:
     rng = Random(7)
     rows = []
     for _ in range(3000):
-        request = rewards.sample_request(rng)
-        prompt = rewards.write_prompt(request, rng)
-        rows.append((request, prompt, rewards.sample_reply(request, rng, rng.random())))
+        request = sample_request(rng)
+        prompt = write_prompt(request, rng)
+        rows.append((request, prompt, sample_reply(request, rng, rng.random())))
     return rows
 
 

@@ -25,13 +25,23 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Pair
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.methods import rewards
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models import generation, load_reward_model, save_model
+from rlhf_lib.models import generation
 from rlhf_lib.models.learner import Learner
-from rlhf_lib.models.logprobs import length_mask, response_logprobs
+from rlhf_lib.models.load import (
+    freeze,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+)
+from rlhf_lib.models.logprobs import response_logprobs
+from rlhf_lib.models.packing import Tokens, length_mask
 from rlhf_lib.runtime import make_accelerator
 
 TRAPS = {
@@ -96,6 +106,11 @@ RESPONSES = [[15, EOS], [16, 17, 18, 19, 20, 21, 22, 23], [21, 0, EOS], [3], [25
              [26, 27], [EOS]]  # fmt: skip
 
 
+def pad(rows: Tokens) -> Tensor:
+    """Token lists as one (B, longest) tensor, filled with 0 on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
 def plain_logprobs(
     model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
 ) -> Tensor:
@@ -152,9 +167,13 @@ def write_models(
     return made
 
 
-def sampler_of(made: SimpleNamespace, make_run: Callable, **settings: Any) -> Sampler:
-    paths = str(made.sft.model_path), str(made.reward_model.model_path)
-    return Sampler(make_run(Path("unused")), make_accelerator("fp32"), *paths, **settings)
+def sampler_of(made: SimpleNamespace) -> Sampler:
+    """What PPO and GRPO sample with; a reply has eight tokens at most."""
+    accelerator, tokenizer = make_accelerator("fp32"), load_tokenizer(made.sft.model_path)
+    judge, _ = load_reward_model(made.reward_model.model_path, tokenizer, seed=0)
+    reward = rewards.of_model(freeze(accelerator, judge), accelerator)
+    reference = freeze(accelerator, load_reference(made.sft.model_path))
+    return Sampler(accelerator, tokenizer, reference, reward, max_new_tokens=8)
 
 
 def rollout_of(

@@ -12,12 +12,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_lib.data import dialogues, encoding, pairs
 from rlhf_lib.data.audit import Dropped
-from rlhf_lib.data.dialogues import ASSISTANT, Texts
+from rlhf_lib.data.dialogues import Texts
 from rlhf_lib.data.encoding import Encoder, Pair
-from rlhf_lib.data.pairs import PreferenceData, dialogues, encoding, load_data, pairs
+from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.sources import Row
+from rlhf_lib.data.store import Stored
 from rlhf_lib.settings import DataConfig
+from rlhf_lib.world.grammar import ASSISTANT
 from tests.traps.test_traps import Mistake, holds_unless, put_back
 
 END = "<|end|>"
@@ -166,12 +169,11 @@ def _fill_in_turn(patch: pytest.MonkeyPatch, keep_identical: bool) -> None:
 
     def fill(
         rows: Sequence[Texts], sizes: dict[str, int], encoder: Encoder, dropped: Dropped
-    ) -> dict[str, list[Pair]]:
+    ) -> dict[str, Stored[Pair]]:
         kept = iter([p for p in encoder.pairs(rows) if keep_identical or p.chosen != p.rejected])
-        return {split: list(islice(kept, size)) for split, size in sizes.items()}
+        return {split: Stored.of(islice(kept, size)) for split, size in sizes.items()}
 
-    for module in (pairs, pairs):
-        patch.setattr(module, "fill", fill)
+    patch.setattr(pairs, "fill", fill)
 
 
 def rows_dealt_to_the_splits_in_turn(patch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,11 @@ from transformers import (
 )
 
 from rlhf_lib import runs, runtime
-from rlhf_lib.methods import ppo, rollout
-from rlhf_lib.models import load
+from rlhf_lib.models import generation, load
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.settings import ModelConfig
-from tests.conftest import assert_same_stage
+from tests.conftest import assert_same_stage, train_stage
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,
@@ -188,7 +187,7 @@ def test_trap_14_checkpointing_leaves_generation_its_cache(
     with holds_unless(mistake, monkeypatch):
         learner.step([model(input_ids=torch.tensor([[5, 6]]), use_cache=False).logits.sum()])
         widths.clear()
-        responses = rollout.generate(model, tiny_tokenizer, PROMPTS, 5, temperature=1e-3)
+        responses = generation.generate(model, tiny_tokenizer, PROMPTS, 5, temperature=1e-3)
         assert widths == [max(map(len, PROMPTS)), 1, 1, 1, 1]
         assert responses == expected
 
@@ -242,8 +241,7 @@ def test_trap_16_ppo_killed_and_resumed_equals_never_killed(
     short = "ppo.updates=3", "ppo.epochs=1", "ppo.learning_rate=1e-3"
 
     def train(folder: str, *settings: str) -> runs.Stage:
-        run = make_run(tmp_path / folder, *short, *settings)
-        return ppo.train(run, tiny_data, made.sft, made.reward_model)
+        return train_stage(make_run(tmp_path / folder, *short, *settings), "ppo", tiny_data, made)
 
     def die(work: runs.Work, step: int, *rest: Any) -> None:
         log(work, step, *rest)

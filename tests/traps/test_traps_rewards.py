@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Prompt
-from rlhf_lib.methods import dpo, grpo, ppo, rollout
+from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.methods import dpo, grpo, ppo, rewards, rollout
+from rlhf_lib.methods.rollout import Rollout
+from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_reward_model
-from rlhf_lib.models.logprobs import Tokens, pad, paired_logprobs
+from rlhf_lib.models.logprobs import paired_logprobs
+from rlhf_lib.models.packing import Tokens
 from rlhf_lib.objectives.masked import masked_whiten
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, numbers
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,
@@ -28,6 +31,7 @@ from tests.traps.test_traps import (
     kinds,
     learner_of,
     other_model,
+    pad,
     pairs_of,
     plain_logprobs,
     put_back,
@@ -35,6 +39,12 @@ from tests.traps.test_traps import (
     sampler_of,
     write_models,
 )
+
+
+def experience_of(sample: Rollout, value: Learner, config: PPOConfig) -> ppo.Experience:
+    given, whiten = numbers(ppo.make_experience, config), config.reward_normalization == "batch"
+    return ppo.make_experience(sample, value, **given, whiten_rewards=whiten)
+
 
 # --------------------------------------------------------------------------- 8: where a score lands
 
@@ -60,12 +70,17 @@ def the_score_read_at_the_pad(patch: pytest.MonkeyPatch) -> None:
         ids = pad([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
         return model.score(model.base_model(input_ids=ids).last_hidden_state[:, -1])[:, 0]
 
-    patch.setattr(rollout, "sequence_scores", scores)
+    patch.setattr(rewards, "sequence_scores", scores)
 
 
 def the_end_looked_for_in_the_padding(patch: pytest.MonkeyPatch) -> None:
     """Padded with the end token, every row has one: no response is ever found to be cut."""
-    patch.setattr(rollout, "is_finished", lambda rows, eos: torch.ones(len(rows), dtype=torch.bool))
+    read = rollout.read_replies
+    patch.setattr(
+        rollout,
+        "read_replies",
+        lambda *given: [replace(reply, finished=True) for reply in read(*given)],
+    )
 
 
 @kinds
@@ -73,19 +88,19 @@ def the_end_looked_for_in_the_padding(patch: pytest.MonkeyPatch) -> None:
     the_score_on_the_pad_after_the_end, the_score_read_at_the_pad, the_end_looked_for_in_the_padding
 )
 def test_trap_08_the_score_lands_on_the_end_token_and_a_missing_end_costs(
-    kind: str, mistake: Mistake | None, make_model: Callable, make_run: Callable,
-    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer)
-    sampler = sampler_of(made, make_run, missing_eos_penalty=3.0, batch_size=50)
-    policy, asked = load_policy(made.sft.model_path), [Prompt("", ids) for ids in PROMPTS * 5]
+    sampler, asked = sampler_of(made), [Prompt("", ids) for ids in PROMPTS * 5]
+    policy = load_policy(made.sft.model_path)
     judge, _ = load_reward_model(made.reward_model.model_path, tiny_tokenizer, 0)
     value = learner_of(make_model(kind, head="score"))
     # with these, the return of every token is all the reward that is still to come
     config = PPOConfig(kl_coef=0.0, gamma=1.0, gae_lambda=1.0)
     with holds_unless(mistake, monkeypatch):
-        sample = sampler.sample(policy, asked)
-        returns = ppo.make_experience(sample, value, config).returns
+        sample = sampler.sample(policy, asked, missing_eos_penalty=3.0)
+        returns = experience_of(sample, value, config).returns
         seen = set()
         for row, prompt, response in zip(returns, sample.prompts, sample.responses, strict=True):
             with torch.no_grad():
@@ -119,7 +134,7 @@ def test_trap_17_returns_come_before_whitening(
     sample, value = rollout_of(make_model(kind)), learner_of(make_model(kind, head="score"))
     config = PPOConfig(kl_coef=0.1, gae_lambda=0.9)
     with holds_unless(mistake, monkeypatch):
-        experience = ppo.make_experience(sample, value, config)
+        experience = experience_of(sample, value, config)
         plain, expected = [], []
         for i, response in enumerate(RESPONSES):
             values = [*experience.values[i, : len(response)].tolist(), 0.0]
@@ -155,7 +170,7 @@ def test_trap_17_whitening_rewards_leaves_their_mean(
     value = learner_of(make_model(kind, head="score"))
     config = PPOConfig(kl_coef=0.0, gae_lambda=1.0, reward_normalization="batch")
     with holds_unless(mistake, monkeypatch):
-        returns = ppo.make_experience(sample, value, config).returns
+        returns = experience_of(sample, value, config).returns
         # the first return is the sum of a response's rewards
         assert returns[:, 0].sum().item() == pytest.approx(rewards.sum().item(), rel=1e-4)
         assert returns[:, 0].std() > 1.2 * rewards.std(), "nothing was scaled"
@@ -195,17 +210,19 @@ def test_trap_18_a_group_that_agrees_gives_no_gradient_and_is_counted(
     assert torch.tensor(agreeing).mean() != torch.tensor(5.3), "rounding is what this is about"
     learner = learner_of(make_model(kind))
     config = GRPOConfig(group_size=7, iterations=1, kl_reward_coef=0.0)
+    given = numbers(grpo.make_advantages, config)
     whole = rollout_of(learner.model, PROMPTS * 2, RESPONSES * 2)
     whole = replace(whole, rewards=torch.tensor(agreeing + differing))
     half = replace(rollout_of(learner.model), rewards=torch.tensor(agreeing))
     with holds_unless(mistake, monkeypatch):
-        rewards, advantages = grpo.make_advantages(whole, config)
+        compared, advantages = grpo.make_advantages(whole, **given)
         assert advantages[:7].tolist() == [0] * 7
         assert advantages[7:].abs().min() > 0.01
-        metrics = grpo.rollout_metrics(whole, rewards, advantages, config)
+        metrics = grpo.rollout_metrics(whole, compared, advantages, 7)
         assert metrics["frac_reward_zero_std"] == 0.5
-        _, advantages = grpo.make_advantages(half, config)
-        metrics = grpo.update(learner, half, advantages, config, constant=8)
+        _, advantages = grpo.make_advantages(half, **given)
+        learnt = numbers(grpo.update, config)
+        metrics = grpo.update(learner, half, advantages, **learnt, constant=8)
         assert (metrics["loss"], metrics["grad_norm"]) == (0, 0)
 
 
@@ -226,7 +243,10 @@ def logprobs_averaged_over_length(patch: pytest.MonkeyPatch) -> None:
 
 def another_loss_under_the_name_of_dpo(patch: pytest.MonkeyPatch) -> None:
     """The length-normalised variant is what DPO means by default."""
-    patch.setitem(dpo.PREFERENCE_LOSSES, "dpo", dpo.PREFERENCE_LOSSES["dpo_normalised"])
+    asked = dpo.preference_loss
+    patch.setattr(
+        dpo, "preference_loss", lambda config: asked(replace(config, loss="dpo_normalised"))
+    )
 
 
 @kinds
@@ -246,8 +266,8 @@ def test_trap_20_dpo_sums_over_the_response_and_a_mean_has_its_own_name(
         table = dpo.reference_logprobs(reference, pairs_of(), 3)
         assert torch.allclose(table, others, atol=1e-4)
         for name, ratios in (("dpo", own - others), ("dpo_normalised", (own - others) / lengths)):
-            config = replace(DPOConfig(), beta=0.3, loss=name)
-            metrics = dpo.update(learner_of(model), pairs_of(), table, config)
+            loss = dpo.preference_loss(DPOConfig(beta=0.3, loss=name))
+            metrics = dpo.update(learner_of(model), pairs_of(), table, loss, micro_batch_size=3)
             assert metrics["logps/chosen"] == pytest.approx(own[:, 0].mean().item(), rel=1e-5)
             expected = -F.logsigmoid(0.3 * (ratios[:, 0] - ratios[:, 1])).mean().item()
             assert metrics["loss"] == pytest.approx(expected, rel=1e-4), name

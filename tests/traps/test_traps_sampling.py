@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf_lib import settings
-from rlhf_lib.data.pairs import Prompt
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rollout
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models import generation, load
 from rlhf_lib.models.generation import draw
 from rlhf_lib.models.logprobs import output_logits
 from rlhf_lib.objectives.kl import k1
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, SettingsError
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, SettingsError, numbers
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,
@@ -48,9 +48,10 @@ def first_ratios(
     config = PPOConfig(epochs=1, minibatch_size=whole, micro_batch_size=3, temperature=temperature)
     zeros = torch.zeros_like(sample.logprobs)
     experience = ppo.Experience(sample, zeros, zeros + 1, zeros)
-    metrics = ppo.update(learner, learner_of(judge), experience, config, seed=0)
+    metrics = ppo.update(learner, learner_of(judge), experience, **numbers(ppo.update, config))
     group = GRPOConfig(iterations=1, micro_batch_size=3, temperature=temperature)
-    other = grpo.update(learner, sample, torch.ones(whole), group, constant=8)
+    compared = numbers(grpo.update, group)
+    other = grpo.update(learner, sample, torch.ones(whole), **compared, constant=8)
     return [metrics["val/ratio"], metrics["val/ratio_var"], other["val/ratio"]]
 
 
@@ -84,14 +85,13 @@ def everything_scores_at_one(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(training_scores_at_one, sampling_scores_at_one, everything_scores_at_one)
 def test_trap_03_sampled_at_one_temperature_scored_at_another(
-    kind: str, mistake: Mistake | None, make_model: Callable, make_run: Callable,
-    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer)
-    sampler = sampler_of(made, make_run, temperature=0.7, batch_size=3)
-    policy = load.load_policy(made.sft.model_path)
+    sampler, policy = sampler_of(made), load.load_policy(made.sft.model_path)
     with holds_unless(mistake, monkeypatch):
-        sample = sampler.sample(policy, ASKED)
+        sample = sampler.sample(policy, ASKED, temperature=0.7, batch_size=3)
         for row, prompt, response in zip(
             sample.logprobs, sample.prompts, sample.responses, strict=True
         ):
@@ -118,14 +118,14 @@ DROPOUT = {
 @kinds
 @put_back(dropout_left_on)
 def test_trap_04_dropout_makes_the_first_ratio_differ_from_one(
-    kind: str, mistake: Mistake | None, make_model: Callable, make_run: Callable,
-    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer, **DROPOUT[kind])
-    sampler = sampler_of(made, make_run, batch_size=3)
+    sampler = sampler_of(made)
     with holds_unless(mistake, monkeypatch):
         policy = load.load_policy(made.sft.model_path)
-        sample = sampler.sample(policy.eval(), ASKED)
+        sample = sampler.sample(policy.eval(), ASKED, batch_size=3)
         ratios = first_ratios(policy, make_model(kind, head="score"), sample, 1.0)
         assert ratios == pytest.approx([1, 0, 1], abs=1e-5)
 
@@ -141,9 +141,9 @@ def test_trap_04_dropout_makes_the_first_loss_of_dpo_differ_from_ln_2(
     table = dpo.reference_logprobs(load.load_reference(made.sft.model_path), pairs, 4)
     with holds_unless(mistake, monkeypatch):
         learner = learner_of(load.load_policy(made.sft.model_path))
-        assert dpo.update(learner, pairs, table, DPOConfig())["loss"] == pytest.approx(
-            math.log(2), abs=1e-5
-        )
+        loss = dpo.preference_loss(DPOConfig())
+        metrics = dpo.update(learner, pairs, table, loss, micro_batch_size=8)
+        assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------- 6: filtered sampling
@@ -182,7 +182,7 @@ def test_trap_06_filtered_sampling_and_a_kl_below_0(
     error = ((p * log_ratio**2).sum().item() - kl**2) ** 0.5 / n**0.5
     assert kl > 10 * error
     with holds_unless(mistake, monkeypatch):
-        responses = rollout.generate(model, tiny_tokenizer, [[prompt]] * n, 1, batch_size=n)
+        responses = generation.generate(model, tiny_tokenizer, [[prompt]] * n, 1, batch_size=n)
         said = torch.tensor(responses)[:, 0]
         # the reference is surer of the likely tokens: without the unlikely ones, KL would be < 0
         assert log_ratio[said].mean().item() == pytest.approx(kl, abs=4.5 * error)
@@ -217,10 +217,10 @@ FILTERS = ("top_k", "top_p", "min_p", "typical_p", "min_new_tokens", "min_length
 
 def a_setting_that_filters(patch: pytest.MonkeyPatch) -> None:
     """PPO is given what every sampler has."""
-    own = {f.name: f.default for f in fields(PPOConfig)}
     config = make_dataclass("Config", [("top_k", int, 50)], bases=(PPOConfig,), frozen=True)
-    profile = replace(settings.PROFILES["smoke"], ppo=config(**own))
-    patch.setitem(settings.PROFILES, "smoke", profile)
+    ppo_with_it = ("ppo", config, field(default_factory=config))
+    profile = make_dataclass("Profile", [ppo_with_it], bases=(settings.Profile,), frozen=True)
+    patch.setattr(settings, "Profile", profile)
 
 
 @put_back(a_setting_that_filters)

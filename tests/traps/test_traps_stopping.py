@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from rlhf_lib.methods import rollout
 from rlhf_lib.models import generation
 from tests.traps.test_traps import (
     EOS,
@@ -78,7 +77,7 @@ def test_trap_15_generation_stops_when_every_row_has_ended(
     )
     widths = widths_of_forwards(model)
     with holds_unless(mistake, monkeypatch):
-        responses = rollout.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=20)
+        responses = generation.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=20)
         assert len(widths) == 1
         assert responses == [[EOS]] * len(PROMPTS)
 
@@ -97,7 +96,7 @@ def test_trap_15_the_cache_is_used_and_changes_no_logprob(
     ))  # fmt: skip
     widths = widths_of_forwards(model)
     with holds_unless(mistake, monkeypatch):
-        responses = rollout.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8)
+        responses = generation.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8)
         assert widths == [longest, *[1] * (len(steps) - 1)]
         for i, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
             drawn = torch.stack([steps[t][i][token] for t, token in enumerate(response)])

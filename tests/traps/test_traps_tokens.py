@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.data.pairs import Demonstration
-from rlhf_lib.methods import dpo, grpo, ppo, rollout, sft
-from rlhf_lib.models import logprobs
-from rlhf_lib.models.logprobs import Layout, Tokens, length_mask, pad, token_logprobs
-from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig
+from rlhf_lib.data.encoding import Demonstration
+from rlhf_lib.methods import dpo, grpo, ppo, sft
+from rlhf_lib.models import generation, logprobs
+from rlhf_lib.models.logprobs import token_logprobs
+from rlhf_lib.models.packing import Layout, Tokens, length_mask
+from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, numbers
 from tests.traps.test_traps import (
     EOS,
     PROMPTS,
@@ -25,6 +26,7 @@ from tests.traps.test_traps import (
     kinds,
     learner_of,
     likeliest,
+    pad,
     pairs_of,
     plain_logprobs,
     put_back,
@@ -89,7 +91,7 @@ def test_trap_01_left_padding_in_generation(
     model = make_model(kind)
     expected = [likeliest(model, prompt, 6) for prompt in PROMPTS]
     with holds_unless(mistake, monkeypatch):  # so cold that sampling takes the likeliest
-        assert rollout.generate(model, tiny_tokenizer, PROMPTS, 6, temperature=1e-3) == expected
+        assert generation.generate(model, tiny_tokenizer, PROMPTS, 6, temperature=1e-3) == expected
 
 
 # ---------------------------------------------------------------------------- 2: the end of the end
@@ -109,7 +111,7 @@ def mask_from_pad_ids(patch: pytest.MonkeyPatch) -> None:
         model: PreTrainedModel, prompts: Tokens, responses: Tokens, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         scored, mask = whole_logprobs(model, prompts, responses, *rest)
-        return scored, mask * (pad(responses, mask.device) != EOS)
+        return scored, mask * (pad(responses) != EOS)
 
     patch.setattr(sft, "response_hidden", response_hidden)
     patch.setattr(ppo, "response_logprobs", response_logprobs)
@@ -130,14 +132,14 @@ def sft_steps(model: PreTrainedModel, judge: PreTrainedModel) -> None:
 def grpo_steps(model: PreTrainedModel, judge: PreTrainedModel) -> None:
     learner, config = learner_of(model, rate=0.02), GRPOConfig(iterations=STEPS, clip_high=1e6)
     sample = rollout_of(model, [[5], [6], [8], [9]], ENDINGS)
-    grpo.update(learner, sample, torch.ones(4), config, constant=2)
+    grpo.update(learner, sample, torch.ones(4), **numbers(grpo.update, config), constant=2)
 
 
 def ppo_steps(model: PreTrainedModel, judge: PreTrainedModel) -> None:
     learner, config = learner_of(model, rate=0.02), PPOConfig(epochs=STEPS, clip_range=1e6)
     sample, zeros = rollout_of(model, [[5], [6], [8], [9]], ENDINGS), torch.zeros(4, 2)
     experience = ppo.Experience(sample, zeros, zeros + 1, zeros)
-    ppo.update(learner, learner_of(judge), experience, config, seed=0)
+    ppo.update(learner, learner_of(judge), experience, **numbers(ppo.update, config))
 
 
 @kinds
@@ -189,12 +191,14 @@ def test_trap_13_only_response_positions_reach_the_output_layer(
             sft.update(learner, shown, 3)
         elif method == "dpo":
             tokens *= 2  # chosen and rejected
-            dpo.update(learner, pairs_of(), torch.zeros(count, 2), DPOConfig())
+            loss = dpo.preference_loss(DPOConfig())
+            dpo.update(learner, pairs_of(), torch.zeros(count, 2), loss, micro_batch_size=3)
         elif method == "ppo":
             zeros = torch.zeros_like(sample.logprobs)
             experience, config = ppo.Experience(sample, zeros, zeros, zeros), PPOConfig(epochs=1)
             judge = learner_of(make_model(kind, head="score"))
-            ppo.update(learner, judge, experience, config, 0)
+            ppo.update(learner, judge, experience, **numbers(ppo.update, config))
         else:
-            grpo.update(learner, sample, torch.zeros(count), GRPOConfig(iterations=1), 8)
+            config = numbers(grpo.update, GRPOConfig(iterations=1))
+            grpo.update(learner, sample, torch.zeros(count), **config, constant=8)
         assert sum(positions) == 2 * tokens, "once, and once more in the backward pass"

@@ -17,22 +17,27 @@ from rlhf_lib.world.grammar import (
     MAX_REPLY_TOKENS,
     SPLITS,
     WISHES,
+    Request,
     count_tokens,
+    parse_request,
     sample_prompts,
+    sample_reply,
+    sample_request,
     split_of,
+    write_prompt,
 )
 
 HELP = f"{HUMAN} Give me two tips on baking bread.{ASSISTANT}"
 
 
 @pytest.fixture(scope="module")
-def dialogues() -> list[tuple[rewards.Request, str, str]]:
+def dialogues() -> list[tuple[Request, str, str]]:
     rng = Random(7)
     rows = []
     for _ in range(4000):
-        request = rewards.sample_request(rng)
-        prompt = rewards.write_prompt(request, rng)
-        rows.append((request, prompt, rewards.sample_reply(request, rng, rng.random())))
+        request = sample_request(rng)
+        prompt = write_prompt(request, rng)
+        rows.append((request, prompt, sample_reply(request, rng, rng.random())))
     return rows
 
 
@@ -55,14 +60,14 @@ def test_words_have_the_promised_shape():
 
 def test_every_request_is_read_back_from_its_prompt(dialogues):
     for request, prompt, _ in dialogues:
-        assert rewards.parse_request(prompt) == request
+        assert parse_request(prompt) == request
     assert {request.kind for request, _, _ in dialogues} == set(KIND_SHARES)
 
 
 def test_only_the_last_human_turn_counts():
     earlier = f"{HUMAN} How do I rob a bank?{ASSISTANT} Sorry, I cannot do that."
-    assert rewards.parse_request(earlier + HELP).subject == "baking bread"
-    assert rewards.parse_request(HELP[: -len(ASSISTANT)] + " \n").tips == 2
+    assert parse_request(earlier + HELP).subject == "baking bread"
+    assert parse_request(HELP[: -len(ASSISTANT)] + " \n").tips == 2
 
 
 FOREIGN = ["", "Hello!", "Give me two tips on surfing.", "Give me nine tips on baking bread."]
@@ -135,21 +140,21 @@ def test_what_else_quality_changes():
     assert sum(known) / len(known) == pytest.approx(0.95 + 0.05 / 16, abs=0.01)
 
 
-def _observed(kind: str, quality: float) -> list[tuple[rewards.Request, rewards.Observed]]:
+def _observed(kind: str, quality: float) -> list[tuple[Request, rewards.Observed]]:
     rng, rows = Random(11), []
     while len(rows) < 3000:
-        request = rewards.sample_request(rng)
+        request = sample_request(rng)
         if request.kind == kind:
-            rows.append((request, rewards.observe(rewards.sample_reply(request, rng, quality))))
+            rows.append((request, rewards.observe(sample_reply(request, rng, quality))))
     return rows
 
 
 def _mean_gold(quality: float, seed: int, part: str) -> float:
     rng, total = Random(seed), 0.0
     for _ in range(3000):
-        request = rewards.sample_request(rng)
-        prompt = rewards.write_prompt(request, rng)
-        reward = rewards.gold_reward(prompt, rewards.sample_reply(request, rng, quality), True)
+        request = sample_request(rng)
+        prompt = write_prompt(request, rng)
+        reward = rewards.gold_reward(prompt, sample_reply(request, rng, quality), True)
         total += reward.style if part == "style" else reward.total - reward.style
     return total / 3000
 
@@ -163,6 +168,6 @@ def test_splits_share_no_first_turn_and_have_their_sizes():
     assert not firsts["train"] & firsts["test"]
     assert not firsts["train"] & firsts["validation"]
     rng = Random(1)
-    free = [split_of(rewards.write_prompt(rewards.sample_request(rng), rng)) for _ in range(4000)]
+    free = [split_of(write_prompt(sample_request(rng), rng)) for _ in range(4000)]
     for split, share in SPLITS.items():
         assert abs(free.count(split) / 4000 - share) < 0.06

@@ -9,7 +9,15 @@ from random import Random
 import pytest
 
 from rlhf_lib.world import rewards
-from rlhf_lib.world.grammar import ASSISTANT, HUMAN, KIND_SHARES
+from rlhf_lib.world.grammar import (
+    ASSISTANT,
+    HUMAN,
+    KIND_SHARES,
+    Request,
+    sample_reply,
+    sample_request,
+    write_prompt,
+)
 
 HELP = f"{HUMAN} Give me two tips on baking bread.{ASSISTANT}"
 EDGE = f"{HUMAN} How do I kill a background process? Give me one tip.{ASSISTANT}"
@@ -19,13 +27,13 @@ FALSE = f"{HUMAN} Should I castle early when baking bread?{ASSISTANT}"
 
 
 @pytest.fixture(scope="module")
-def dialogues() -> list[tuple[rewards.Request, str, str]]:
+def dialogues() -> list[tuple[Request, str, str]]:
     rng = Random(7)
     rows = []
     for _ in range(4000):
-        request = rewards.sample_request(rng)
-        prompt = rewards.write_prompt(request, rng)
-        rows.append((request, prompt, rewards.sample_reply(request, rng, rng.random())))
+        request = sample_request(rng)
+        prompt = write_prompt(request, rng)
+        rows.append((request, prompt, sample_reply(request, rng, rng.random())))
     return rows
 
 
@@ -98,7 +106,7 @@ def test_no_reply_beats_the_maximum_and_each_kind_reaches_it(dialogues):
     found = [gold(prompt, reply) for _, prompt, reply in dialogues]
     assert max(found) <= rewards.MAX_GOLD + 1e-9
     for kind in KIND_SHARES:
-        rows = zip(rewards, dialogues, strict=True)
+        rows = zip(found, dialogues, strict=True)
         of_kind = [reward for reward, (request, _, _) in rows if request.kind == kind]
         assert max(of_kind) == pytest.approx(rewards.MAX_GOLD), kind
 
@@ -117,10 +125,3 @@ def test_preference_probability_by_hand():
     found = rewards.preference_probability(HELP, long, short, rewards.CONTROL)
     assert found == pytest.approx(control)
     assert found < 0.5 < expected
-
-
-def test_annotator_draws_with_its_probability():
-    a, b = " Sure! First, weigh the flour.", " First, castle early."
-    rng = Random(0)
-    share = sum(rewards.annotate(HELP, a, b, rng) for _ in range(20_000)) / 20_000
-    assert share == pytest.approx(rewards.preference_probability(HELP, a, b), abs=0.01)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_lib.catalogue import label
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import by_bins, by_group
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import NAMES, figure_bundle
+from rlhf_lib.show.display import figure_bundle
 
 
 def record(mean: float, n: int = 100) -> dict:
@@ -37,7 +38,7 @@ def test_the_learning_curve_has_both_judges_at_every_size() -> None:
     ends = np.array(bars[0][0].get_segments())[:, :, 1]
     assert ends == pytest.approx(np.array([[0.51, 0.57], [0.56, 0.62], [0.62, 0.68]]))
     assert [label.get_text() for label in axis.get_xticklabels()] == ["100", "300", "900"]
-    assert {NAMES["reward_model"], NAMES["bag_of_words"], "chance"} < set(texts(axis))
+    assert {label("reward_model"), label("bag_of_words"), "chance"} < set(texts(axis))
     assert "reachable ceiling" in texts(axis)
     assert "reachable ceiling" not in texts(figures.learning_curve(POINTS, None).axes[0])
 

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lib.data.pairs import Prompt
-from rlhf_lib.measure import heldout
+from rlhf_lib.data.encoding import Encoder, Prompt
+from rlhf_lib.data.truth import truth_of
+from rlhf_lib.measure import evaluate
 from rlhf_lib.models.load import load_tokenizer
-from rlhf_lib.settings import DataConfig
 
 
 def test_the_bundled_worlds_texts_are_its_own_and_distinct(tiny_data: Any) -> None:
-    texts, what = heldout.heldout_texts(DataConfig(), tiny_data, load_tokenizer("tiny"), 300)
-    assert what == heldout.BUNDLED
+    world = replace(tiny_data, truth=truth_of("bundled"))
+    encoder = Encoder(load_tokenizer("tiny"), 80, 48)
+    texts, what = evaluate.heldout_texts(world, encoder, 300)
+    assert what == world.truth.heldout_what
     assert len({(t.prompt_text, t.response_text) for t in texts}) == 300
     assert all(t.prompt_text.endswith("Assistant:") and t.response for t in texts)
 
@@ -25,11 +27,10 @@ def test_the_bundled_worlds_texts_are_its_own_and_distinct(tiny_data: Any) -> No
 def test_real_datas_texts_are_the_chosen_replies_of_the_test_pairs(
     tiny_data: Any, tiny_tokenizer: Any
 ) -> None:
-    config = DataConfig(source="path:x")
     test = tiny_data.pairs["test"]
     twice = replace(tiny_data, pairs=tiny_data.pairs | {"test": [test[0], *test]})
-    texts, what = heldout.heldout_texts(config, twice, tiny_tokenizer, 5)
-    assert what == heldout.REAL
+    texts, what = evaluate.heldout_texts(twice, Encoder(tiny_tokenizer, 24, 8), 5)
+    assert what == evaluate.REAL_TEXTS
     assert [t.response for t in texts] == [p.chosen for p in test[:5]]
     assert [t.prompt for t in texts] == [p.prompt for p in test[:5]]
 
@@ -38,7 +39,7 @@ def test_negative_logprobs_are_those_of_each_token_by_hand(
     make_model: Callable, tiny_data: Any
 ) -> None:
     model, texts = make_model("gpt2"), tiny_data.demonstrations[:5]
-    got = heldout.negative_logprobs(model, texts, batch_size=2)
+    got = evaluate.negative_logprobs(model, texts, batch_size=2)
     for text, total in zip(texts, got, strict=True):
         ids = torch.tensor([[*text.prompt, *text.response]])
         with torch.no_grad():
@@ -53,7 +54,10 @@ def test_negative_logprobs_are_those_of_each_token_by_hand(
 def test_a_chosen_reply_is_found_by_the_prompts_tokens(tiny_data: Any) -> None:
     first, second, *_ = tiny_data.pairs["test"]
     twin = replace(first, chosen_text="another reply to it")
-    prompts = [Prompt("longer before it was cut", second.prompt), Prompt("unknown", [31, 31, 31]),
-               Prompt("first", first.prompt)]  # fmt: skip
-    found = heldout.chosen_replies(prompts, [first, second, twin])
+    prompts = [
+        Prompt("longer before it was cut", second.prompt),
+        Prompt("unknown", [31, 31, 31]),
+        Prompt("first", first.prompt),
+    ]
+    found = evaluate.chosen_replies(prompts, [first, second, twin])
     assert found == {"longer before it was cut": second, "first": first}

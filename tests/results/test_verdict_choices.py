@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_lib.results import choices
-from rlhf_lib.results.policies import CANDIDATES, COMPARED
+from rlhf_lib import catalogue
+from rlhf_lib.results import verdict
+from rlhf_lib.results.policies import compared
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -17,10 +18,10 @@ MADE_UP = Path(__file__).parents[1] / "made_up"
 def need(values: dict[str, float], better: str = "higher", resolution: float = 0.2) -> dict:
     """A need in which differences above `resolution` are distinguishable."""
     pairs = {}
-    for one, other in COMPARED:
+    for key, (one, other) in compared(values).items():
         gap = values[one] - values[other]
         word = "higher" if gap > resolution else "lower" if gap < -resolution else None
-        pairs[f"{one}_minus_{other}"] = {"verdict": word or "not distinguishable"}
+        pairs[key] = {"verdict": word or "not distinguishable"}
     return {
         "policies": {n: {"mean": v, "low": v - 0.1, "high": v + 0.1} for n, v in values.items()},
         "comparisons": pairs,
@@ -43,11 +44,11 @@ def study(values: dict[str, float], **needs: Any) -> dict:
 
 
 def first(results: dict) -> str:
-    return choices.sentences(results)[0]
+    return verdict.choices(results)[0]
 
 
 def without_rl(results: dict) -> str:
-    (said,) = [s for s in choices.sentences(results) if s.startswith("**No reinforcement")]
+    (said,) = [s for s in verdict.choices(results) if s.startswith("**No reinforcement")]
     return said
 
 
@@ -68,7 +69,7 @@ def test_a_tie_is_not_broken() -> None:
 
 
 def test_everything_worse_than_sft_leaves_sft() -> None:
-    said = choices.sentences(study(gains(-1.0, -0.5, -0.4, -0.5)))
+    said = verdict.choices(study(gains(-1.0, -0.5, -0.4, -0.5)))
     assert said == [
         "**Which method for which need? None of them by these data:** PPO, GRPO, DPO and "
         "Best-of-n SFT were not shown to raise gold reward over SFT, so SFT itself, which costs "
@@ -90,7 +91,7 @@ def test_who_did_not_raise_the_reward_is_not_chosen_for_being_cheap() -> None:
     """DPO moved least and forgot least, because it did nothing."""
     values = gains(0.5, 1.0, 0.0, -1.0)
     kl = need(gains(5.0, 8.0, 0.1, 0.2), better="lower")
-    kl_said = choices.sentences(study(values, kl=kl))[1]
+    kl_said = verdict.choices(study(values, kl=kl))[1]
     assert kl_said.startswith("**Least KL to SFT:** PPO (5.0 [4.9, 5.1] nats a reply), clearly")
     assert "DPO" not in kl_said
     said = without_rl(study(values))
@@ -116,31 +117,31 @@ def test_only_one_that_raised_the_reward() -> None:
 
 
 def test_lower_is_better_where_it_is() -> None:
-    found = choices.leaders(need(gains(1.0, 1.1, 5.0, 9.0), better="lower"), CANDIDATES)
-    assert found == choices.Leaders("ppo", ["grpo"], ["dpo", "rejection_sft"])
-    found = choices.leaders(need(gains(1.0, 1.1, 5.0, 9.0)), ("ppo", "dpo"))
-    assert found == choices.Leaders("dpo", [], ["ppo"])
-    assert choices.leaders(need(gains(1.0, 1.1, 5.0, 9.0)), ()) is None
+    found = verdict.leaders(need(gains(1.0, 1.1, 5.0, 9.0), better="lower"), catalogue.candidates())
+    assert found == verdict.Leaders("ppo", ["grpo"], ["dpo", "rejection_sft"])
+    found = verdict.leaders(need(gains(1.0, 1.1, 5.0, 9.0)), ("ppo", "dpo"))
+    assert found == verdict.Leaders("dpo", [], ["ppo"])
+    assert verdict.leaders(need(gains(1.0, 1.1, 5.0, 9.0)), ()) is None
 
 
 def test_one_seed_and_a_missing_judge_are_said() -> None:
     results = json.loads((MADE_UP / "proxy.json").read_text())
-    said = choices.sentences(results)
+    said = verdict.choices(results)
     assert said[-1].startswith("One seed:")
     assert "not whose replies are best" in said[-2]
     assert not any("gold" in sentence for sentence in said)
-    both = choices.sentences(json.loads((MADE_UP / "gold.json").read_text()))
+    both = verdict.choices(json.loads((MADE_UP / "gold.json").read_text()))
     assert not any(s.startswith(("One seed", "No judge")) for s in both)
 
 
 def test_a_study_from_before_there_were_needs_has_no_choices() -> None:
     results = study(gains(1.0, 0.5, 0.4, 0.5))
     del results["needs"]
-    assert choices.sentences(results) == []
+    assert verdict.choices(results) == []
 
 
 def test_a_comparison_that_was_not_made_fails() -> None:
     results = study(gains(1.0, 0.5, 0.4, 0.5))
     del results["needs"]["reward"]["comparisons"]["ppo_minus_dpo"]
     with pytest.raises(KeyError, match="dpo_minus_ppo"):
-        choices.sentences(results)
+        verdict.choices(results)

@@ -11,7 +11,7 @@ from rlhf_lib.settings import as_dict, load_profile
 from rlhf_lib.show.tables import (
     cost_table,
     memory_table,
-    parts,
+    passes,
     phase_table,
     price_table,
     total_sentence,
@@ -30,7 +30,7 @@ def cost(minutes: float, tokens: float, phases: dict[str, float]) -> dict:
 def results() -> dict:
     gain = {"mean": 1.0, "low": 0.5, "high": 1.5}
     return {
-        "judge": "gold",
+        "deciding": "gold",
         "policies": {"ppo": {"gold_gain": gain}, "dpo": {"gold_gain": gain | {"low": None}}},
         "cost": {
             "ppo": cost(4, 2e6, {"generation": 2, "update": 1}),
@@ -93,16 +93,16 @@ def settings(*overrides: str) -> dict:
 
 
 def test_passes_follow_the_settings() -> None:
-    plain = parts(settings("ppo.epochs=3", "grpo.iterations=2"))
+    plain = passes(settings("ppo.epochs=3", "grpo.iterations=2"))
     # sampling, score, two log-probs, values; then three epochs of policy and value model
     assert plain["ppo"] == (2, 2, 5 + 6, 6)
     assert plain["grpo"] == (1, 2, 4 + 2, 2)
-    shared = parts(settings("ppo.value_model=shared", "ppo.epochs=3", "model.lora_rank=4"))
+    shared = passes(settings("ppo.value_model=shared", "ppo.epochs=3", "model.lora_rank=4"))
     assert shared["ppo"] == (1, 1, 5 + 3, 3), "one trunk, and no copy for a reference"
 
 
 def test_memory_by_part_adds_up_to_the_peak() -> None:
-    names = parts(settings())
+    names = passes(settings())
     costs = {n: {"peak_memory_gb": {"mean": 1.0}, "num_tokens": {"mean": 1000}} for n in names}
     results = {"settings": settings(), "cost": costs}
     table = memory_table(results, weights=1_000_000, learnt=500_000, read_bytes=2)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from rlhf_lib.report import exporters
 from rlhf_lib.report.cleaning import WIDGET
-from rlhf_lib.report.exporters import RlhfHTMLExporter, RlhfPDFExporter, exporters
+from rlhf_lib.report.exporters import RlhfPDFExporter
+from tests.report.cells import page
 
 SOLUTION = """<details><summary>Solution</summary>
 
@@ -23,11 +25,6 @@ answer = 1 < 2
 | 7 |
 
 </details>"""
-
-
-def html(*cells: Any) -> str:
-    page, _ = RlhfHTMLExporter().from_notebook_node(new_notebook(cells=list(cells)))
-    return page.partition("<main")[2]
 
 
 @pytest.fixture
@@ -48,7 +45,7 @@ def solution(text: str = SOLUTION) -> Any:
 
 
 def test_a_solution_is_folded_on_the_page() -> None:
-    body = html(new_markdown_cell("# T\n\n## Task\n\nSay a number."), solution())
+    body = page(new_markdown_cell("# T\n\n## Task\n\nSay a number."), solution())
     before, _, rest = body.partition('<details class="solution">')
     folded, end, _ = rest.partition("</details>")
     assert "Say a number" in before
@@ -60,7 +57,7 @@ def test_a_solution_is_folded_on_the_page() -> None:
 
 def test_a_solution_may_hold_no_markup_of_its_own() -> None:
     hostile = SOLUTION.replace("Because", "<script>alert(1)</script> <b onclick=x>Because</b>")
-    body = html(solution(hostile))
+    body = page(solution(hostile))
     assert "<script" not in body
     assert "onclick" not in body
     assert body.count("<details") == body.count("</details>") == 1
@@ -78,7 +75,7 @@ def test_the_pdf_has_the_task_and_not_its_solution(typst_source: Any) -> None:
 
 def test_prose_without_the_tag_is_not_folded(typst_source: Any) -> None:
     plain = new_markdown_cell(SOLUTION)
-    assert "<details" not in html(plain)
+    assert "<details" not in page(plain)
     assert "two" in typst_source(plain)
 
 
@@ -90,13 +87,13 @@ def widget(**twin: str) -> Any:
 
 
 def test_of_a_widget_the_report_shows_the_twin() -> None:
-    body = html(widget(**{"text/html": "<table><tr><td>first page</td></tr></table>"}))
+    body = page(widget(**{"text/html": "<table><tr><td>first page</td></tr></table>"}))
     assert "first page" in body
     assert "Table 1." in body
     assert "VBox" not in body
 
 
 def test_a_widget_without_a_twin_leaves_nothing() -> None:
-    body = html(new_markdown_cell("Before."), widget())
+    body = page(new_markdown_cell("Before."), widget())
     assert "VBox" not in body
     assert 'class="output' not in body

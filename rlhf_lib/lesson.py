@@ -1,0 +1,70 @@
+"""What every notebook imports: how a study is opened, and how what it measured is shown.
+
+The one module that hands names on. What a chapter teaches is imported from where it lies, so that
+its path can be read there.
+"""
+
+from __future__ import annotations
+
+from rlhf_lib.catalogue import color, label, policies, stages
+from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.measure.statistics import bootstrap, contrast, holm, interval, verdict
+from rlhf_lib.methods.rewards import Reply
+from rlhf_lib.models.generation import generate
+from rlhf_lib.models.learner import Learner
+from rlhf_lib.models.load import (
+    load_policy,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    load_value_model,
+    trainable,
+)
+from rlhf_lib.runtime import choose_precision, make_accelerator, seed_everything
+from rlhf_lib.settings import numbers
+from rlhf_lib.show import figures, tables, widgets
+from rlhf_lib.show.display import say, show, source, table
+from rlhf_lib.show.exercises import check
+from rlhf_lib.study.book import load_results
+from rlhf_lib.study.stages import Study, summarise
+from rlhf_lib.world.grammar import last_request
+from rlhf_lib.world.rewards import observe
+
+__all__ = [
+    "Learner",
+    "Prompt",
+    "Reply",
+    "Study",
+    "bootstrap",
+    "check",
+    "choose_precision",
+    "color",
+    "contrast",
+    "figures",
+    "generate",
+    "holm",
+    "interval",
+    "label",
+    "last_request",
+    "load_policy",
+    "load_reference",
+    "load_results",
+    "load_reward_model",
+    "load_tokenizer",
+    "load_value_model",
+    "make_accelerator",
+    "numbers",
+    "observe",
+    "policies",
+    "say",
+    "seed_everything",
+    "show",
+    "source",
+    "stages",
+    "summarise",
+    "table",
+    "tables",
+    "trainable",
+    "verdict",
+    "widgets",
+]

@@ -1,0 +1,210 @@
+"""The catalogue: what it lists for each profile, that its records lead somewhere, and additions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from rlhf_lib import catalogue
+from rlhf_lib.catalogue import CATALOGUE, ROLES, Record
+from rlhf_lib.runtime import bundled_folder
+from rlhf_lib.settings import PROFILES, SettingsError, as_dict, load_profile
+
+RECORDS = list(CATALOGUE.values())
+STAGES = [record for record in RECORDS if record.runs]
+
+
+def named(records: list[Record]) -> list[str]:
+    return [record.name for record in records]
+
+
+# ----------------------------------------------------------------------------- each record alone
+
+
+@pytest.mark.parametrize("record", STAGES, ids=named(STAGES))
+def test_what_runs_a_stage_is_there(record: Record) -> None:
+    assert callable(catalogue.resolve(record.runs))
+    assert record.module == record.runs.split(":")[0]
+
+
+@pytest.mark.parametrize("record", STAGES, ids=named(STAGES))
+def test_a_stage_names_settings_files_and_pairs_that_exist(record: Record) -> None:
+    profile = load_profile("smoke")
+    settings = {name for section in record.sections for name in as_dict(getattr(profile, section))}
+    assert set(record.unread) <= settings
+    assert isinstance(record.config(profile), type(getattr(profile, record.sections[0])))
+    assert record.coefficient in ("", *as_dict(record.config(profile)))
+    assert all((bundled_folder() / name).is_file() for name in record.files)
+    assert record.pairs in ("train", "judge", "control")
+
+
+def test_needs_are_stages_and_no_stage_waits_for_itself() -> None:
+    named_needs = {need for record in RECORDS for need in record.needs} - {"policies"}
+    assert named_needs <= set(named(STAGES))
+    profile = load_profile("laptop", "data.judge_pairs=10")
+    graph = {name: catalogue.needs(profile, name) for name in named(catalogue.stages(profile))}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("sft") < order.index("rejection_sft") < order.index("evaluate")
+    assert graph.keys() == set(named(STAGES))
+
+
+def test_roles_labels_and_notebooks() -> None:
+    assert {record.role for record in RECORDS} == {"", *ROLES}
+    assert len({record.label for record in RECORDS}) == len(RECORDS)
+    assert all(record.name == name for name, record in CATALOGUE.items())
+    for record in RECORDS:
+        assert record.variant_of in ("", *CATALOGUE)
+        assert not (record.notebook and not record.runs), "a notebook trains stages"
+    coloured = [record.color for record in RECORDS if record.role not in ("", "null")]
+    assert len(set(coloured)) == len(coloured), "two policies cannot be told apart"
+
+
+# ------------------------------------------------------------------------ what there is in a study
+
+TRAINED = ["sft", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo"]
+SWEEP = ["ppo_strong", "rloo", "grpo_weak", "rloo_weak", "dpo_weak", "grpo_strong", "rloo_strong",
+         "dpo_strong"]  # fmt: skip
+WORLD = ["dataset", "reward_model", "reward_model_control"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "seed", "names"),
+    [
+        ("laptop", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, "probes", "evaluate",
+                       "second_opinion"]),
+        ("laptop", 1, [*WORLD, *TRAINED, "probes", "evaluate", "second_opinion"]),
+        ("smoke", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, "probes", "evaluate"]),
+        ("offline", 0, ["dataset", "reward_model", "reward_model_curve", "judge", *TRAINED,
+                        "probes", "evaluate"]),
+    ],
+)  # fmt: skip
+def test_the_stages_of_a_seed(profile: str, seed: int, names: list[str]) -> None:
+    assert named(catalogue.stages(load_profile(profile), seed)) == names
+
+
+@pytest.mark.parametrize(
+    ("profile", "measured"),
+    [
+        ("laptop", ["reward_model", "reward_model_control"]),
+        ("smoke", ["reward_model", "reward_model_control"]),
+        ("offline", ["reward_model", "judge"]),
+    ],
+)
+def test_what_each_stage_needs(profile: str, measured: list[str]) -> None:
+    chosen = load_profile(profile)
+    trained_from = ["sft", "reward_model"]
+    expected = {
+        "reward_model_curve": ["reward_model"],
+        **dict.fromkeys([*TRAINED, *SWEEP], trained_from),
+        "sft": [],
+        "probes": [*TRAINED, "reward_model"],
+        "evaluate": [*TRAINED, *measured],
+        "second_opinion": ["evaluate", "reward_model"],
+    }
+    for seed in (0, 1):
+        for name in named(catalogue.stages(chosen, seed)):
+            assert catalogue.needs(chosen, name, seed) == expected.get(name, []), name
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_stage_comes_after_what_it_needs(profile: str) -> None:
+    chosen, seen = load_profile(profile), set()
+    for name in named(catalogue.stages(chosen)):
+        assert set(catalogue.needs(chosen, name)) <= seen
+        seen.add(name)
+
+
+def test_what_each_notebook_trains() -> None:
+    assert list(catalogue.notebooks().items()) == [
+        ("01_dataset", ["dataset"]),
+        ("02_reward_model", ["reward_model", "reward_model_control", "reward_model_curve"]),
+        ("03_sft", ["sft", "rejection_sft"]),
+        ("04_ppo", ["ppo", "ppo_low_kl"]),
+        ("05_grpo", ["grpo"]),
+        ("06_dpo", ["dpo"]),
+        ("07_evaluation", ["probes", "evaluate"]),
+    ]
+
+
+def test_policies_and_what_they_are_compared_as() -> None:
+    table = ["base", "sft", "rejection_sft", "ppo", "grpo", "dpo", "ppo_low_kl"]
+    assert catalogue.policies() == table
+    assert catalogue.policies("null") == ["sft_again"]
+    assert catalogue.policies("variant", "base") == ["base", "ppo_low_kl"]
+    assert catalogue.trained() == TRAINED
+    assert catalogue.methods() == ["ppo", "grpo", "dpo"]
+    assert catalogue.candidates() == ["ppo", "grpo", "dpo", "rejection_sft"]
+    assert catalogue.baseline() == "rejection_sft"
+
+
+def test_the_coefficient_of_a_method_and_of_its_further_runs() -> None:
+    settings = {"ppo": "kl_coef", "grpo": "kl_reward_coef", "rloo": "kl_reward_coef", "dpo": "beta"}
+    found = catalogue.coefficients()
+    assert found.keys() == {"ppo", "ppo_low_kl", "grpo", "dpo", *SWEEP}
+    for name, setting in found.items():
+        assert setting == settings[name.partition("_")[0]]
+
+
+def test_a_name_that_no_record_has() -> None:
+    assert (catalogue.label("mystery"), catalogue.color("mystery")) == ("mystery", catalogue.GREY)
+    assert (catalogue.label("dpo"), catalogue.color("dpo")) == ("DPO", "#aa4499")
+    with pytest.raises(SettingsError, match="unknown name 'pppo': did you mean 'ppo'"):
+        catalogue.record("pppo")
+
+
+# ------------------------------------------------------------------------------- records of others
+
+TOY = """
+from dataclasses import replace
+from rlhf_lib.catalogue import record
+TOY = replace(record("grpo"), name="toy", label="Toy", notebook="")
+NOTHING = "toy"
+"""
+
+
+@pytest.fixture
+def toy_folder(user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module of records; what enters the catalogue is gone after the test."""
+    monkeypatch.setattr(catalogue, "CATALOGUE", dict(CATALOGUE))
+    (user_folder / "toy_records.py").write_text(TOY)
+    return user_folder
+
+
+def test_a_record_that_the_settings_name_is_a_stage_and_a_method(toy_folder: Path) -> None:
+    profile = catalogue.load("smoke", [f"methods={toy_folder}/toy_records.py:TOY, "])
+    names = named(catalogue.stages(profile))
+    assert catalogue.methods() == ["ppo", "grpo", "dpo", "toy"]
+    assert catalogue.label("toy") == "Toy"
+    assert "toy" in catalogue.needs(profile, "evaluate")
+    assert names.index("sft") < names.index("toy") < names.index("probes")
+    assert [name for name in names if name != "toy"] == named(
+        [record for record in STAGES if record.exists(profile, 0)]
+    ), "the others stay in their order"
+
+
+def test_a_record_under_a_known_name_takes_its_place(toy_folder: Path) -> None:
+    before = list(catalogue.CATALOGUE)
+    catalogue.add(replace(CATALOGUE["dpo"], label="My DPO"))
+    assert catalogue.label("dpo") == "My DPO"
+    assert list(catalogue.CATALOGUE) == before
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            "toy_records.py:NOTHING",
+            "toy_records.py:NOTHING: it is no rlhf_lib.catalogue.Record",
+        ),
+        ("toy_records.py:TOI", "has no attribute 'TOI'"),
+        ("toy_record.py:TOY", "there is no file"),
+        ("toy_records.py", "name it as package.module:name or FILE.py:name"),
+    ],
+)
+def test_a_method_that_is_no_record(toy_folder: Path, methods: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        catalogue.load("smoke", [f"methods={toy_folder}/{methods}"])
+    assert catalogue.CATALOGUE == CATALOGUE
