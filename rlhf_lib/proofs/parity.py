@@ -97,16 +97,18 @@ class _Replies:
         self.other = -2 * torch.rand(shape, generator=draw)
         self.ref_other = self.other - 0.4 * torch.rand(shape, generator=draw)
         policy, reference = ((x * self.mask).sum(1).chunk(2) for x in (self.policy, self.reference))
-        self.sums = *policy, *reference  # as the losses take them
-        self.lengths = self.mask.sum(1).chunk(2)
+        self.sums = policy[0], policy[1], reference[0], reference[1]  # as the losses take them
+        lengths = self.mask.sum(1).chunk(2)
+        self.lengths = lengths[0], lengths[1]
         # (2B, L, V) and (2B, L): one token of prompt before each reply
         self.ids = torch.randint(3, 11, (len(LENGTHS), shape[1] + 1), generator=draw)
         self.logits = torch.randn(*self.ids.shape, 11, generator=draw).requires_grad_()
 
-    def from_logits(self, mask: Tensor) -> tuple[Tensor, ...]:
+    def from_logits(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sums of log-probs under `logits`, and lengths, of both sides."""
         per_token = token_logprobs(self.logits[:, :-1], self.ids[:, 1:])
-        return *(per_token * mask).sum(1).chunk(2), *mask.sum(1).chunk(2)
+        sums, lengths = (per_token * mask).sum(1).chunk(2), mask.sum(1).chunk(2)
+        return sums[0], sums[1], lengths[0], lengths[1]
 
 
 @undisturbed()
@@ -120,7 +122,7 @@ def preference_rows() -> list[Proof]:
     smoothing = {"label_smoothing": 0.2}
     doubtful = cpo(loss_type="sigmoid", **smoothing).cpo_loss(chosen, rejected)[0].mean()
     ipo = cpo(loss_type="ipo").cpo_loss(chosen, rejected)[0].mean()
-    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
+    weights: dict[str, Any] = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
     reference = parity_trl.Table(x.reference, x.ref_other)
     kto_trainer = parity_trl.bare_trainer(
         "KTOTrainer", loss_type="kto", calculate_KL=True, beta=BETA, ref_model=reference, **weights
@@ -132,7 +134,7 @@ def preference_rows() -> list[Proof]:
     kl = ((x.other - x.ref_other) * x.mask).sum(1).mean()
     on_ratios = "CPOTrainer.cpo_loss on log-ratios, loss_type"
     our_doubtful = preference.dpo_loss(*x.sums, BETA, **smoothing)
-    our_kto = preference.kto_loss(*x.sums, kl, BETA, *weights.values())
+    our_kto = preference.kto_loss(*x.sums, kl, BETA, **weights)
     return _loss_rows(
         x.policy,
         ("DPO", preference.dpo_loss(*x.sums, BETA), dpo_trl, "DPOTrainer, loss_type='sigmoid'"),
@@ -149,7 +151,9 @@ def length_rows() -> list[Proof]:
     tables = x.policy, x.reference, x.mask, BETA
     norm_trl, ipo_trl = (parity_trl.dpo_loss(kind, *tables) for kind in ("sigmoid_norm", "ipo"))
     norm = preference.length_normalised_dpo_loss(*x.sums, *x.lengths, BETA)
-    means = [total / length for total, length in zip(x.sums, x.lengths * 2, strict=True)]
+    chosen, rejected, ref_chosen, ref_rejected = x.sums
+    m, n = x.lengths
+    means = chosen / m, rejected / n, ref_chosen / m, ref_rejected / n
     ipo_of_means, ipo = preference.ipo_loss(*means, BETA), preference.ipo_loss(*x.sums, BETA)
 
     # TRL's SFT term is a mean over tokens, ours over replies: one length makes them the same
@@ -193,7 +197,7 @@ def reward_rows() -> list[Proof]:
         inputs = {"margin": margin, "attention_mask": torch.ones(12, 1)}
         output = parity_trl.Off(logits=scores.view(12, 1))
         trl = trainer.compute_loss(lambda output=output, **_: output, inputs)
-        ours = losses.reward_loss(*scores, margin, center)
+        ours = losses.reward_loss(scores[0], scores[1], margin, center)
         rows.append((claim, ours, trl, "RewardTrainer.compute_loss"))
     return _loss_rows(scores, *rows)
 
@@ -221,17 +225,16 @@ def grpo_rows() -> list[Proof]:
         "ref_per_token_logps": reference,
         "num_items_in_batch": mask.sum(),
     }
-    clips = {"epsilon_low": 0.2, "epsilon_high": 0.28}
-    rest = {"max_completion_length": mask.shape[1], "importance_sampling_level": "token"}
+    low, high = 0.2, 0.28
+    rest: dict[str, Any] = {"epsilon_low": low, "epsilon_high": high}
+    rest |= {"max_completion_length": mask.shape[1], "importance_sampling_level": "token"}
     names = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
-    for name, aggregation in names.items():
-        for kl_coef in (0.0, 0.1):
-            settings = {"loss_type": name, "beta": kl_coef} | clips | rest
-            trainer = parity_trl.bare_trainer("GRPOTrainer", **settings)
+    for name, how in names.items():
+        for beta in (0.0, 0.1):
+            trainer = parity_trl.bare_trainer("GRPOTrainer", loss_type=name, beta=beta, **rest)
             trl = trainer.compute_loss(parity_trl.Table(policy), batch)
-            numbers = kl_coef, *clips.values()
-            ours = losses.grpo_loss(policy, old, advantage, mask, reference, *numbers, aggregation)
-            claim = f"GRPO loss, {aggregation} ({name})" + (", KL" if kl_coef else "")
+            ours = losses.grpo_loss(policy, old, advantage, mask, reference, beta, low, high, how)
+            claim = f"GRPO loss, {how} ({name})" + (", KL" if beta else "")
             rows.append((claim, ours, trl, f"GRPOTrainer._compute_loss, loss_type='{name}'"))
     return _loss_rows(policy, *rows)
 
@@ -250,12 +253,14 @@ def advantage_rows() -> list[Proof]:
     rows.append(_row("leave-one-out advantages", ours, trl, rloo_trl))
 
     mask, every = length_mask(LENGTHS), torch.ones(8).bool()
-    both = (-3 * torch.rand(2, *mask.shape, generator=draw) * mask).unbind()
-    rollout = Rollout([], [], mask, *both, every, rewards, rewards, mask, None, None)
+    policy, reference = -3 * torch.rand(2, *mask.shape, generator=draw) * mask
+    rollout = Rollout(
+        [], [], mask, policy, reference, every, rewards, rewards, mask, gold=None, exact_kl=None
+    )
     _, ours = grpo.make_advantages(
         rollout, group_size=size, kl_reward_coef=0.1, advantage="leave_one_out"
     )
-    trl = parity_trl.advantages("RLOOTrainer", rewards, size, (*both, mask), beta=0.1)
+    trl = parity_trl.advantages("RLOOTrainer", rewards, size, (policy, reference, mask), beta=0.1)
     rows.append(_row("leave-one-out advantages, KL in the reward", ours, trl, rloo_trl))
     return rows
 
@@ -316,7 +321,7 @@ def dpo_step(kind: str) -> tuple[Tensor, Tensor]:
 def reward_step(kind: str) -> tuple[Tensor, Tensor]:
     given = list(zip(TRIPLES, MARGINS, strict=True))
     rows = [{"chosen_ids": p + c, "rejected_ids": p + r, "margin": m} for (p, c, r), m in given]
-    pairs = [Pair("", "", "", "", *triple, margin=margin) for triple, margin in given]
+    pairs = [Pair("", "", "", "", p, c, r, margin) for (p, c, r), margin in given]
     ours, theirs = (tiny_model(kind, AutoModelForSequenceClassification) for _ in range(2))
     update = partial(reward_model.update, center_coef=CENTER_COEF)
     trl = parity_trl.step("Reward", theirs, rows, {"center_rewards_coefficient": CENTER_COEF})
