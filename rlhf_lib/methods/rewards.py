@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -170,10 +171,10 @@ def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Rewar
         raise SettingsError(
             f"reward {name!r}: choose among {known}, package.module:function and FILE.py:function"
         )
-    reward: Reward = resolve(name)
-    if not callable(reward):
+    found = resolve(name)
+    if not callable(found):
         raise SettingsError(f"reward {name}: it is no function")
-    return reward
+    return cast(Reward, found)
 
 
 def modules(setting: str) -> list[str]:

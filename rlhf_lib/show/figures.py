@@ -63,7 +63,8 @@ def dots(
     rows = pd.DataFrame(list(records))
     ends = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
     x, y, bars = (places, rows["mean"], "yerr") if upright else (rows["mean"], places, "xerr")
-    axis.errorbar(x, y, color=color, **({bars: ends} | DOT | style))
+    drawn: dict[str, Any] = {bars: ends} | DOT | style
+    axis.errorbar(x, y, color=color, **drawn)
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives.losses import grpo_loss
-from rlhf_lib.settings import GRPOConfig
-from tests.conftest import learner_of, numbers, train_stage
+from rlhf_lib.settings import GRPOConfig, numbers
+from tests.conftest import learner_of, train_stage
 
 CONFIG = GRPOConfig(prompts_per_update=2, group_size=4, micro_batch_size=3, iterations=1)
 CONSTANT = 8

@@ -18,8 +18,8 @@ from rlhf_lib.models.load import add_value_head, load_policy, load_value_model
 from rlhf_lib.models.logprobs import response_logprobs, token_values
 from rlhf_lib.objectives.kl import ESTIMATORS
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lib.settings import PPOConfig
-from tests.conftest import learner_of, numbers, train_stage
+from rlhf_lib.settings import PPOConfig, numbers
+from tests.conftest import learner_of, train_stage
 
 CONFIG = PPOConfig(batch_size=8, minibatch_size=8, micro_batch_size=3, epochs=1, kl_coef=0.1)
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_lib.models.attention import attention
+from rlhf_lib.models import attention
 from rlhf_lib.models.load import (
     fingerprint,
     freeze,
