@@ -62,9 +62,9 @@ def dots(
     """
     rows = pd.DataFrame(list(records))
     ends = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-    x, y, bars = (places, rows["mean"], "yerr") if upright else (rows["mean"], places, "xerr")
-    drawn: dict[str, Any] = {bars: ends} | DOT | style
-    axis.errorbar(x, y, color=color, **drawn)
+    look: dict[str, Any] = {"yerr" if upright else "xerr": ends} | DOT | style
+    x, y = (places, rows["mean"]) if upright else (rows["mean"], places)
+    axis.errorbar(x, y, color=color, **look)
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
