@@ -13,7 +13,7 @@ from rlhf_lib.data.pairs import subset
 from rlhf_lib.methods import reward_model
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
-from rlhf_lib.settings import PROFILES
+from rlhf_lib.settings import PROFILES, load_profile
 from rlhf_lib.study.training import curve_sizes
 from tests.conftest import train_stage
 
@@ -27,7 +27,7 @@ def test_each_size_is_a_third_of_the_next(total: int, points: int, expected: lis
 
 
 def test_all_points_together_train_on_less_than_half_of_the_pairs() -> None:
-    for profile in PROFILES.values():
+    for profile in map(load_profile, PROFILES):
         total, points = profile.data.train_pairs, profile.reward_model.curve_points
         assert points >= 1
         assert sum(curve_sizes(total, points)) < total / 2
