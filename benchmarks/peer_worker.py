@@ -2,8 +2,9 @@
 
 python -m benchmarks.peer_worker JOB.json STAGE
 
-It runs under an interpreter of its own and imports nothing of `rlhf_lib`. TRL gets the same token
-ids as the library: its own tokenization is skipped, and its time does not count.
+It runs under an interpreter of its own and imports nothing of `rlhf_lib` but `proofs/plain.py`,
+which stands on torch alone. TRL gets the same token ids as the library: its own tokenization is
+skipped, and its time does not count.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def proofs(
     ] = None,
 ) -> None:
     """Prove the methods by enumeration, and compare with TRL; fails where a claim does not hold."""
-    from rlhf_lib import proofs as library
+    from rlhf_lib.proofs import table as library
     from rlhf_lib.runs import write_json
 
     rows, missing = library.with_parity()

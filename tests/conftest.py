@@ -270,6 +270,23 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 @pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages have their hash and are not run."""
+    from rlhf_lib.runs import Stage
+
+    monkeypatch.setattr(Stage, "ensure", lambda stage, build: stage)
+
+
+@pytest.fixture
+def forget_sources() -> Iterator[Callable[[], None]]:
+    """What a hash reads is read anew after a call, as a new process would."""
+    from rlhf_lib.runs import _read_source
+
+    yield _read_source.cache_clear
+    _read_source.cache_clear()
+
+
+@pytest.fixture
 def check_resume(
     tmp_path: Path, make_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:

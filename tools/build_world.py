@@ -94,7 +94,8 @@ class BuildSettings:
 def build_model(tokenizer: PreTrainedTokenizerFast, settings: BuildSettings) -> GPT2LMHeadModel:
     """A fresh GPT-2-shaped model with tied embeddings and no dropout."""
     torch.manual_seed(settings.seed)
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
+    pad: int = tokenizer.pad_token_id  # type: ignore[assignment]
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=settings.positions, n_embd=settings.width,
         n_layer=settings.layers, n_head=settings.heads, resid_pdrop=0.0, embd_pdrop=0.0,

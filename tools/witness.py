@@ -1,6 +1,6 @@
 """Two checkouts run the same study on this machine, and all that they found is compared.
 
-    python -m tools.witness BEFORE AFTER RUNS --profile smoke
+    python -m tools.witness BEFORE AFTER --profile smoke --runs FOLDER
 
 Weights, metrics, samples and results of all stages, the evaluation, and the report's prose and
 tables (not its code and figures). The exit code is 0 where every difference is `ALLOWED`.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from difflib import SequenceMatcher
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import safetensors
@@ -33,6 +33,7 @@ TIMED_TEXT = re.compile(  # ... and in the report: in prose, columns, and rows o
     r"|(?<=^budget: minutes).*|\| generation: .* all: .*|\| the rest: .* peak: .*"
 )
 NOT_COMPARED = {"config.json", "env.json"}  # of a stage: hashes and versions
+RUNS = Path("runs/witness")
 BLOCKS = ["h1", "h2", "h3", "h4", "p", "li", "pre", "figcaption", "summary", "tr"]
 
 # (what stood there, what stands there today, why): compared under today's name
@@ -41,16 +42,14 @@ RENAMED = [
     ("/settings/judge/", "/settings/endpoint/", "an outside judge's settings are its endpoint's"),
     ("setting: judge.", "setting: endpoint.", "the same settings in the appendix"),
 ]
+WORDS = r"\b(rose|fell|no clear change|higher|lower|not distinguishable)\b"  # for a change
 # (pattern of a difference as it is printed, pattern of the part that may differ, why)
 ALLOWED = [
     ("absent -> /settings/methods: ", ".*", "new setting: methods from outside the library"),
     ("absent -> /settings/(ppo|grpo)/reward: ", ".*", "new setting: what a method is rewarded by"),
     (r"absent -> setting: (ppo|grpo)\.reward \|", ".*", "the same settings in the appendix"),
-    (
-        r"report/.*\bquarter\b",
-        r"\b(rose|fell|no clear change|higher|lower|not distinguishable)\b",
-        "Welch's degrees of freedom in place of pooled ones, between quarters of training",
-    ),
+    (r"failure_modes\.json: .* -> absent", ".*", "it stands in results.json, which is compared"),
+    ("report/.*quarter", WORDS, "Welch's degrees of freedom in place of pooled ones"),
 ]
 
 
@@ -87,11 +86,10 @@ def blocks(page: str) -> Iterator[str]:
         for row in table.select("tbody tr"):
             pairs = zip_longest(heads, row(["th", "td"]), fillvalue=soup.new_tag("td"))
             row.string = " | ".join(f"{h.get_text().strip()}: {c.get_text(' ')}" for h, c in pairs)
-    texts: dict[int, str] = {}
-    for string in soup.find_all(string=True):
-        block = id(string.find_parent(BLOCKS))
-        texts[block] = texts.get(block, "") + string
-    return (TIMED_TEXT.sub("(time)", " ".join(t.split())) for t in texts.values() if t.strip())
+    strings = soup.find_all(string=True)
+    for _, block in groupby(strings, key=lambda string: id(string.find_parent(BLOCKS))):
+        if text := " ".join("".join(block).split()):
+            yield TIMED_TEXT.sub("(time)", text)
 
 
 READERS = {
@@ -146,9 +144,9 @@ def compare(before: Path, after: Path) -> bool:
         digests = [hashlib.sha256(repr(side).encode()).hexdigest()[:16] for side in (old, new)]
         print("equal  " if old == new else "DIFFERS", *digests, file)
         for a, b in differences(old, new):
-            allowed = why_allowed(file, a, b) is not None
-            refused += not allowed
-            print(f"  {'allowed' if allowed else 'NOT ALLOWED'}: {a} -> {b}")
+            reason = why_allowed(file, a, b)
+            refused += reason is None
+            print(f"  {reason or 'NOT ALLOWED'}: {a} -> {b}")
     print("\nNot compared: times, memory, what is divided by them, and hashes. Allowed:")
     print(*(f"- {what}: {reason}" for what, *_, reason in [*RENAMED, *ALLOWED]), sep="\n")
     print(f"\n{len(one)} files, {sum(map(len, one.values()))} values, {refused} not allowed")
@@ -156,9 +154,9 @@ def compare(before: Path, after: Path) -> bool:
 
 
 def main(
-    before: Path, after: Path, runs: Path, profile: str = "smoke", reuse: bool = False
+    before: Path, after: Path, profile: str = "smoke", runs: Path = RUNS, reuse: bool = False
 ) -> None:
-    """Run two checkouts in RUNS/before and RUNS/after; --reuse what is there, and compare."""
+    """Run two checkouts in RUNS/before and RUNS/after, or --reuse what is there; compare both."""
     for name, checkout in (("before", before), ("after", after)):
         if not (reuse and (runs / name).exists()):
             (runs / name).mkdir(parents=True)  # an error where an older run is there

@@ -45,9 +45,10 @@ def pair_statistics(
     """What `MEANINGS` names, of HH pairs of the bundled world, computed from their texts alone."""
     chances, gold, words, polite = [], [], [], []
     for row in rows:
-        prompt, *replies = split_dialogue(row["chosen"])
-        replies += split_dialogue(row["rejected"])[1:]
-        chances.append(preference_probability(prompt, *replies, annotator))
+        prompt, chosen = split_dialogue(row["chosen"])
+        _, rejected = split_dialogue(row["rejected"])
+        replies = chosen, rejected
+        chances.append(preference_probability(prompt, chosen, rejected, annotator))
         gold.append([gold_reward(prompt, reply).total for reply in replies])
         words.append([observe(reply).length for reply in replies])
         polite.append([observe(reply).polite for reply in replies])

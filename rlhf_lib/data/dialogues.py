@@ -55,10 +55,8 @@ def read_pair(row: Row) -> Texts:
     if chosen_reply == rejected_reply:
         raise Unusable("identical replies")
     _check_unicode(prompt, chosen_reply, rejected_reply)
-    return Texts(
-        conversation_key(prompt), prompt, f" {chosen_reply}", f" {rejected_reply}",
-        _margin(row), row.subset, row.place,
-    )  # fmt: skip
+    replies = f" {chosen_reply}", f" {rejected_reply}"
+    return Texts(conversation_key(prompt), prompt, *replies, _margin(row), row.subset, row.place)
 
 
 def read_demonstration(row: Row) -> tuple[str, str]:

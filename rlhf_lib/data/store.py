@@ -22,10 +22,7 @@ READS = 32  # records that are read before their pages are let go: each brings i
 
 
 class Stored(Sequence[T]):
-    """A sequence of records. A slice of it is a list of records.
-
-    Equal to any sequence with the same records in the same order.
-    """
+    """A sequence of records. A slice of it is a list of records."""
 
     def __init__(self, mapped: mmap.mmap, starts: np.ndarray) -> None:
         self._mapped, self._starts = mapped, starts
@@ -54,13 +51,6 @@ class Stored(Sequence[T]):
         if isinstance(index, slice):
             return [self._read(start) for start in self._starts[index]]
         return self._read(self._starts[index])
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
 
     def _read(self, start: int) -> T:
         self._reads += 1

@@ -16,6 +16,7 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from rlhf_lib.data.dialogues import turns
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure.statistics import LEVEL, bootstrap, resampled, share
@@ -243,5 +244,5 @@ def category(pair: Pair, truth: Truth | None) -> str:
     """The kind of its request where it is known; else the pair's subset, or the number of turns."""
     if truth:
         return truth.kind(pair.prompt_text)
-    turns = pair.prompt_text.count("\n\nHuman:")
-    return pair.subset or {1: "one turn", 2: "two turns"}.get(turns, "three turns or more")
+    human = turns(pair.prompt_text)
+    return pair.subset or {1: "one turn", 2: "two turns"}.get(human, "three turns or more")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -173,7 +174,7 @@ def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Rewar
     found = resolve(name)
     if not callable(found):
         raise SettingsError(f"reward {name}: it is no function")
-    return found
+    return cast(Reward, found)
 
 
 def modules(setting: str) -> list[str]:

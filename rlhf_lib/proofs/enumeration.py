@@ -11,23 +11,18 @@ Shapes: N responses, T the longest length, S states (prefixes that go on), V tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 EOS = 0  # the token that ends a response
 
 
 def list_responses(vocabulary: int, max_length: int) -> list[tuple[int, ...]]:
-    """Every response of tokens 0 .. vocabulary - 1 that ends at `EOS` or is cut at `max_length`.
-
-    Raises ValueError for fewer than two tokens or a length below 1.
-    """
-    if vocabulary < 2 or max_length < 1:
-        raise ValueError(
-            f"vocabulary={vocabulary}, max_length={max_length}: needs at least 2 tokens, length 1"
-        )
+    """Every response of tokens 0 .. vocabulary - 1 that ends at `EOS` or is cut at `max_length`."""
 
     def grow(prefix: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         for token in range(vocabulary):
@@ -47,7 +42,7 @@ class TinyPolicy:
     never out of reach. Logits start as standard normal numbers drawn from `seed`.
 
     responses       list of N tuples of tokens
-    tokens (N, T)   the same, padded with EOS;  mask (N, T): 1 at every token, EOS included
+    tokens (N, T)   the same, padded with 0;  mask (N, T): 1 at every token, EOS included
     states (N, T)   which row of the logits each token was drawn from; 0 at padding
     logits (S, V)   the parameters: a leaf tensor for autograd and optimizers
     """
@@ -56,19 +51,16 @@ class TinyPolicy:
         self.responses = list_responses(vocabulary, max_length)
         prefixes = {r[:t] for r in self.responses for t in range(len(r))}
         row = {prefix: i for i, prefix in enumerate(sorted(prefixes))}
-        shape = (len(self.responses), max_length)
-        self.tokens = torch.full(shape, EOS)
-        self.states = torch.zeros(shape, dtype=torch.long)
-        self.mask = torch.zeros(shape, dtype=torch.float64)
-        for i, response in enumerate(self.responses):
-            for t, token in enumerate(response):
-                self.tokens[i, t] = token
-                self.states[i, t] = row[response[:t]]
-                self.mask[i, t] = 1
-        generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.randn(
-            len(row), vocabulary, dtype=torch.float64, generator=generator
-        ).requires_grad_()
+
+        def padded(rows: Iterable[Sequence[float]]) -> Tensor:
+            return pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+
+        self.tokens = padded(self.responses)
+        self.mask = padded([1.0] * len(r) for r in self.responses).double()
+        self.states = padded([row[r[:t]] for t in range(len(r))] for r in self.responses)
+        draw = torch.Generator().manual_seed(seed)
+        logits = torch.randn(len(row), vocabulary, dtype=torch.float64, generator=draw)
+        self.logits = logits.requires_grad_()
 
     def token_logprobs(self) -> Tensor:
         """Log-probability of each token of each response: (N, T), 0 at padding."""
@@ -95,7 +87,21 @@ class TinyPolicy:
         """Exact gradient (S, V) of a scalar in this policy's logits. The graph stays for more."""
         return torch.autograd.grad(value, self.logits, retain_graph=True)[0]
 
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Row numbers of `count` sampled responses: (count,). For checks against sampling."""
-        probabilities = self.probabilities().detach()
-        return torch.multinomial(probabilities, count, replacement=True, generator=generator)
+
+class Example(NamedTuple):
+    """A policy with 31 responses of up to 4 tokens, another as its reference, and rewards."""
+
+    policy: TinyPolicy
+    reference: TinyPolicy
+    rewards: Tensor  # (N,), no two equal
+    weights: Tensor  # (N,) the policy's probabilities as constants
+    ref_logprobs: Tensor  # (N, T)
+
+
+def example(max_length: int = 4) -> Example:
+    """What all proofs by enumeration are about, made afresh."""
+    policy, reference = TinyPolicy(0, max_length=max_length), TinyPolicy(1, max_length=max_length)
+    generator = torch.Generator().manual_seed(2)
+    rewards = torch.randn(len(policy.responses), dtype=torch.float64, generator=generator)
+    weights = policy.probabilities().detach()
+    return Example(policy, reference, rewards, weights, reference.token_logprobs().detach())

@@ -1,18 +1,22 @@
-"""KL proven by enumeration: what the estimators are, what they do as a loss, and in the reward."""
+"""KL proven by enumeration: what its estimators are, what they do as a loss and in the reward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf_lib.measure import evaluate
 from rlhf_lib.objectives import advantages, kl
-from rlhf_lib.proofs.tools import Proof, angle, equal, example, figure
+from rlhf_lib.proofs.claims import EXACT, Proof, angle, equal, figure
+from rlhf_lib.proofs.enumeration import example
 
 KL_COEF = 0.3
 SCHULMAN = "J. Schulman, Approximating KL divergence, 2020"
 OUYANG = "Ouyang et al. 2022, arXiv:2203.02155, eq. 2"
+BEST_OF_N = "Beirami et al. 2024, arXiv:2401.01879"
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,7 +36,7 @@ def kl_values() -> list[Proof]:
         equal("E[k3] = KL(policy || ref)", mean(kl.k3), exact, SCHULMAN),
         # full_kl computes in float32
         equal("E[full_kl] = KL(policy || ref)", visited, exact, "chain rule", 1e-6),
-        figure("E[k2] is biased", mean(kl.k2).item(), exact.item(), "nats", SCHULMAN),
+        figure("E[k2] is biased", mean(kl.k2).item(), exact.item(), SCHULMAN, "nats"),
     ]
 
 
@@ -41,18 +45,13 @@ def kl_gradients() -> list[Proof]:
 
     A sample passes no gradient on, so its weight is a constant. Summed over tokens, an estimator
     sees what a token does to the KL at its own state, and not that it leads to other states:
-    "at the states visited" is the gradient of KL in which the way there is held fixed.
+    "at states visited" is the gradient of KL in which the way there is held fixed.
     """
     policy, reference, _, weights, ref_logprobs = example()
     log_p, log_q = policy.logits.log_softmax(-1), reference.logits.log_softmax(-1).detach()
-    to_reference = policy.gradient(policy.kl(reference))
-    from_reference = policy.gradient(-reference.expectation(policy.logprobs()))
 
     def mean(per_token: Tensor) -> Tensor:
         return policy.gradient((weights * (per_token * policy.mask).sum(1)).sum())
-
-    def by_token(estimator: Estimator) -> Tensor:
-        return mean(estimator(policy.token_logprobs(), ref_logprobs))
 
     def by_response(estimator: Estimator) -> Tensor:
         whole = estimator(policy.logprobs(), ref_logprobs.sum(1))
@@ -61,20 +60,22 @@ def kl_gradients() -> list[Proof]:
     def at_visited(by_state: Tensor) -> Tensor:
         return mean(by_state.sum(-1)[policy.states])
 
-    k1, k2, k3 = by_token(kl.k1), by_token(kl.k2), by_token(kl.k3)
+    k1, k2, k3 = (mean(e(policy.token_logprobs(), ref_logprobs)) for e in (kl.k1, kl.k2, kl.k3))
+    whole_k2, whole_k3 = by_response(kl.k2), by_response(kl.k3)
+    at_k2 = at_visited(log_p.exp() * (log_p - log_q))
+    at_k3 = at_visited(log_q.exp() * (log_q - log_p))
+    ahead = policy.gradient(policy.kl(reference))
+    back = policy.gradient(-reference.expectation(policy.logprobs()))
+    to_ref, from_ref = "grad KL(policy || ref)", "grad KL(ref || policy)"
     return [
         equal("E[grad k1] = 0", k1, torch.zeros_like(k1), SCHULMAN),
-        equal("E[grad k2 of the response] = grad KL(policy || ref)",
-              by_response(kl.k2), to_reference, SCHULMAN),
-        equal("E[grad k2 by token] = grad KL(policy || ref) at states visited",
-              k2, at_visited(log_p.exp() * (log_p - log_q)), SCHULMAN),
-        angle("E[grad k2 by token] against grad KL(policy || ref)", k2, to_reference, SCHULMAN),
-        equal("E[grad k3 of the response] = grad KL(ref || policy)",
-              by_response(kl.k3), from_reference, SCHULMAN),
-        equal("E[grad k3 by token] = grad KL(ref || policy) at states visited",
-              k3, at_visited(log_q.exp() * (log_q - log_p)), SCHULMAN),
-        angle("E[grad k3 by token] against grad KL(policy || ref)", k3, to_reference, SCHULMAN),
-    ]  # fmt: skip
+        equal(f"E[grad k2 of the response] = {to_ref}", whole_k2, ahead, SCHULMAN),
+        equal(f"E[grad k2 by token] = {to_ref} at states visited", k2, at_k2, SCHULMAN),
+        angle(f"E[grad k2 by token] against {to_ref}", k2, ahead, SCHULMAN),
+        equal(f"E[grad k3 of the response] = {from_ref}", whole_k3, back, SCHULMAN),
+        equal(f"E[grad k3 by token] = {from_ref} at states visited", k3, at_k3, SCHULMAN),
+        angle(f"E[grad k3 by token] against {to_ref}", k3, ahead, SCHULMAN),
+    ]
 
 
 def single_token() -> list[Proof]:
@@ -102,15 +103,38 @@ def kl_in_reward() -> list[Proof]:
         to_come = shaped.flip(1).cumsum(1).flip(1)  # the reward from this token on
         return policy.gradient((weights[:, None] * to_come * logprobs).sum())
 
-    kl_gradient = policy.gradient(policy.kl(reference))
-    exact = policy.gradient(policy.expectation(rewards)) - KL_COEF * kl_gradient
-    in_reward = -ascent(torch.zeros_like(rewards), 1.0, "k3")
+    of_kl = policy.gradient(policy.kl(reference))
+    exact = policy.gradient(policy.expectation(rewards)) - KL_COEF * of_kl
+    k1, k3 = ascent(rewards, KL_COEF, "k1"), -ascent(torch.zeros_like(rewards), 1.0, "k3")
     as_loss = (weights * (kl.k3(logprobs, ref_logprobs) * policy.mask).sum(1)).sum()
+    both, rule = k3 + policy.gradient(as_loss), "product rule"
     return [
-        equal("k1 in the reward: policy gradient = grad (E[reward] - c KL)",
-              ascent(rewards, KL_COEF, "k1"), exact, OUYANG),
-        equal("k3 in the reward plus E[grad k3] = grad KL(policy || ref)",
-              in_reward + policy.gradient(as_loss), kl_gradient, "product rule"),
-        angle("k3 in the reward alone against grad KL(policy || ref)",
-              in_reward, kl_gradient, "product rule"),
-    ]  # fmt: skip
+        equal("k1 in the reward: policy gradient = grad (E[reward] - c KL)", k1, exact, OUYANG),
+        equal("k3 in the reward plus E[grad k3] = grad KL(policy || ref)", both, of_kl, rule),
+        angle("k3 in the reward alone against grad KL(policy || ref)", k3, of_kl, rule),
+    ]
+
+
+def best_of_n() -> list[Proof]:
+    """KL(best of n samples || policy), from the distribution of the best, and its bound."""
+    n, count = 8, 100_000
+    bound = evaluate.best_of_n(np.zeros((1, n)), {})[-1]["kl"]
+    given = example()
+    few = kl_of_best(given.weights[given.rewards.argsort()], n)
+    many = kl_of_best(torch.full((count,), 1 / count, dtype=torch.float64), n)
+    below, formula = "best of 8: KL is at most log n - (n-1)/n", "KL = log n - (n-1)/n"
+    above, off = max(few - bound, 0.0), abs(many - bound)
+    return [
+        Proof(below, few, bound, above, EXACT, BEST_OF_N, "nats above it"),
+        Proof(
+            f"best of 8, {count:,} responses: {formula}", many, bound, off, 1e-8, BEST_OF_N, "nats"
+        ),
+    ]
+
+
+def kl_of_best(probabilities: Tensor, n: int) -> float:
+    """Exact KL in nats; `probabilities` (N,) in rising order of reward, no two rewards equal."""
+    at_most = probabilities.cumsum(0)
+    # the best is this response: all n are at most this one, and not all are below it
+    best = at_most**n - (at_most - probabilities) ** n
+    return torch.xlogy(best, best / probabilities).sum().item()

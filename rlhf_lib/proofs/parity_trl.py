@@ -2,8 +2,8 @@
 
 A loss in TRL is a method of a trainer: it runs the model, reduces, logs. So that both libraries see
 the same numbers, the method is called unchanged on a trainer whose __init__ was left out (it would
-load models and data), and in place of the model stands a table. Whole training steps are taken by
-real trainers, in `parity_steps`. TRL is an optional dependency: importing this file needs none.
+load models and data), and in place of the model stands a table. Whole steps are taken by real
+trainers. Importing this file needs no TRL.
 
 Shapes: B pairs or responses, T response positions, L places in a row, V vocabulary.
 """
@@ -15,18 +15,25 @@ import importlib
 import importlib.metadata
 import os
 import random
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import Tensor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 from transformers.utils import logging
 
 from rlhf_lib.settings import UserError
@@ -55,81 +62,69 @@ def undisturbed() -> Iterator[None]:
             f"parity is with TRL {VERSION}, and here is {found[0] if found else 'no TRL'}: "
             "pip install -e '.[parity]' (Python 3.11 or newer)"
         )
-    shared = [s._shared_state for s in (PartialState, AcceleratorState, GradientState)]
-    saved, environment = [dict(state) for state in shared], dict(os.environ)
-    python, numpy, verbosity = random.getstate(), np.random.get_state(), logging.get_verbosity()
-    bars = datasets.is_progress_bar_enabled()
-    for state in shared:
-        state.clear()
-    os.environ["CI"] = "1"  # TRL then tells nobody which trainer is being used
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        with (
-            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-            warnings.catch_warnings(),
-        ):
-            # TRL still says it by the old name, as older versions of transformers do
-            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
-            yield
-    finally:
-        for state, before in zip(shared, saved, strict=True):
-            state.clear()
-            state.update(before)
-        os.environ.clear()
-        os.environ.update(environment)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
+    with contextlib.ExitStack() as after:
+        for state in (PartialState, AcceleratorState, GradientState):
+            after.enter_context(patch.dict(state._shared_state, clear=True))
+        # TRL then tells nobody which trainer is being used
+        after.enter_context(patch.dict(os.environ, {"CI": "1"}))
+        after.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        after.callback(random.setstate, random.getstate())
+        after.callback(np.random.set_state, np.random.get_state())
+        after.callback(logging.set_verbosity, logging.get_verbosity())
+        if datasets.is_progress_bar_enabled():
+            after.callback(datasets.enable_progress_bars)
+        logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        after.enter_context(warnings.catch_warnings())
+        # TRL still says it by the old name, as older versions of transformers do
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
+        yield
 
 
-# ------------------------------------------------------------------------- a trainer and its model
+# ------------------------------------------------------------------ its losses, on numbers of ours
 
 
-def bare_trainer(name: str, module: str = "trl", **settings: Any) -> Any:
-    """A trainer that has no more than its method reads: what all of them do, and `settings`."""
-    trainer = object.__new__(trl_class(name, module))
-    shared = {
-        "accelerator": Accelerator(cpu=True),
-        "model": _Idle(),
-        "state": SimpleNamespace(global_step=0),
-        "args": SimpleNamespace(
-            report_to=[], gradient_checkpointing_kwargs=None, per_device_train_batch_size=64,
-            gradient_accumulation_steps=1, steps_per_generation=1,
-        ),
-        "current_gradient_accumulation_steps": 1, "aux_loss_enabled": False, "use_vllm": False,
-        "_metrics": {"train": defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1,
-    }  # fmt: skip
-    vars(trainer).update(shared | settings)
-    return trainer
+class Off(SimpleNamespace):
+    """Whatever was not said is None: switched off."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
-class _Idle(torch.nn.Module):
-    """A model in training that is asked nothing but its state."""
+class Table(nn.Module):
+    """Stands in for a language model: the log-probability of token i is the i-th of the numbers."""
 
     is_gradient_checkpointing = False
 
+    def __init__(self, *logprobs: Tensor) -> None:
+        super().__init__()
+        self.numbers = torch.cat([x.flatten() for x in logprobs]) if logprobs else torch.empty(0)
 
-class _Table:
-    """Stands in for a language model: the log-probability of token i is the table's i-th number."""
-
-    def __init__(self, logprobs: Tensor) -> None:
-        self.numbers = logprobs.flatten()
-
-    def __call__(self, input_ids: Tensor, labels: Tensor, **rest: Any) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, labels: Tensor, **rest: Any) -> SimpleNamespace:
         scored = labels[:, 1:] != -100
-        zeros = torch.zeros(scored.shape)
-        return SimpleNamespace(
-            log_probs=torch.where(scored, self.numbers[input_ids[:, 1:]], 0.0),
-            entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(),
-        )  # fmt: skip
+        logprobs = torch.where(scored, self.numbers[input_ids[:, 1:]], 0.0)
+        logged = {"entropy": logprobs, "mean_logits": logprobs, "is_top1": scored}
+        return SimpleNamespace(log_probs=logprobs, **logged)
 
 
-def _places(mask: Tensor) -> dict[str, Tensor]:
-    """A batch for `_Table`: rows of one prompt token, and of tokens that are places in `mask`."""
-    responses = torch.arange(mask.numel()).view(mask.shape)
+def bare_trainer(name: str, module: str = "trl", **settings: Any) -> Any:
+    """A trainer without __init__: `settings`, what all trainers need, and None for all the rest."""
+    made = type(name, (trl_class(name, module),), {"__getattr__": Off.__getattr__})
+    trainer: Any = object.__new__(made)
+    zeros = ("label_smoothing", "alpha", "cpo_alpha", "pad_token_id", "padding_value", "beta")
+    ones = ("current_gradient_accumulation_steps", "num_iterations", "top_entropy_quantile")
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    vars(trainer).update(dict.fromkeys(zeros, 0) | dict.fromkeys((*ones, "_tp_size"), 1))
+    trainer.accelerator, trainer.model = Accelerator(cpu=True), Table()
+    trainer.args, trainer.state = Off(report_to=[], **dict.fromkeys(sizes, 1)), Off(global_step=0)
+    trainer._metrics, trainer._total_train_tokens = {"train": defaultdict(list)}, 0
+    vars(trainer).update(settings)
+    return trainer
+
+
+def places(mask: Tensor, start: int = 0) -> dict[str, Tensor]:
+    """A batch for `Table`: rows of one prompt token, and of tokens that are places in `mask`."""
+    responses = start + torch.arange(mask.numel()).view(mask.shape)
     prompt = torch.zeros(len(mask), 1, dtype=torch.long)
     return {
         "input_ids": torch.cat((prompt, responses), 1),
@@ -138,74 +133,24 @@ def _places(mask: Tensor) -> dict[str, Tensor]:
     }
 
 
-# ------------------------------------------------------------------------------ losses on pairs
-
-
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, center_coef: float) -> Tensor:
-    """`RewardTrainer.compute_loss` on the scores of both replies, (B,) each."""
-    trainer = bare_trainer("RewardTrainer")
-    trainer.args.center_rewards_coefficient = center_coef
-    scores = torch.cat((chosen, rejected))
-    inputs = {"margin": margin, "attention_mask": torch.ones(len(scores), 1)}
-    return trainer.compute_loss(lambda **_: SimpleNamespace(logits=scores[:, None]), inputs)
-
-
-def dpo_loss(
-    loss_type: str, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float
-) -> Tensor:
+def dpo_loss(kind: str, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
     """`DPOTrainer` on token log-probs (2B, T), chosen replies first: "sigmoid", "ipo", ..."""
-    trainer = bare_trainer(
-        "DPOTrainer", loss_types=[loss_type], loss_weights=[1.0], beta=beta, label_smoothing=0.0,
-        ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False,
-        precompute_ref_logps=False, ref_model=_Table(ref_logprobs),
-    )  # fmt: skip
-    return trainer.compute_loss(_Table(logprobs), _places(mask))
+    kinds = {"loss_types": [kind], "loss_weights": [1.0], "f_divergence_type": "reverse_kl"}
+    trainer = bare_trainer("DPOTrainer", beta=beta, ref_model=Table(reference), **kinds)
+    return trainer.compute_loss(Table(logprobs), places(mask))
 
 
-def kto_loss(
-    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_logprobs: Tensor,
-    ref_kl_logprobs: Tensor, beta: float, weights: tuple[float, float],
-) -> Tensor:  # fmt: skip
-    """`KTOTrainer` on token log-probs (2B, T), desirable replies first.
-
-    `kl_logprobs` and `ref_kl_logprobs` (2B, T) are of the replies that its KL is estimated from.
-    """
-    replies = _places(mask)
-    further = {f"KL_{key}": rows for key, rows in _places(mask).items()}
-    further["KL_input_ids"][:, 1:] += mask.numel()  # the second half of the table
-    trainer = bare_trainer(
-        "KTOTrainer", loss_type="kto", beta=beta, desirable_weight=weights[0],
-        undesirable_weight=weights[1], calculate_KL=True, precompute_ref_logps=False,
-        ref_model=_Table(torch.cat((ref_logprobs, ref_kl_logprobs))),
-    )  # fmt: skip
-    labels = torch.arange(len(mask)) < len(mask) // 2
-    table = _Table(torch.cat((logprobs, kl_logprobs)))
-    return trainer.compute_loss(table, replies | further | {"label": labels})
+cpo_trainer = partial(bare_trainer, "CPOTrainer", "trl.experimental.cpo")
+orpo_trainer = partial(bare_trainer, "ORPOTrainer", "trl.experimental.orpo")
 
 
-def cpo_loss(
-    loss_type: str, chosen: Tensor, rejected: Tensor, beta: float, smoothing: float
-) -> Tensor:
-    """`CPOTrainer.cpo_loss` on one number a reply, (B,) each: its "sigmoid" is DPO's formula."""
-    settings = {"loss_type": loss_type, "beta": beta, "label_smoothing": smoothing, "alpha": 0.0}
-    trainer = bare_trainer("CPOTrainer", "trl.experimental.cpo", **settings)
-    return trainer.cpo_loss(chosen, rejected)[0].mean()
+def loss_of_logits(trainer: Any, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """What CPO or ORPO makes of logits (2B, L, V); `batch` as in `pair_batch`."""
 
+    def model(*_: Any, **__: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=logits)
 
-def simpo_loss(logits: Tensor, batch: dict, beta: float, margin: float) -> Tensor:
-    """`CPOTrainer` with loss_type="simpo" on logits (2B, L, V); `batch` as in `pair_batch`."""
-    trainer = bare_trainer(
-        "CPOTrainer", "trl.experimental.cpo", loss_type="simpo", beta=beta, simpo_gamma=margin,
-        cpo_alpha=0, alpha=0.0, label_smoothing=0.0, is_encoder_decoder=False, pad_token_id=0,
-    )  # fmt: skip
-    return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)[0]
-
-
-def orpo_loss(logits: Tensor, batch: dict, beta: float) -> Tensor:
-    """`ORPOTrainer` on logits (2B, L, V); `batch` as in `pair_batch`."""
-    settings = {"beta": beta, "is_encoder_decoder": False, "padding_value": 0}
-    trainer = bare_trainer("ORPOTrainer", "trl.experimental.orpo", **settings)
-    return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)[0]
+    return trainer.get_batch_loss_metrics(model, batch)[0]
 
 
 def pair_batch(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -222,59 +167,93 @@ def pair_batch(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return chosen | {f"rejected_{key}": value[half:] for key, value in rows.items()}
 
 
-# -------------------------------------------------------------------- losses on sampled responses
-
-
-def grpo_loss(
-    loss_type: str, logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor,
-    advantages: Tensor, mask: Tensor, kl_coef: float, clip_low: float, clip_high: float,
-) -> Tensor:  # fmt: skip
-    """`GRPOTrainer._compute_loss` on token log-probs (B, T) and advantages (B,)."""
-    trainer = bare_trainer(
-        "GRPOTrainer", loss_type=loss_type, beta=kl_coef, epsilon_low=clip_low,
-        epsilon_high=clip_high, max_completion_length=mask.shape[1],
-        importance_sampling_level="token", top_entropy_quantile=1.0, _entropy_bonus_enabled=False,
-        off_policy_mask_threshold=None,
-    )  # fmt: skip
-    trainer.args.delta, trainer.args.use_bias_correction_kl = None, False
-    rows = _places(mask)
-    return trainer.compute_loss(_Table(logprobs), {
-        "prompt_ids": rows["input_ids"][:, :1], "prompt_mask": rows["attention_mask"][:, :1],
-        "completion_ids": rows["input_ids"][:, 1:], "completion_mask": mask.long(),
-        "advantages": advantages, "old_per_token_logps": old_logprobs,
-        "ref_per_token_logps": ref_logprobs, "num_items_in_batch": mask.sum(),
-    })  # fmt: skip
-
-
 def advantages(
-    name: str, rewards: Tensor, group_size: int, scale: str = "group", kl_coef: float = 0.0,
-    logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None, mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    name: str, rewards: Tensor, group_size: int, kl: tuple | None = None, **settings: Any
+) -> Tensor:
     """What "GRPOTrainer" or "RLOOTrainer" makes of rewards (N*G,), a group's G rows adjacent.
 
-    RLOO takes kl_coef times the KL of each response off its reward, from log-probs (N*G, T).
+    RLOO takes `beta` times the KL of each response off its reward, and reads it from `kl`: the
+    log-probs of policy and reference and their mask, (N*G, T) each.
     """
-    mask = torch.ones(len(rewards), 1) if mask is None else mask
-    logprobs = torch.zeros(mask.shape) if logprobs is None else logprobs
-    texts = ["a response"] * len(rewards)
-    responses = [[1] * int(row.sum()) for row in mask]
-    generated: tuple = ([[1]] * len(rewards), responses, texts)
+    count, reference = len(rewards), Table()
+    policy, other, mask = kl or torch.ones(3, count, 1)
+    made: tuple = ([[1]] * count, [[1] * int(n) for n in mask.sum(1)], ["a response"] * count)
+
+    def logprobs(model: nn.Module, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        return (other if model is reference else policy), None, None
+
     if name == "GRPOTrainer":
-        generated = (*generated[:2], None, texts, None, {}, None, None)
-    reference = _Idle()
-    trainer = bare_trainer(
-        name, ref_model=reference, beta=kl_coef, scale_rewards=scale,
-        num_generations=group_size, num_iterations=1, pad_to_multiple_of=None, tools=None,
-        mask_truncated_completions=False, multi_objective_aggregation="sum_then_normalize",
-        normalize_advantages=False, reward_clip_range=None, reward_weights=torch.ones(1),
-        reward_func_names=["reward"], environment_factories=None, environments=None,
-        vllm_importance_sampling_correction=False, _tokenizer=SimpleNamespace(pad_token_id=0),
-        _logs=defaultdict(list, rewards=defaultdict(list)), _pending_extra_logs={},
-        _pending_metrics={}, _generate=lambda prompts: generated,
-        _calculate_rewards=lambda *_: rewards[:, None],
-        _get_per_token_logps_and_entropies=lambda model, *_, **__: (
-            ref_logprobs if model is reference else logprobs, None, None
-        ),
-    )  # fmt: skip
-    scored = trainer._generate_and_score_completions([{"prompt": "a prompt"}] * len(rewards))
-    return scored["advantages"]
+        made = (*made[:2], None, made[2], None, {}, None, None)
+    trainer = bare_trainer(name, num_generations=group_size, ref_model=reference, **settings)
+    trainer.reward_weights, trainer.reward_func_names = torch.ones(1), ["reward"]
+    trainer.multi_objective_aggregation = "sum_then_normalize"
+    trainer._logs = defaultdict(list, rewards={"reward": []})
+    trainer._tokenizer = Off(pad_token_id=0)
+    trainer._pending_extra_logs, trainer._pending_metrics = {}, {}
+    trainer._generate = lambda prompts: made
+    trainer._calculate_rewards = lambda *_: rewards[:, None]
+    trainer._get_per_token_logps_and_entropies = logprobs
+    return trainer._generate_and_score_completions([{"prompt": "a prompt"}] * count)["advantages"]
+
+
+def padded_logprobs(model: nn.Module, prompts: list, responses: list) -> Tensor:
+    """Token log-probs (B, T) as `GRPOTrainer` computes them: prompts are padded on the left.
+
+    `model` is changed: TRL gives it an output layer of its own.
+    """
+    trl_class("add_fused_lm_head", "trl.trainer.utils")(model)
+    left, right = ([torch.tensor(row) for row in rows] for rows in (prompts, responses))
+    sides = pad_sequence(left, True, -1, "left"), pad_sequence(right, True, -1, "right")
+    ids = torch.cat(sides, 1)
+    compute = bare_trainer("GRPOTrainer")._get_per_token_logps_and_entropies
+    return compute(model, ids.clamp(min=0), (ids >= 0).long(), sides[1].shape[1])[0]
+
+
+# ----------------------------------------------------------------------------------- whole steps
+
+
+def caught_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """A list that will hold the gradient of each step of the optimizer."""
+    caught: list[Tensor] = []
+
+    def catch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        caught.append(torch.cat([p.grad.detach().flatten() for p in parameters]))
+
+    optimizer.register_step_pre_hook(catch)
+    return caught
+
+
+def step(name: str, model: nn.Module, rows: list[dict], settings: dict, **models: Any) -> Tensor:
+    """One step of the trainer of that name on all rows, which are token ids, as one batch.
+
+    The loss, and after it the gradient of all parameters, unclipped.
+    """
+    optimizer = torch.optim.SGD(model.parameters())
+    gradients = caught_gradients(optimizer)
+    names = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
+    # DPO alone of TRL's trainers does not recognise rows that are token ids already
+    ready = {"_prepare_dataset": lambda self, dataset, *_: dataset} if name == "DPO" else {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings | {
+            "output_dir": folder,
+            "max_steps": 1,
+            "max_length": None,
+            "use_cpu": True,
+        }
+        settings |= {"per_device_train_batch_size": len(rows), "lr_scheduler_type": "constant"}
+        settings |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
+        settings |= {"bf16": False, "gradient_checkpointing": False, "max_grad_norm": 0.0}
+        config = trl_class(f"{name}Config")(disable_tqdm=True, **settings)
+        trainer = type(name, (trl_class(f"{name}Trainer"),), ready)(
+            model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, **names),
+            optimizers=(optimizer, None),
+            **models,
+        )
+        trainer.remove_callback(PrinterCallback)
+        loss = trainer.train().training_loss
+    return torch.cat((torch.tensor([loss]), gradients[0]))

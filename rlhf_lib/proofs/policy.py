@@ -1,4 +1,4 @@
-"""Policy gradients proven: PPO, GRPO and leave-one-out against the gradient of E[reward].
+"""Methods proven: PPO, GRPO, leave-one-out and DPO against the gradients that they stand for.
 
 A loss is a mean over its batch. All responses, or all groups of G responses, make up one batch
 whose rows have unequal probability; as every loss is linear in the advantages, these carry it.
@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf_lib.objectives import advantages, losses
-from rlhf_lib.proofs.tools import Example, Proof, angle, equal, example
+from rlhf_lib.objectives import advantages, losses, preference
+from rlhf_lib.proofs import plain
+from rlhf_lib.proofs.claims import Proof, angle, equal
+from rlhf_lib.proofs.enumeration import Example, example
 
 GROUP = 3  # 31**3 = 29,791 groups
+BETA = 0.5
 PPO = "PPO, arXiv:1707.06347, eq. 7"
 GAE = "GAE, arXiv:1506.02438, eq. 16"
 GRPO = "GRPO, arXiv:2402.03300, eq. 3"
 DR_GRPO = "Dr. GRPO, arXiv:2503.20783"
 RLOO = "RLOO, arXiv:2402.14740, eq. 9"
+DPO = "DPO, arXiv:2305.18290"
 Advantages = Callable[[Tensor, int], Tensor]  # of rewards (N*G,) and the group size
-Loss = Callable[[Tensor, Tensor], Tensor]  # of response numbers (B,) and their log-probs (B, T)
 
 
 def gae_by_definition() -> list[Proof]:
@@ -31,30 +35,23 @@ def gae_by_definition() -> list[Proof]:
     rewards, values = _random(3, 2, *policy.mask.shape)
     gamma, gae_lambda = 0.97, 0.9
     measured, returns = advantages.gae(rewards, values, policy.mask, gamma, gae_lambda)
-    expected = torch.zeros_like(rewards)
-    for i, response in enumerate(policy.responses):
-        value = [*values[i, : len(response)].tolist(), 0.0]
-        for t in range(len(response)):
-            for k in range(t, len(response)):
-                residual = rewards[i, k] + gamma * value[k + 1] - value[k]
-                expected[i, t] += (gamma * gae_lambda) ** (k - t) * residual
-    kept = policy.mask.bool()
+    values = values * policy.mask
+    # a matrix times the residuals: no recursion
+    expected, _ = plain.gae(rewards, values, policy.mask, gamma, gae_lambda)
     return [
         equal("GAE = its definition, token by token", measured, expected, GAE),
-        equal("GAE's return = advantage + value", returns[kept], (expected + values)[kept], GAE),
+        equal("GAE's return = advantage + value", returns, expected + values, GAE),
     ]
 
 
 def ppo() -> list[Proof]:
     """PPO's gradient at ratio 1, with a value function that knows nothing."""
     given = example()
-    policy, exact = given.policy, _exact(given)
+    tokens, exact = given.policy.mask.sum(), _exact(given)
 
     def update(gae_lambda: float) -> Tensor:
         weighted = _ppo_advantages(given, gae_lambda) * given.weights[:, None]
-        logprobs = policy.token_logprobs()
-        loss, _ = losses.ppo_policy_loss(logprobs, logprobs.detach(), weighted, policy.mask)
-        return policy.gradient(-loss * policy.mask.sum())  # the loss is a mean over tokens
+        return -_ppo_gradient(given, weighted) * tokens  # the loss is a mean over tokens
 
     return [
         equal("PPO, lambda 1, any values: grad E[reward]", update(1.0), exact, PPO),
@@ -64,23 +61,19 @@ def ppo() -> list[Proof]:
 
 def groups() -> list[Proof]:
     """GRPO and leave-one-out, averaged over every group of G responses there is."""
-    given = example()
-    exact, of_group = _exact(given), f"groups of {GROUP}"
-
-    def centred(rewards: Tensor, group_size: int) -> Tensor:
-        return advantages.group_advantages(rewards, group_size, "none")
-
-    loo, kept = advantages.leave_one_out_advantages, (GROUP - 1) / GROUP
+    given, of = example(), f"groups of {GROUP}"
+    loo, kept, exact = advantages.leave_one_out_advantages, (GROUP - 1) / GROUP, _exact(given)
+    left_out = _group_update(given, loo, "constant")
+    centred = _group_update(given, _centred, "constant")
+    scaled = _group_update(given, advantages.group_advantages, "constant")
+    averaged = _group_update(given, loo, "sequence")
+    smaller = f"GRPO without scale, {of}: (G-1)/G grad E[reward]"
     return [
-        equal(f"leave-one-out, {of_group}: grad E[reward]",
-              _group_update(given, loo, "constant"), exact, RLOO),
-        equal(f"GRPO without scale, {of_group}: (G-1)/G grad E[reward]",
-              _group_update(given, centred, "constant"), kept * exact, DR_GRPO),
-        angle(f"GRPO, scale by group, {of_group}: bias",
-              _group_update(given, advantages.group_advantages, "constant"), exact, DR_GRPO),
-        angle("leave-one-out, mean over a response's tokens: bias",
-              _group_update(given, loo, "sequence"), exact, DR_GRPO),
-    ]  # fmt: skip
+        equal(f"leave-one-out, {of}: grad E[reward]", left_out, exact, RLOO),
+        equal(smaller, centred, kept * exact, DR_GRPO),
+        angle(f"GRPO, scale by group, {of}: bias", scaled, exact, DR_GRPO),
+        angle("leave-one-out, mean over a response's tokens: bias", averaged, exact, DR_GRPO),
+    ]
 
 
 def sampled() -> list[Proof]:
@@ -90,72 +83,98 @@ def sampled() -> list[Proof]:
     """
     given, batches, size, group_size = example(), 64, 1024, 8
     policy, mask, exact = given.policy, given.policy.mask, _exact(given)
-    draws = policy.sample(batches * size, torch.Generator().manual_seed(4)).view(batches, size)
+    draw = torch.Generator().manual_seed(4)
+    draws = torch.multinomial(given.weights, batches * size, replacement=True, generator=draw)
     ppo_advantages = _ppo_advantages(given, gae_lambda=1.0)
 
-    def ppo_loss(rows: Tensor, logprobs: Tensor) -> Tensor:
-        old, kept = logprobs.detach(), mask[rows]
-        loss, _ = losses.ppo_policy_loss(logprobs, old, ppo_advantages[rows], kept)
+    def ppo_loss(rows: Tensor) -> Tensor:
+        logprobs, kept = policy.token_logprobs()[rows], mask[rows]
+        loss, _ = losses.ppo_policy_loss(logprobs, logprobs.detach(), ppo_advantages[rows], kept)
         return loss * kept.sum() / size  # from a mean over tokens to one over responses
 
-    def grpo_loss(rows: Tensor, logprobs: Tensor, advantage: Tensor) -> Tensor:
-        old, kept = logprobs.detach(), mask[rows]
-        loss, _ = losses.grpo_loss(logprobs, old, advantage, kept, aggregation="constant")
-        return loss * mask.shape[1]
+    def grpo_loss(of_group: Advantages, rows: Tensor) -> Tensor:
+        advantage, logprobs = of_group(given.rewards[rows], group_size), policy.token_logprobs()
+        return _grpo_loss(logprobs[rows], advantage, mask[rows], "constant") * mask.shape[1]
 
-    def centred_loss(rows: Tensor, logprobs: Tensor) -> Tensor:
-        centred = advantages.group_advantages(given.rewards[rows], group_size, "none")
-        return grpo_loss(rows, logprobs, centred)
-
-    def left_out_loss(rows: Tensor, logprobs: Tensor) -> Tensor:
-        left_out = advantages.leave_one_out_advantages(given.rewards[rows], group_size)
-        return grpo_loss(rows, logprobs, left_out)
-
-    def against(claim: str, loss: Loss, expected: Tensor, source: str) -> Proof:
+    def against(
+        claim: str, loss: Callable[[Tensor], Tensor], expected: Tensor, source: str
+    ) -> Proof:
         length = expected.norm()
-        slopes = torch.stack([
-            -(policy.gradient(loss(rows, policy.token_logprobs()[rows])) * expected).sum() / length
-            for rows in draws
-        ])  # fmt: skip
+        steps = [-policy.gradient(loss(rows)) for rows in draws.view(batches, size)]
+        slopes = torch.stack([(step * expected).sum() / length for step in steps])
         error = (slopes.mean() - length).abs() / (slopes.std() / math.sqrt(batches))
-        pair = slopes.mean().item(), length.item()
-        return Proof("enumeration", claim, *pair, error.item(), 4.0, "standard errors", source)
+        shown = slopes.mean().item(), length.item(), error.item()
+        return Proof(claim, *shown, 4.0, source, "standard errors")
 
-    kept = (group_size - 1) / group_size
+    kept, smaller = (group_size - 1) / group_size, "(G-1)/G grad E[reward]"
+    centred = partial(grpo_loss, _centred)
+    left_out = partial(grpo_loss, advantages.leave_one_out_advantages)
     return [
         against("PPO, 65,536 samples: grad E[reward]", ppo_loss, exact, PPO),
-        against("GRPO without scale, 65,536 samples: (G-1)/G grad E[reward]",
-                centred_loss, kept * exact, DR_GRPO),
-        against("leave-one-out, 65,536 samples: grad E[reward]",
-                left_out_loss, exact, RLOO),
-    ]  # fmt: skip
+        against(f"GRPO without scale, 65,536 samples: {smaller}", centred, kept * exact, DR_GRPO),
+        against("leave-one-out, 65,536 samples: grad E[reward]", left_out, exact, RLOO),
+    ]
 
 
 def identities() -> list[Proof]:
     """Where two methods are one."""
     given = example()
-    policy = given.policy
+    policy, kept = given.policy, (GROUP - 1) / GROUP
     (advantage,) = _random(5, 1, *policy.mask.shape)
     scores = given.rewards[_all_groups(given)].view(-1)
-    centred = advantages.group_advantages(scores, GROUP, "none")
-    left_out = advantages.leave_one_out_advantages(scores, GROUP)
-
-    def ppo_gradient(clip_range: float) -> Tensor:
-        logprobs = policy.token_logprobs()
-        loss, _ = losses.ppo_policy_loss(
-            logprobs, logprobs.detach(), advantage, policy.mask, clip_range
-        )
-        return policy.gradient(loss)
-
+    centred, left_out = _centred(scores, GROUP), advantages.leave_one_out_advantages(scores, GROUP)
     weighted = (policy.token_logprobs() * advantage).sum() / policy.mask.sum()
-    reinforce = policy.gradient(-weighted)
+    reinforce, clipped = policy.gradient(-weighted), _ppo_gradient(given, advantage)
+    tight, wide = (_ppo_gradient(given, advantage, clip) for clip in (1e-6, 1e6))
+    same = "advantages: GRPO without scale = (G-1)/G leave-one-out"
     return [
-        equal("advantages: GRPO without scale = (G-1)/G leave-one-out",
-              centred, left_out * (GROUP - 1) / GROUP, DR_GRPO),
-        equal("PPO at ratio 1 = REINFORCE", ppo_gradient(0.2), reinforce, PPO),
-        equal("PPO at ratio 1: no clip range changes the gradient",
-              ppo_gradient(1e-6), ppo_gradient(1e6), PPO),
-    ]  # fmt: skip
+        equal(same, centred, left_out * kept, DR_GRPO),
+        equal("PPO at ratio 1 = REINFORCE", clipped, reinforce, PPO),
+        equal("PPO at ratio 1: no clip range changes the gradient", tight, wide, PPO),
+    ]
+
+
+def dpo() -> list[Proof]:
+    """DPO's gradient on all pairs, and its optimum, found by an optimizer that knows no formula."""
+    given = example()
+    policy, ref = given.policy, given.ref_logprobs.sum(1)
+    numbers = torch.arange(len(policy.responses))
+    first, second = torch.cartesian_prod(numbers, numbers).T
+    # both drawn from the reference; Bradley-Terry says how often `first` is the chosen one
+    drawn = ref[first].exp() * ref[second].exp()
+    weights = drawn * torch.sigmoid(given.rewards[first] - given.rewards[second])
+
+    def loss_of_pair(*logprobs: Tensor) -> Tensor:
+        return preference.dpo_loss(*logprobs, beta=BETA)[0]
+
+    def gradient() -> tuple[float, Tensor]:
+        """dpo_loss of each pair by itself, `first` being the chosen one; their weighted sum."""
+        logprobs = policy.logprobs()
+        of_pairs = logprobs[first], logprobs[second], ref[first], ref[second]
+        loss = (weights * torch.vmap(loss_of_pair)(*of_pairs)).sum()
+        return loss.item(), policy.gradient(loss)
+
+    # -beta sigmoid(rejected - chosen) (grad log p(chosen) - grad log p(rejected))
+    logprobs = policy.logprobs()
+    implicit = BETA * (logprobs - ref).detach()
+    wrong = torch.sigmoid(implicit[second] - implicit[first])
+    formula = policy.gradient(
+        (weights * -BETA * wrong * (logprobs[first] - logprobs[second])).sum()
+    )
+    claim = "DPO's gradient: pairs weighted by how wrong they are"
+    proofs = [equal(claim, gradient()[1], formula, f"{DPO}, sec. 4")]
+
+    exactly = {"tolerance_grad": 1e-12, "tolerance_change": 0.0, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([policy.logits], max_iter=1000, history_size=50, **exactly)
+
+    def closure() -> float:
+        loss, policy.logits.grad = gradient()
+        return loss
+
+    optimizer.step(closure)
+    optimum = (ref + given.rewards / BETA).softmax(0)
+    claim = "DPO's optimum = ref exp(reward / beta) / Z"
+    return [*proofs, equal(claim, policy.probabilities(), optimum, f"{DPO}, eq. 4", 1e-6)]
 
 
 def _random(seed: int, *shape: int) -> Tensor:
@@ -165,6 +184,17 @@ def _random(seed: int, *shape: int) -> Tensor:
 
 def _exact(given: Example) -> Tensor:
     return given.policy.gradient(given.policy.expectation(given.rewards))
+
+
+def _centred(rewards: Tensor, group_size: int) -> Tensor:
+    return advantages.group_advantages(rewards, group_size, "none")
+
+
+def _ppo_gradient(given: Example, advantage: Tensor, clip_range: float = 0.2) -> Tensor:
+    """Of the policy loss at ratio 1."""
+    logprobs, mask = given.policy.token_logprobs(), given.policy.mask
+    loss, _ = losses.ppo_policy_loss(logprobs, logprobs.detach(), advantage, mask, clip_range)
+    return given.policy.gradient(loss)
 
 
 def _ppo_advantages(given: Example, gae_lambda: float) -> Tensor:
@@ -180,6 +210,12 @@ def _all_groups(given: Example) -> Tensor:
     return torch.cartesian_prod(*[torch.arange(len(given.weights))] * GROUP)
 
 
+def _grpo_loss(logprobs: Tensor, advantage: Tensor, mask: Tensor, aggregation: str) -> Tensor:
+    """At ratio 1."""
+    old = logprobs.detach()
+    return losses.grpo_loss(logprobs, old, advantage, mask, aggregation=aggregation)[0]
+
+
 def _group_update(given: Example, of_group: Advantages, aggregation: str) -> Tensor:
     """GRPO's expected step (minus its gradient) at ratio 1, in units of one token."""
     policy, groups = given.policy, _all_groups(given)
@@ -187,8 +223,5 @@ def _group_update(given: Example, of_group: Advantages, aggregation: str) -> Ten
     # in place of equal weights in a mean over groups, each group's probability
     weights = given.weights[groups].prod(1) * len(groups)
     advantage = of_group(given.rewards[rows], GROUP) * weights.repeat_interleave(GROUP)
-    logprobs = policy.token_logprobs()[rows]
-    loss, _ = losses.grpo_loss(
-        logprobs, logprobs.detach(), advantage, policy.mask[rows], aggregation=aggregation
-    )
+    loss = _grpo_loss(policy.token_logprobs()[rows], advantage, policy.mask[rows], aggregation)
     return policy.gradient(-loss * policy.mask.shape[1])  # "constant" divides by the length T

@@ -64,8 +64,3 @@ def markdown(frame: pd.DataFrame) -> str:
     """The frame as a Markdown table."""
     lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def last_request(prompt_text: str) -> str:
-    """What the human said last in an HH prompt."""
-    return prompt_text.removesuffix("\n\nAssistant:").rpartition("\n\nHuman:")[2].strip()

@@ -49,19 +49,21 @@ def _panels(rows: int, columns: int, height: float, sharey: bool = False) -> tup
 
 
 def dots(
-    axis: Axes, records: Sequence[Mapping], places: Sequence[float], color: str, **style: Any
+    axis: Axes,
+    records: Sequence[Mapping],
+    places: Sequence[float],
+    color: str,
+    upright: bool = False,
+    **style: Any,
 ) -> None:
-    """A dot with its interval for each record at these heights; with `upright`, over these places.
+    """A dot with its interval for each record, at these heights; `upright`: over these places.
 
     Further `style` is that of matplotlib's `errorbar`.
     """
     rows = pd.DataFrame(list(records))
     ends = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
-    across = {"x": rows["mean"], "y": places, "xerr": ends}
-    upright = {"x": places, "y": rows["mean"], "yerr": ends}
-    axis.errorbar(
-        **(upright if style.pop("upright", False) else across), color=color, **DOT | style
-    )
+    x, y, bars = (places, rows["mean"], "yerr") if upright else (rows["mean"], places, "xerr")
+    axis.errorbar(x, y, color=color, **({bars: ends} | DOT | style))
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
@@ -107,6 +109,12 @@ def seeds(axis: Axes, frames: Sequence[pd.DataFrame], key: str, color: str) -> N
     sns.lineplot(rows, x="step", y=key, color=color, errorbar=("pi", 100), ax=axis)
 
 
+def smooth(metrics: Sequence[Mapping] | pd.DataFrame, key: str) -> pd.DataFrame:
+    """A metric by step, averaged over the last three times that it was logged."""
+    logged = pd.DataFrame(metrics)[["step", key]].dropna()  # type: ignore[arg-type]
+    return logged.assign(**{key: pd.Series(logged[key]).rolling(3, 1).mean()})
+
+
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -134,10 +142,8 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
     figure, axes = _panels(1, len(per_policy), 2.6, sharey=True)
     keys = {"reward": "proxy", "gold": "gold"}
     for axis, (name, per_seed) in zip(axes, per_policy.items(), strict=True):
-        frames = [pd.DataFrame(list(metrics)).set_index("step") for metrics in per_seed]
         for key, reward in keys.items():
-            smooth = [frame[[key]].dropna().rolling(3, 1).mean() for frame in frames]
-            seeds(axis, [frame.reset_index() for frame in smooth], key, color(reward))
+            seeds(axis, [smooth(metrics, key) for metrics in per_seed], key, color(reward))
         axis.set_title(label(name), color=color(name))
         axis.set(xlabel="update", ylabel="reward")
     for axis in axes:  # when all panels have set the limits that they share
@@ -354,18 +360,24 @@ def panels(measured: Mapping[str, Mapping[str, Mapping]], share: bool) -> Figure
 # ----------------------------------------------------------------------------------- reward and KL
 
 
-def _root(kl: pd.Series) -> pd.Series:
+def _root(kl: object) -> np.ndarray:
     """√KL; a sampled estimate just below 0 counts as 0."""
-    return np.sqrt(kl.clip(lower=0))
+    return np.sqrt(np.maximum(np.asarray(kl, dtype=float), 0))
+
+
+def _by_step(points: pd.DataFrame, reward: str, window: int = 1) -> pd.DataFrame:
+    """KL and reward at each step, means over the seeds and over the last `window` steps."""
+    means = pd.DataFrame(points.groupby("step")[["kl", reward]].mean())
+    return pd.DataFrame(means.rolling(window, min_periods=1).mean())
 
 
 def _free(axis: Axes, points: pd.DataFrame, reward: str) -> tuple[float, float]:
     """The curve of best-of-n, which trains nothing, and where it ends."""
     name = str(points["policy"].iloc[0])
-    mean = points.groupby("step")[["kl", reward]].mean()
-    x, y = _root(mean["kl"]), mean[reward]
+    mean = _by_step(points, reward)
+    x, y = _root(mean["kl"]), mean[reward].to_numpy()
     axis.plot(x, y, "s--", ms=3, lw=1, color=color(name), label=label(name))
-    return x.iloc[-1], y.iloc[-1]
+    return x[-1], y[-1]
 
 
 def frontier(points: pd.DataFrame, reward: str) -> Figure:
@@ -375,13 +387,11 @@ def frontier(points: pd.DataFrame, reward: str) -> Figure:
     final = points.query("kind == 'final' and policy != 'sft_again'")
     for name, rows in final.groupby("policy", sort=False):
         look = {"color": color(str(name)), "ax": axis}
-        x, y = _root(rows["kl"]), rows[reward]
+        x, y = _root(rows["kl"]), rows[reward].to_numpy()
         sns.scatterplot(x=x, y=y, s=26, zorder=3, **look)
-        way = points.query("kind == 'training' and policy == @name").groupby("step")
-        mean = way[["kl", reward]].mean().rolling(5, min_periods=1).mean()
-        sns.lineplot(
-            x=_root(mean["kl"]), y=mean[reward], sort=False, estimator=None, lw=0.9, **look
-        )
+        way = _by_step(points.query("kind == 'training' and policy == @name"), reward, 5)
+        line = {"x": _root(way["kl"]), "y": way[reward], "sort": False, "estimator": None}
+        sns.lineplot(**line, lw=0.9, **look)
         labels.append((label(str(name)), x.mean(), y.mean(), color(str(name))))
     for name, rows in points.query("kind == 'best_of_n'").groupby("policy"):
         labels.append((label(str(name)), *_free(axis, rows, reward), color(str(name))))

@@ -17,7 +17,7 @@ from rlhf_lib.measure.statistics import contrast, interval, listed
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl
-from rlhf_lib.show.display import last_request
+from rlhf_lib.world.grammar import last_request
 
 COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT
 Cell = Callable[[Any], object]
@@ -122,15 +122,11 @@ def pair_name(key: str) -> str:
 
 def _corrected(differences: Sequence[Mapping]) -> list[Column]:
     """Corrected p and smallest detectable difference; an old study has neither."""
-
-    def p(row: Mapping) -> str:
-        return "<0.001" if row["p_adjusted"] < 0.001 else f"{row['p_adjusted']:.3f}"
-
-    def smallest(row: Mapping) -> str:
-        return "–" if row["detectable"] is None else f"{row['detectable']:.2f}"
-
-    known = any("p_adjusted" in row for row in differences)
-    return [("p (Holm)", p), ("smallest seen", smallest)] if known else []
+    columns: list[Column] = [
+        ("p (Holm)", lambda row: "<0.001" if (p := row["p_adjusted"]) < 0.001 else f"{p:.3f}"),
+        ("smallest seen", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
+    ]
+    return columns if any("p_adjusted" in row for row in differences) else []
 
 
 def win_table(results: Mapping) -> pd.DataFrame:
@@ -193,14 +189,11 @@ def opinion_table(results: Mapping) -> pd.DataFrame:
 
 def endpoint_table(results: Mapping) -> pd.DataFrame:
     """What a model behind an endpoint said, where one was asked (`endpoint`)."""
-
-    def consistent(row: Mapping) -> str:
-        return f"{row['same_in_both_orders']:.0%}" if "same_in_both_orders" in row else "–"
-
+    same = "same_in_both_orders"
     columns = [
         ("policy", named),
         ("wins over SFT", won("win_rate_vs_sft")),
-        ("same in both orders", consistent),
+        ("same in both orders", lambda row: f"{row[same]:.0%}" if same in row else "–"),
         ("no clear answer", itemgetter("unclear")),
     ]
     asked = results["endpoint"]["policies"].items()
@@ -304,12 +297,10 @@ def price_table(results: Mapping) -> pd.DataFrame:
     ]
 
     def per(key: str, unit: float) -> Cell:
-        def divided(row: Mapping) -> str:
-            parts = {part: row[part] for part in ("mean", "low", "high")}
-            cost = row[key]["mean"] / unit
-            return interval({k: None if v is None else v / cost for k, v in parts.items()})
+        def divided(row: Mapping, end: str) -> float | None:
+            return row[end] and row[end] / (row[key]["mean"] / unit)  # a lone seed has no ends
 
-        return divided
+        return lambda row: interval({end: divided(row, end) for end in ("mean", "low", "high")})
 
     columns = [
         ("policy", named),
@@ -330,16 +321,14 @@ def probe_table(measured: Mapping[str, Mapping[str, Mapping]], percent: bool) ->
     An arrow says where a policy differs from SFT.
     """
 
-    def of(policy: str) -> Cell:
-        def marked(measure: str) -> str:
-            record = measured[measure][policy]
-            verdict = record.get("change", {}).get("verdict", "not distinguishable")
-            return interval(record, 0 if percent else 2, percent) + ARROWS[verdict]
+    def marked(record: Mapping) -> str:
+        verdict = record.get("change", {}).get("verdict", "not distinguishable")
+        return interval(record, 0 if percent else 2, percent) + ARROWS[verdict]
 
-        return marked
+    def of(policy: str) -> Column:
+        return label(policy), lambda measure: marked(measured[measure][policy])
 
-    policies = next(iter(measured.values()))
-    return table_of(measured, [("", str), *((label(policy), of(policy)) for policy in policies)])
+    return table_of(measured, [("", str), *map(of, next(iter(measured.values())))])
 
 
 def definition_table(definitions: Mapping[str, str], wanted: Sequence[str]) -> pd.DataFrame:

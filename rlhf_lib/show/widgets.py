@@ -25,8 +25,10 @@ from scipy.special import rel_entr, softmax
 
 from rlhf_lib.catalogue import color, label
 from rlhf_lib.data.encoding import Pair
-from rlhf_lib.show.display import figure_bundle, last_request, table_bundle
+from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.figures import smooth
 from rlhf_lib.show.tables import Column, table_of
+from rlhf_lib.world.grammar import last_request
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 Content = pd.DataFrame | Figure
@@ -206,10 +208,10 @@ def kl_figure(runs: Mapping[float, pd.DataFrame], coefficients: Sequence[float])
     for row, coefficient in zip(grid, coefficients, strict=True):
         for axis, key in zip(row, keys, strict=True):
             for other in sorted(runs, key=lambda other: other == coefficient):  # it lies on top
-                line = runs[other].set_index("step")[key].dropna().rolling(3, 1).mean()
+                line = smooth(runs[other], key)
                 chosen = {"color": color("ppo"), "lw": 1.8}
                 look = chosen if other == coefficient else {"color": "#bbbbbb", "lw": 0.9}
-                sns.lineplot(line, estimator=None, ax=axis, **look)
+                sns.lineplot(line, x="step", y=key, estimator=None, ax=axis, **look)
             axis.set(xlabel="", ylabel="")
         row[0].set_ylabel(f"β = {coefficient:g}", color=color("ppo"))
     for top, bottom, key in zip(grid[0], grid[-1], keys, strict=True):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, PreTrainedModel
 
-from benchmarks import growth, library_worker, memory, plain_ppo, predict, prepare, text
+from benchmarks import growth, library_worker, memory, predict, prepare, text
 from benchmarks.job import STAGES, Job, Row, read_job
 from benchmarks.peer_worker import load as load_peer
 from benchmarks.saved import watch
@@ -112,33 +112,6 @@ def check_round(stage: str, job: Job, run: Callable) -> None:
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "grpo"])
 def test_trl_computes_the_same_rows(stage: str, tiny_job: Job) -> None:
     check_round(stage, tiny_job, load_peer(stage, tiny_job))
-
-
-def test_the_plain_peer_of_ppo_learns_what_is_rewarded() -> None:
-    rewards = torch.tensor([[0.0, 0.0, 2.0], [0.0, -1.0, 0.0]])
-    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    advantages, returns = plain_ppo.advantages_of(rewards, torch.zeros(2, 3), mask)
-    decay = plain_ppo.GAE_LAMBDA
-    assert returns[0].tolist() == pytest.approx([2 * decay**2, 2 * decay, 2.0])
-    assert returns[1, :2].tolist() == pytest.approx([-decay, -1.0])
-    assert (advantages[0] > 0).all()
-    assert (advantages[1, :2] < 0).all()
-    assert float((advantages * mask).sum()) == pytest.approx(0, abs=1e-5)
-
-
-def test_the_plain_peer_of_ppo_is_blind_to_padding(make_model: Callable) -> None:
-    model, head = make_model("gpt2"), make_model("gpt2", head="score")
-    one = plain_ppo.Batch(torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4).long(), torch.ones(1, 2))
-    padded = plain_ppo.Batch(
-        torch.tensor([[9, 5, 6, 7, 8, 9]]), torch.tensor([[0, 1, 1, 1, 1, 0]]),
-        torch.tensor([[1.0, 1.0, 0.0]]),
-    )  # fmt: skip
-    for function, by in ((plain_ppo.logprobs, model), (plain_ppo.values, head)):
-        plain, wide = function(by, one), function(by, padded)
-        assert wide[0, :2].tolist() == pytest.approx(plain[0].tolist(), abs=1e-5)
-    assert plain_ppo.scores(head, padded).item() == pytest.approx(
-        plain_ppo.scores(head, one).item(), abs=1e-5
-    )
 
 
 def test_drawn_rows_have_the_lengths_of_real_ones() -> None:

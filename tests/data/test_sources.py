@@ -234,7 +234,7 @@ def test_bundled_reads_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     world, control = read_source("bundled"), read_source("bundled:control")
     assert world.splits["test"][0].values == pair("test")
     assert control.splits["test"][0].values == pair("control test")
-    assert world.demonstrations == control.demonstrations
+    assert list(world.demonstrations) == list(control.demonstrations)
     assert world.prompts["evaluation"][0].values == {"prompt": prompt}
     (tmp_path / "prompts-train.jsonl.gz").unlink()
     with pytest.raises(DataError, match=r"prompts-train\.jsonl\.gz does not exist"):

@@ -49,14 +49,8 @@ def test_it_reads_like_the_list(both: tuple[Stored[Pair], list[Pair]]) -> None:
     assert paired_lengths(stored) == paired_lengths(plain)
 
 
-def test_it_equals_what_has_the_same_rows(both: tuple[Stored[Pair], list[Pair]]) -> None:
-    stored, plain = both
-    assert stored == plain
-    assert stored == Stored.of(plain)
-    assert stored != plain[:-1]
-    assert stored != [*plain[:-1], plain[0]]
-    assert Stored.of([]) == []
-    assert Stored.of([]).select(np.zeros(0, int)) == []
+def test_it_may_be_empty() -> None:
+    assert list(Stored.of([])) == list(Stored.of([]).select(np.zeros(0, int))) == []
 
 
 def test_a_view_keeps_its_own_order(both: tuple[Stored[Pair], list[Pair]]) -> None:
@@ -64,10 +58,10 @@ def test_a_view_keeps_its_own_order(both: tuple[Stored[Pair], list[Pair]]) -> No
     order = np.random.default_rng(0).permutation(COUNT)[:100]
     view = stored.select(order)
     expected = [plain[i] for i in order]
-    assert view == expected
+    assert list(view) == expected
     assert view[-1] == expected[-1]
     assert view[3:5] == expected[3:5]
-    assert view.select(np.array([7, 2])) == [expected[7], expected[2]]
+    assert list(view.select(np.array([7, 2]))) == [expected[7], expected[2]]
 
 
 def test_a_row_may_hold_anything() -> None:
@@ -114,7 +108,7 @@ def test_loads_at_the_same_time_agree_and_leave_no_file(
     with ThreadPoolExecutor(3) as pool:
         loads = [pool.submit(load_data, config, tiny_tokenizer) for _ in range(3)]
         first, *others = [load.result() for load in loads]
-    assert all(other == first for other in others)
+    assert all((o.hash, o.audit) == (first.hash, first.audit) for o in others)
     assert not list(folder.iterdir())  # while the data is still in use
 
 

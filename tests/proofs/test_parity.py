@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 pytest.importorskip("trl", reason="TRL is an optional dependency: pip install -e '.[parity]'")
 
-from rlhf_lib.objectives import losses
-from rlhf_lib.proofs import parity, parity_steps, parity_trl
-from rlhf_lib.proofs.tools import Proof
+from rlhf_lib.objectives import preference
+from rlhf_lib.proofs import parity, parity_trl
+from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import UserError
 
@@ -81,20 +81,18 @@ def test_the_table_has_no_other_rows(table: dict[str, Proof]) -> None:
 def test_trl_reads_padded_gpt2_rows_at_wrong_positions() -> None:
     """TRL #6800. The row that is padded least is right, and so is every row given positions."""
     with parity_trl.undisturbed():
-        ours, theirs, truth = parity_steps.padded_logprobs("gpt2")
+        ours, theirs, truth = parity.padded_logprobs("gpt2")
     off, ours_off = (theirs - truth).abs().amax(1), (ours - truth).abs().amax(1)
     assert ours_off.max() < 1e-5
-    lengths = [len(prompt) for prompt in parity_steps.PROMPTS]
+    lengths = [len(prompt) for prompt in parity.PROMPTS]
     longest = lengths.index(max(lengths))
     assert off[longest] < 1e-5
     others = [i for i in range(len(lengths)) if i != longest]
     assert off[others].min() > 0.1  # nats
     assert off.max() > 2
 
-    model = parity_steps.tiny_model("gpt2")
-    for row, (prompt, response) in enumerate(
-        zip(parity_steps.PROMPTS, parity_steps.RESPONSES, strict=True)
-    ):
+    model = parity.tiny_model("gpt2")
+    for row, (prompt, response) in enumerate(zip(parity.PROMPTS, parity.RESPONSES, strict=True)):
         padding = max(lengths) - len(prompt)
         ids = torch.tensor([[0] * padding + prompt + response])
         mask = (torch.arange(ids.shape[1]) >= padding).long()[None]
@@ -110,7 +108,7 @@ def test_trl_reads_padded_gpt2_rows_at_wrong_positions() -> None:
 
 def test_rotary_positions_are_relative_so_both_are_right() -> None:
     with parity_trl.undisturbed():
-        ours, theirs, truth = parity_steps.padded_logprobs("llama")
+        ours, theirs, truth = parity.padded_logprobs("llama")
     assert torch.allclose(ours, truth, atol=1e-5)
     assert torch.allclose(theirs, truth, atol=1e-5)
 
@@ -125,7 +123,7 @@ def test_trls_ipo_averages_over_the_tokens() -> None:
         with parity_trl.undisturbed():
             theirs = parity_trl.dpo_loss("ipo", long, ref_long, ones, 0.5)
         sums = (*long.sum(1).chunk(2), *ref_long.sum(1).chunk(2))
-        return losses.ipo_loss(*sums, 0.5)[0], theirs
+        return preference.ipo_loss(*sums, 0.5)[0], theirs
 
     (ours, theirs), (ours_long, theirs_long) = both(1), both(2)
     assert theirs == pytest.approx(theirs_long.item(), rel=1e-5)
@@ -137,18 +135,19 @@ def test_trls_ipo_averages_over_the_tokens() -> None:
 
 
 def test_trls_orpo_averages_its_sft_term_over_the_tokens_of_the_batch() -> None:
-    replies = parity._Replies()
+    replies, trainer = parity._Replies(), parity_trl.orpo_trainer
     batch = parity_trl.pair_batch(replies.ids, replies.mask)
     with parity_trl.undisturbed():
-        theirs = parity_trl.orpo_loss(replies.logits, batch, 0.0)
+        theirs = parity_trl.loss_of_logits(trainer(), replies.logits, batch)
     sums, _, lengths, _ = replies.from_logits(replies.mask)
     assert theirs.item() == pytest.approx(-(sums.sum() / lengths.sum()).item(), rel=1e-5)
-    ours, _ = losses.orpo_loss(*replies.from_logits(replies.mask), 0.0)
+    ours, _ = preference.orpo_loss(*replies.from_logits(replies.mask), 0.0)
     assert ours.item() == pytest.approx(-(sums / lengths).mean().item(), rel=1e-5)
     # and TRL's runs over the prompt too: relabelled as prompt, a reply's tokens still count
     batch["chosen_labels"][:2, 1] = -100
     with parity_trl.undisturbed():
-        assert parity_trl.orpo_loss(replies.logits, batch, 0.0).item() == theirs.item()
+        relabelled = parity_trl.loss_of_logits(trainer(), replies.logits, batch)
+    assert relabelled.item() == theirs.item()
 
 
 def test_trls_dpo_trainer_has_no_label_smoothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +165,7 @@ def test_trls_dpo_trainer_has_no_label_smoothing(monkeypatch: pytest.MonkeyPatch
         parity_trl, "bare_trainer", lambda *a, **k: made(*a, **k | {"label_smoothing": 0.2})
     )
     assert loss() == plain
-    assert losses.dpo_loss(*replies.sums, 0.3, label_smoothing=0.2)[0].item() != plain
+    assert preference.dpo_loss(*replies.sums, 0.3, label_smoothing=0.2)[0].item() != plain
 
 
 # ----------------------------------------------------------------------------- the process around
@@ -202,7 +201,7 @@ def test_without_this_trl_the_error_says_what_to_run(
 
 
 def test_importing_the_modules_needs_no_trl() -> None:
-    for module in (parity, parity_trl, parity_steps):
+    for module in (parity, parity_trl):
         source = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         for node in ast.walk(source):
             assert not (isinstance(node, ast.Import) and any(n.name == "trl" for n in node.names))

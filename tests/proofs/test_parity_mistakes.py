@@ -18,9 +18,9 @@ pytest.importorskip("trl", reason="TRL is an optional dependency: pip install -e
 from rlhf_lib.methods import dpo, reward_model, sft
 from rlhf_lib.objectives import advantages, kl, losses, preference
 from rlhf_lib.objectives.masked import masked_mean
-from rlhf_lib.proofs import parity, parity_steps
+from rlhf_lib.proofs import parity, parity_trl
+from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.parity import BETA
-from rlhf_lib.proofs.tools import Proof
 
 
 def averaged(loss: Callable) -> Callable:
@@ -50,7 +50,7 @@ def over_n(rewards: Tensor, size: int, scale: str = "group") -> Tensor:
 
 def unpositioned(model: Any, prompts: list, responses: list) -> tuple[Tensor, Tensor]:
     """Our log-probs, computed as TRL's."""
-    logprobs = parity_steps.trl_logprobs(copy.deepcopy(model), prompts, responses)
+    logprobs = parity_trl.padded_logprobs(copy.deepcopy(model), prompts, responses)
     return logprobs, torch.ones_like(logprobs)
 
 
@@ -70,30 +70,31 @@ PADDED = "log-probs of padded rows, gpt2: ours are those of each row alone"
 SEQUENCE, TOKEN = "GRPO loss, sequence (grpo)", "GRPO loss, token (bnpo)"
 MISTAKES: dict[Callable[[], list[Proof]], list[Mistake]] = {
     parity.preference_rows: [
-        Mistake("sums averaged", "DPO", losses, "dpo_loss", averaged),
-        Mistake("beta ignored", "DPO", losses, "dpo_loss",
+        Mistake("sums averaged", "DPO", preference, "dpo_loss", averaged),
+        Mistake("beta ignored", "DPO", preference, "dpo_loss",
                 lambda loss: lambda *sums_and_beta, **rest: loss(*sums_and_beta[:4], **rest)),
-        Mistake("reference ignored", "DPO", losses, "dpo_loss",
+        Mistake("reference ignored", "DPO", preference, "dpo_loss",
                 lambda loss: lambda c, r, ref_c, ref_r, *rest, **more:
                 loss(c, r, 0 * ref_c, 0 * ref_r, *rest, **more)),
-        Mistake("smoothing ignored", "conservative DPO", losses, "dpo_loss",
+        Mistake("smoothing ignored", "conservative DPO", preference, "dpo_loss",
                 lambda loss: lambda *sums_and_beta, label_smoothing=0.0: loss(*sums_and_beta)),
-        Mistake("target of 1 / beta", "IPO", losses, "ipo_loss",
+        Mistake("target of 1 / beta", "IPO", preference, "ipo_loss",
                 lambda loss: lambda *sums_and_beta: loss(*sums_and_beta[:4], BETA / 2)),
-        Mistake("KL ignored", "KTO", losses, "kto_loss",
+        Mistake("KL ignored", "KTO", preference, "kto_loss",
                 lambda loss: lambda c, r, ref_c, ref_r, kl, *rest:
                 loss(c, r, ref_c, ref_r, 0 * kl, *rest)),
-        Mistake("weights swapped", "KTO", losses, "kto_loss",
+        Mistake("weights swapped", "KTO", preference, "kto_loss",
                 lambda loss: lambda *rest: loss(*rest[:-2], rest[-1], rest[-2])),
     ],
     parity.length_rows: [
-        Mistake("lengths ignored", "length-normalised DPO", losses, "length_normalised_dpo_loss",
-                lambda _: lambda *rest: losses.dpo_loss(*rest[:4], BETA)),
-        Mistake("sums for averages", "IPO, given averages over tokens", losses, "ipo_loss",
+        Mistake("lengths ignored", "length-normalised DPO", preference,
+                "length_normalised_dpo_loss",
+                lambda _: lambda *rest: preference.dpo_loss(*rest[:4], BETA)),
+        Mistake("sums for averages", "IPO, given averages over tokens", preference, "ipo_loss",
                 lambda loss: lambda *rest: loss(*(5 * x for x in rest[:4]), BETA)),
-        Mistake("margin times beta", "SimPO", losses, "simpo_loss",
+        Mistake("margin times beta", "SimPO", preference, "simpo_loss",
                 lambda loss: lambda *rest, beta, margin: loss(*rest, beta, beta * margin)),
-        Mistake("lengths ignored", "SimPO", losses, "simpo_loss",
+        Mistake("lengths ignored", "SimPO", preference, "simpo_loss",
                 lambda loss: lambda c, r, m, n, **more: loss(c, r, 0 * m + 1, 0 * n + 1, **more)),
         Mistake("probabilities for odds", "ORPO, replies of one length", preference,
                 "_log_odds", lambda _: lambda logprobs: logprobs),
@@ -135,7 +136,7 @@ MISTAKES: dict[Callable[[], list[Proof]], list[Mistake]] = {
                 lambda _: lambda logprobs, mask: -masked_mean(logprobs, mask, dim=1).mean()),
     ],
     parity.position_rows: [
-        Mistake("no positions", PADDED, parity_steps, "response_logprobs", lambda _: unpositioned),
+        Mistake("no positions", PADDED, parity, "response_logprobs", lambda _: unpositioned),
     ],
 }  # fmt: skip
 

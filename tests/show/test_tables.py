@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from rlhf_lib.catalogue import candidates, label, policies
+from rlhf_lib.catalogue import CATALOGUE, candidates, label, policies
 from rlhf_lib.measure.statistics import interval
-from rlhf_lib.show import tables
+from rlhf_lib.show import figures, tables
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 NEW = ("se", "df", "units", "p", "p_adjusted", "detectable")
@@ -154,6 +155,23 @@ def test_the_need_table_has_a_column_for_each_need(results: dict) -> None:
     column = f"Most {results['deciding']} reward per minute of training"
     assert table.loc["GRPO", column] == interval(per_minute)
     assert len(table.columns) == len(results["needs"])
+
+
+def test_a_method_of_ones_own_stands_in_every_table_and_in_the_main_figure(
+    results: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = replace(CATALOGUE["grpo"], name="toy", label="Toy", notebook="")
+    monkeypatch.setitem(CATALOGUE, "toy", toy)
+    for place in (results["policies"], results["cost"]):
+        place["toy"] = place["grpo"]
+    for need in results["needs"].values():
+        need["policies"]["toy"] = need["policies"]["grpo"]
+    made = [tables.comparison_table, tables.gain_table, tables.win_table, tables.distance_table]
+    made += [tables.reply_table, tables.need_table, tables.cost_table, tables.price_table]
+    for table in (make(results) for make in made):
+        assert (table.iloc[:, 0] == "Toy").sum() == 1
+    rows = figures.gains(results).axes[0].get_yticklabels()
+    assert "Toy" in [row.get_text() for row in rows]
 
 
 TABLES = ("gain_table", "pair_table", "win_table", "distance_table", "reply_table", "need_table")

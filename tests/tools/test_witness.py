@@ -36,6 +36,7 @@ def study(
     sentence: str = "it held",
     cell: str = "0.1",
     word: str = "rose",
+    modes: bool = False,
 ) -> Path:
     """A finished run of one stage, with its evaluation and report."""
     stage, evaluation = folder / "seed-0" / f"ppo-{digest}", folder / f"evaluation-{digest}"
@@ -54,6 +55,8 @@ def study(
         "stages": {"0": {"ppo": digest}},
     }
     (evaluation / "results.json").write_text(json.dumps(results))
+    if modes:
+        (evaluation / "failure_modes.json").write_text(json.dumps({"sft": {"verbosity": 0.1}}))
     shown = PAGE.format(seconds=seconds, sentence=sentence, code=digest, cell=cell, word=word)
     (folder / "report" / "index.html").write_text(shown)
     for part in (stage, evaluation):
@@ -106,6 +109,7 @@ def test_what_changed_is_found(
         ({}, {"settings": {"reward": "reward_model"}}),
         ({"deciding": "judge"}, {}),
         ({"word": "rose"}, {"word": "no clear change"}),
+        ({"modes": True}, {}),
     ],
 )
 def test_what_is_allowed_is_no_error(tmp_path: Path, before: dict, after: dict) -> None:
@@ -160,12 +164,12 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     old, new, runs = tmp_path / "old", tmp_path / "new", tmp_path / "runs"
     study(runs / "before" / "smoke")
     with pytest.raises(SystemExit) as stopped:
-        witness.main(old, new, runs, reuse=True)
+        witness.main(old, new, runs=runs, reuse=True)
     assert stopped.value.code
     assert commands == [(sys.executable, "new")]
     with pytest.raises(FileExistsError):
-        witness.main(old, new, runs)
+        witness.main(old, new, runs=runs)
     with pytest.raises(SystemExit) as stopped:
-        witness.main(old, old, tmp_path / "fresh")
+        witness.main(old, old, runs=tmp_path / "fresh")
     assert not stopped.value.code
     assert commands[1:] == [(sys.executable, "old")] * 2

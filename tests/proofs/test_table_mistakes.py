@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_lib import proofs
 from rlhf_lib.measure import evaluate
-from rlhf_lib.objectives import advantages, kl, losses
+from rlhf_lib.objectives import advantages, kl, losses, preference
 from rlhf_lib.objectives.masked import masked_mean
-from rlhf_lib.proofs import Proof
-from rlhf_lib.proofs.kl import kl_gradients, kl_in_reward, kl_values, single_token
-from rlhf_lib.proofs.optima import best_of_n, dpo
-from rlhf_lib.proofs.policy import gae_by_definition, groups, identities, ppo, sampled
+from rlhf_lib.proofs.claims import Proof
+from rlhf_lib.proofs.kl import best_of_n, kl_gradients, kl_in_reward, kl_values, single_token
+from rlhf_lib.proofs.policy import dpo, gae_by_definition, groups, identities, ppo, sampled
+from rlhf_lib.proofs.table import all_proofs
 
 
 def turned(estimator: Callable) -> Callable:
@@ -150,7 +149,7 @@ MUTATIONS = {
         ("PPO at ratio 1: no clip range",),
     ),
     "DPO with the sign of beta flipped": Mutation(
-        losses, "dpo_loss", lambda loss: lambda *pair, beta: loss(*pair, beta=-beta), (dpo,),
+        preference, "dpo_loss", lambda loss: lambda *pair, beta: loss(*pair, beta=-beta), (dpo,),
         ("DPO's gradient", "DPO's optimum"),
     ),
     "best-of-n's KL with a term taken twice": Mutation(
@@ -170,7 +169,7 @@ def test_a_wrong_function_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 
 def test_every_claim_falls_to_some_mutation() -> None:
-    judged = [proof.claim for proof in proofs.all_proofs() if proof.tolerance < math.inf]
+    judged = [proof.claim for proof in all_proofs() if proof.tolerance < math.inf]
     parts = [part for mutation in MUTATIONS.values() for part in mutation.broken]
     assert [claim for claim in judged if not any(part in claim for part in parts)] == []
     assert [part for part in parts if not any(part in claim for claim in judged)] == []

@@ -13,22 +13,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from rlhf_lib import proofs
 from rlhf_lib.__main__ import main
-from rlhf_lib.proofs import Proof
+from rlhf_lib.proofs import table
+from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.enumeration import TinyPolicy
-from rlhf_lib.proofs.optima import _best_of_n_kl
-from rlhf_lib.proofs.tools import angle, equal
+from rlhf_lib.proofs.kl import kl_of_best
 
 
 @pytest.fixture(scope="module")
 def everything() -> list[Proof]:
-    return proofs.all_proofs()
+    return table.all_proofs()
 
 
-@pytest.mark.parametrize("prove", proofs.PROOFS, ids=lambda prove: prove.__name__)
+@pytest.mark.parametrize("prove", table.PROOFS, ids=lambda prove: prove.__name__)
 def test_every_claim_holds(prove: Callable[[], list[Proof]]) -> None:
     rows = prove()
     assert rows
@@ -38,7 +36,7 @@ def test_every_claim_holds(prove: Callable[[], list[Proof]]) -> None:
 
 
 def test_all_proofs_are_there_and_always_the_same(everything: list[Proof]) -> None:
-    assert everything == [proof for prove in proofs.PROOFS for proof in prove()]
+    assert everything == [proof for prove in table.PROOFS for proof in prove()]
     assert Counter(proof.verdict for proof in everything) == {"holds": 26, "measured": 7}
     assert len({proof.claim for proof in everything}) == 33, "no claim twice"
     assert {proof.group for proof in everything} == {"enumeration"}
@@ -55,39 +53,17 @@ def test_the_kl_of_the_best_of_three_is_that_of_all_triples() -> None:
     for triple in itertools.product(range(len(probabilities)), repeat=3):
         best[max(triple)] += math.prod(probabilities[i] for i in triple)
     expected = sum(b * math.log(b / p) for b, p in zip(best, probabilities, strict=True))
-    measured = _best_of_n_kl(policy.probabilities().detach(), 3)
+    measured = kl_of_best(policy.probabilities().detach(), 3)
     assert measured == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_entry_shown_is_the_largest_and_the_error_that_of_all() -> None:
-    measured, expected = torch.tensor([[0.0, 5.0], [2.0, 0.0]]), torch.tensor([[0.5, 5.0], [2, 0]])
-    proof = equal("claim", measured.double(), expected.double(), "source", tolerance=0.25)
-    assert (proof.measured, proof.expected, proof.error, proof.holds) == (5.0, 5.0, 0.5, False)
-
-
-@pytest.mark.parametrize(("other", "degrees"), [([3.0, 0.0], 0), ([1, 1], 45), ([-2, 0], 180)])
-def test_an_angle_is_that_of_two_directions(other: list[float], degrees: float) -> None:
-    proof = angle("claim", torch.tensor(other), torch.tensor([1.0, 0.0]), "source")
-    assert proof.error == pytest.approx(degrees, abs=1e-4)
-    assert proof.verdict == "measured"
-
-
-MADE_UP = Proof("parity", "a made-up claim", 1.5, 1.0, 0.5, 1.0, "absolute", "somewhere")
-
-
-@pytest.mark.parametrize(
-    ("error", "tolerance", "holds"),
-    [(1.0, 1.0, True), (1.1, 1.0, False), (math.nan, 1.0, False), (math.inf, 1.0, False)],
-)
-def test_a_proof_holds_within_its_tolerance(error: float, tolerance: float, holds: bool) -> None:
-    proof = MADE_UP._replace(error=error, tolerance=tolerance)
-    assert (proof.holds, proof.verdict) == (holds, "holds" if holds else "DOES NOT HOLD")
+MADE_UP = Proof("a made-up claim", 1.5, 1.0, 0.5, 1.0, "somewhere", group="parity")
 
 
 def test_the_table_is_for_people() -> None:
     found = MADE_UP._replace(error=2.0, unit="standard errors")
     shown = MADE_UP._replace(tolerance=math.inf, unit="nats")
-    rows = proofs.table([MADE_UP, found, shown]).to_dict("records")
+    rows = table.table([MADE_UP, found, shown]).to_dict("records")
     first = {
         "group": "parity", "claim": "a made-up claim", "measured": "1.5", "expected": "1",
         "error": "0.5", "tolerance": "1", "verdict": "holds", "source": "somewhere",
@@ -112,9 +88,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *a: trl if name == "trl" else find(name, *a)
         )
-        module = SimpleNamespace(parity_table=lambda: parity)
-        monkeypatch.setitem(sys.modules, "rlhf_lib.proofs.parity", module)  # type: ignore[arg-type]
-        monkeypatch.setattr(proofs, "all_proofs", lambda: list(rows))
+        monkeypatch.setattr(table.parity, "parity_table", lambda: parity)
+        monkeypatch.setattr(table, "all_proofs", lambda: list(rows))
         monkeypatch.setattr(sys, "argv", ["rlhf_lib", "proofs", *arguments])
         with pytest.raises(SystemExit) as end:
             main()
@@ -126,14 +101,14 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 def test_the_command_prints_the_table(command: Callable, everything: list[Proof]) -> None:
     result = command(everything, parity=None)
     assert result.code == 0
-    _, *table, empty, counts, trl = result.out.splitlines()
-    for line, proof in zip(table, everything, strict=True):
+    _, *lines, empty, counts, trl = result.out.splitlines()
+    for line, proof in zip(lines, everything, strict=True):
         assert line.split()[0] == "enumeration"
         assert f" {proof.claim} " in line
         assert line.endswith(proof.verdict)
     assert empty == ""
     assert counts == "26 claims hold, 0 do not; 7 figures are measured and not judged"
-    assert trl == proofs.NO_TRL
+    assert trl == table.NO_TRL
 
 
 def test_the_command_appends_parity_where_trl_is_installed(command: Callable) -> None:

@@ -1,0 +1,247 @@
+"""A stage gets what it asks for and no more; what it trained is kept; what reaches it is hashed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from rlhf_lib import catalogue
+from rlhf_lib.catalogue import Record
+from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer
+from rlhf_lib.runs import Run
+from rlhf_lib.settings import SettingsError
+from rlhf_lib.study import training
+from rlhf_lib.study.training import run_stage
+from tests.conftest import train_stage
+
+# ------------------------------------------------------------------------------ what a stage gets
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often a model of each kind is loaded."""
+    counts: Counter = Counter()
+    for kind in ("policy", "reference", "reward_model", "value_model"):
+        load = getattr(training, f"load_{kind}")
+
+        def note(*given: Any, kind: str = kind, load: Callable = load) -> Any:
+            counts[kind] += 1
+            return load(*given)
+
+        monkeypatch.setattr(training, f"load_{kind}", note)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "models"),
+    [
+        ("dataset", "", {}),
+        ("sft", "", {"policy": 1}),
+        ("reward_model", "", {"reward_model": 1}),
+        ("rejection_sft", "", {"policy": 1, "reference": 1, "reward_model": 1}),
+        ("ppo", "", {"policy": 1, "value_model": 1, "reference": 1, "reward_model": 1}),
+        ("ppo", "ppo.reward=ended", {"policy": 1, "value_model": 1, "reference": 1}),
+        ("ppo", "ppo.value_model=shared", {"policy": 1, "reference": 1, "reward_model": 1}),
+        ("grpo", "", {"policy": 1, "reference": 1, "reward_model": 1}),
+        ("grpo", "model.lora_rank=2", {"policy": 1, "reward_model": 1}),
+        ("dpo", "", {"policy": 1, "reference": 1, "reward_model": 1}),
+    ],
+)
+def test_nothing_is_loaded_that_is_not_asked_for(
+    name: str, overrides: str, models: dict, loaded: Counter, make_run: Callable, finished: Any,
+    tiny_data: Any, tmp_path: Path,
+) -> None:  # fmt: skip
+    small = ["ppo.updates=1", "grpo.updates=1", "rejection.prompts=8", "rejection.samples=2"]
+    run = make_run(tmp_path, *small, *overrides.split())
+    loaded.clear()
+    train_stage(run, name, tiny_data, finished)
+    assert dict(loaded) == models
+
+
+@pytest.fixture
+def toy(user_folder: Path, make_run: Callable, tiny_data: Any) -> Callable:
+    """`toy(signature, *lines)`: a stage of these lines, run with what the signature asks for."""
+
+    numbers = count()
+
+    def run(signature: str, *lines: str, needed: Any = None, **changes: Any) -> Any:
+        file = user_folder / f"toy_{next(numbers)}.py"  # Python runs a file once
+        file.write_text("\n    ".join([f"def run({signature}):", *lines]) + "\n")
+        record = replace(Record("toy", "Toy", runs=f"{file}:run", sections=("sft",)), **changes)
+        return run_stage(make_run(user_folder), record, tiny_data, needed or {})
+
+    return run
+
+
+def test_a_stage_is_given_what_its_parameters_name(
+    toy: Callable, loaded: Counter, tiny_data: Any
+) -> None:
+    stage = toy(
+        "prompts, seed, config, log, steps",
+        "for step in steps(3): log(step, 5, {'loss': 2.0 * step})",
+        "return {'prompts': [p.text for p in prompts], 'seed': seed, 'epochs': config.epochs}",
+        changes=lambda profile: {"epochs": 7},
+    )
+    result = stage.result()
+    assert result["prompts"] == [p.text for p in tiny_data.prompts["train"]]
+    assert (result["seed"], result["epochs"], result["num_tokens"]) == (3, 7, 15)
+    assert [row["loss"] for row in stage.metrics()] == [0, 2, 4]
+    assert not loaded
+    assert not stage.model_path.exists()
+
+
+def test_a_thing_is_made_once(toy: Callable, loaded: Counter, finished: Any) -> None:
+    toy(
+        "policy, sampler, tokenizer, accelerator",
+        "assert sampler.tokenizer is tokenizer",
+        "assert sampler.accelerator is policy.accelerator is accelerator",
+        "return {}",
+        needed=vars(finished), needs=("sft", "reward_model"), sections=("grpo",),
+    )  # fmt: skip
+    assert loaded == {"policy": 1, "reference": 1, "reward_model": 1}
+
+
+def test_a_name_that_is_not_offered_is_refused(toy: Callable) -> None:
+    message = r"^stage toy: .*toy_0\.py:run asks for 'polcy'; offered are .*, policy, .*, seed,"
+    with pytest.raises(SettingsError, match=message):
+        toy("seed, polcy", "return {}")
+
+
+@pytest.mark.parametrize("name", ["call", "save", "_learner", "kwargs"])
+def test_what_serves_the_offer_itself_is_not_offered(toy: Callable, name: str) -> None:
+    with pytest.raises(SettingsError, match=f"asks for '{name}'; offered are"):
+        toy(name.replace("kwargs", "**kwargs"), "return {}")
+
+
+@pytest.mark.parametrize("asked", ["sampler", "value"])
+def test_what_reads_a_stage_that_is_not_needed_is_refused(
+    toy: Callable, asked: str, finished: Any
+) -> None:
+    message = "stage toy asks for what reads reward_model, which its `needs` leave out"
+    with pytest.raises(SettingsError, match=message):
+        toy(asked, "return {}", needed={"sft": finished.sft}, needs=("sft",), sections=("ppo",))
+
+
+# ------------------------------------------------------------------------------- what it leaves
+
+
+def test_the_policy_that_was_trained_is_saved(toy: Callable, tiny_base: Path) -> None:
+    stage = toy(
+        "policy",
+        "loss = sum(p.square().sum() for p in policy.model.parameters())",
+        "policy.step([loss])",
+        "return {}",
+        changes=lambda profile: {"warmup_ratio": 0.0},
+    )
+    start, trained = load_policy(tiny_base), load_policy(stage.model_path)
+    pairs = list(zip(start.parameters(), trained.parameters(), strict=True))
+    assert all(new.norm() <= old.norm() for old, new in pairs)
+    assert sum(new.norm() < old.norm() for old, new in pairs) > len(pairs) / 2
+    assert load_tokenizer(stage.model_path).eos_token_id == 1
+
+
+def test_a_reward_model_is_saved_as_one_and_a_frozen_one_is_not(
+    toy: Callable, finished: Any
+) -> None:
+    stage = toy("reward_model", "return {}", sections=("reward_model",))
+    model, _ = load_reward_model(stage.model_path, load_tokenizer(stage.model_path), seed=9)
+    assert model.score.out_features == 1
+    needed = {"reward_model": finished.reward_model}
+    stage = toy("frozen", "frozen('reward_model')", "return {'n': 1}", needed=needed)
+    assert stage.result()["n"] == 1
+    assert not stage.model_path.exists()
+
+
+# ------------------------------------------------------------------------------ what is hashed
+
+
+def another(owner: type, name: str, value: Any) -> Any:
+    kind = get_type_hints(owner)[name]
+    if name == "reward":
+        return "ended"
+    if options := get_args(kind):
+        return next(option for option in options if option != value)
+    return not value if kind is bool else f"{value}x" if kind is str else 2 * value + 1
+
+
+def changed(run: Run, section: str, *names: str) -> Run:
+    """The same run with other values of these settings."""
+    old = getattr(run.profile, section)
+    values = {name: another(type(old), name, getattr(old, name)) for name in names}
+    return replace(run, profile=replace(run.profile, **{section: replace(old, **values)}))
+
+
+SECTIONS = ("data", "reward_model", "sft", "rejection", "ppo", "grpo", "dpo", "evaluation")
+STAGES = ("dataset", "reward_model", "sft", "rejection_sft", "ppo", "grpo", "dpo", "evaluate",
+          "probes")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_setting_that_reaches_a_stage_is_in_its_hash_and_no_other(
+    name: str, unbuilt: None, make_run: Callable, tiny_data: Any, tmp_path: Path
+) -> None:
+    record, run = catalogue.record(name), make_run(tmp_path)
+
+    def hash_of(run: Run) -> str:
+        return run_stage(run, record, tiny_data, {}).hash
+
+    before, others = hash_of(run), run
+    for section in SECTIONS:
+        names = {field.name for field in fields(getattr(run.profile, section))}
+        if section in record.sections:
+            moved = {n for n in names if hash_of(changed(run, section, n)) != before}
+            assert moved == names - set(record.unread)
+        else:  # the lengths that texts are cut at reach every stage
+            names -= {"max_prompt_tokens", "max_response_tokens"}
+            others = changed(others, section, *names)
+    assert others.profile != run.profile
+    assert hash_of(others) == before
+
+
+def test_what_is_unread_is_a_setting() -> None:
+    profile = catalogue.load("smoke")
+    for record in catalogue.CATALOGUE.values():
+        sections = [getattr(profile, section) for section in record.sections]
+        known = {field.name for section in sections for field in fields(section)}
+        assert set(record.unread) <= known, record.name
+
+
+def test_a_file_that_the_record_names_is_in_the_hash(
+    unbuilt: None, make_run: Callable, tiny_data: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    record = catalogue.record("evaluate")
+    (file,) = record.files
+    for name in (file, "other.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"one")
+    monkeypatch.setattr(training, "bundled_folder", lambda: tmp_path)
+    run, hashes = make_run(tmp_path), []
+    for edited in (None, "other.jsonl.gz", file):
+        if edited:
+            (tmp_path / edited).write_bytes(b"two")
+        hashes.append(run_stage(run, record, tiny_data, {}).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert run_stage(run, replace(record, files=()), tiny_data, {}).hash not in hashes
+
+
+def test_data_model_and_what_is_needed_are_in_the_hash(
+    unbuilt: None, make_run: Callable, tiny_data: Any, finished: Any, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    other = SimpleNamespace(sft=SimpleNamespace(hash="x"), reward_model=finished.reward_model)
+    elsewhere = replace(run.profile, model=replace(run.profile.model, name="tiny"))
+    hashes = [
+        train_stage(run, "ppo", tiny_data, finished).hash,
+        train_stage(run, "ppo", replace(tiny_data, hash="other"), finished).hash,
+        train_stage(run, "ppo", tiny_data, other).hash,
+        train_stage(replace(run, profile=elsewhere), "ppo", tiny_data, finished).hash,
+        train_stage(replace(run, seed=4), "ppo", tiny_data, finished).hash,
+    ]
+    assert len(set(hashes)) == len(hashes)
