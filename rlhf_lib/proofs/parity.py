@@ -310,7 +310,7 @@ def dpo_step(kind: str) -> tuple[Tensor, Tensor]:
     ended = [(p, *(r if r[-1] == 1 else [*r, 1] for r in (c, r))) for p, c, r in TRIPLES]
     reference, names = tiny_model(kind, seed=1), ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(names, triple, strict=True)) for triple in ended]
-    pairs = [Pair("", "", "", "", *triple) for triple in ended]
+    pairs = [Pair("", "", "", "", p, c, r) for p, c, r in ended]
     table = dpo.reference_logprobs(reference, pairs, MICRO_BATCH)
     update = partial(dpo.update, micro_batch_size=MICRO_BATCH)
     loss = dpo.preference_loss(DPOConfig(beta=BETA))

@@ -12,7 +12,8 @@ import nbformat
 import pandas as pd
 from matplotlib.figure import Figure
 
-from rlhf_lib import catalogue, proofs
+from rlhf_lib import catalogue
+from rlhf_lib.proofs import table as proofs
 from rlhf_lib.report import exporters
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results import verdict
