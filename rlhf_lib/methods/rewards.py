@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -171,10 +170,10 @@ def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Rewar
         raise SettingsError(
             f"reward {name!r}: choose among {known}, package.module:function and FILE.py:function"
         )
-    found = resolve(name)
-    if not callable(found):
+    reward: Reward = resolve(name)
+    if not callable(reward):
         raise SettingsError(f"reward {name}: it is no function")
-    return cast(Reward, found)
+    return reward
 
 
 def modules(setting: str) -> list[str]:
