@@ -38,9 +38,13 @@ ENDLESS = 1_000_000  # steps of a schedule that is never seen to end
 def load(stage: str, job: Job) -> Round:
     """Load models and rows of a stage; what comes back computes one round of it."""
     loaders = {
-        "sft": _sft, "reward_model": _reward_model, "dpo": _dpo, "grpo": _grpo, "ppo": _ppo,
+        "sft": _sft,
+        "reward_model": _reward_model,
+        "dpo": _dpo,
+        "grpo": _grpo,
+        "ppo": _ppo,
         "generation": _generation,
-    }  # fmt: skip
+    }
     return loaders[stage](job, make_accelerator(job.precision))
 
 

@@ -65,22 +65,22 @@ def test_roles_labels_and_notebooks() -> None:
 # ------------------------------------------------------------------------ what there is in a study
 
 TRAINED = ["sft", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo"]
-SWEEP = ["ppo_strong", "rloo", "grpo_weak", "rloo_weak", "dpo_weak", "grpo_strong", "rloo_strong",
-         "dpo_strong"]  # fmt: skip
+SWEEP = ["ppo_strong", "rloo"]
+SWEEP += [f"{name}_{how}" for how in ("weak", "strong") for name in ("grpo", "rloo", "dpo")]
 WORLD = ["dataset", "reward_model", "reward_model_control"]
+REAL = ["dataset", "reward_model", "reward_model_curve", "judge"]
+ASKED = ["probes", "evaluate"]
 
 
 @pytest.mark.parametrize(
     ("profile", "seed", "names"),
     [
-        ("laptop", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, "probes", "evaluate",
-                       "second_opinion"]),
-        ("laptop", 1, [*WORLD, *TRAINED, "probes", "evaluate", "second_opinion"]),
-        ("smoke", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, "probes", "evaluate"]),
-        ("offline", 0, ["dataset", "reward_model", "reward_model_curve", "judge", *TRAINED,
-                        "probes", "evaluate"]),
+        ("laptop", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, *ASKED, "second_opinion"]),
+        ("laptop", 1, [*WORLD, *TRAINED, *ASKED, "second_opinion"]),
+        ("smoke", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, *ASKED]),
+        ("offline", 0, [*REAL, *TRAINED, *ASKED]),
     ],
-)  # fmt: skip
+)
 def test_the_stages_of_a_seed(profile: str, seed: int, names: list[str]) -> None:
     assert named(catalogue.stages(load_profile(profile), seed)) == names
 

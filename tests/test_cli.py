@@ -17,8 +17,17 @@ from rlhf_lib.__main__ import app, main
 from rlhf_lib.study import book, schedule
 
 MADE_UP = Path(__file__).parent / "made_up"
-STAGES = ("dataset", "reward-model", "sft", "rejection-sft", "ppo", "grpo", "dpo", "probes",
-          "evaluate")  # fmt: skip
+STAGES = (
+    "dataset",
+    "reward-model",
+    "sft",
+    "rejection-sft",
+    "ppo",
+    "grpo",
+    "dpo",
+    "probes",
+    "evaluate",
+)
 COMMANDS = ("run", "report", "status", "export", "proofs", *STAGES)
 
 
@@ -118,10 +127,12 @@ def test_an_unknown_notebook(cli: Callable, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("pppo",), "pppo"), (("run", "--profil", "smoke"), "--profil"),
-        (("run", "--seeds", "0"), "--seeds"), (("ppo", "--seed", "x"), "--seed"),
+        (("pppo",), "pppo"),
+        (("run", "--profil", "smoke"), "--profil"),
+        (("run", "--seeds", "0"), "--seeds"),
+        (("ppo", "--seed", "x"), "--seed"),
     ],
-)  # fmt: skip
+)
 def test_unknown_commands_and_options(
     cli: Callable, tmp_path: Path, arguments: tuple, named: str
 ) -> None:
@@ -260,8 +271,12 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     result = cli("run", *given.split(), "--run-dir", "there")
     ((profile, run_dir, overrides, only),) = seen
     assert overrides == [
-        "data.source=path:x", "model.name=gpt2", "seeds=2", "seeds=3", "ppo.kl_coef=0.3",
-    ]  # fmt: skip
+        "data.source=path:x",
+        "model.name=gpt2",
+        "seeds=2",
+        "seeds=3",
+        "ppo.kl_coef=0.3",
+    ]
     assert (profile.seeds, profile.ppo.kl_coef, profile.model.name) == (3, 0.3, "gpt2")
     assert (run_dir, only) == (Path("there"), None)
     assert result.out == f"report: {tmp_path}/a.html\nreport: {tmp_path}/b.pdf\n"

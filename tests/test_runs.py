@@ -219,8 +219,13 @@ def test_a_stage_is_published_whole(run: Run) -> None:
     assert looked == [(False, False, False)]
     assert stage.done
     assert sorted(p.name for p in stage.path.iterdir()) == [
-        "DONE", "config.json", "env.json", "metrics.jsonl", "result.json", "samples.jsonl",
-    ]  # fmt: skip
+        "DONE",
+        "config.json",
+        "env.json",
+        "metrics.jsonl",
+        "result.json",
+        "samples.jsonl",
+    ]
     assert [p.name for p in stage.path.parent.iterdir() if p.is_dir()] == [stage.path.name]
     assert (stage.path / "DONE").read_text().strip() == stage.hash
     assert json.loads((stage.path / "config.json").read_text())["settings"] == {

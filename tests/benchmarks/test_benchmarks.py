@@ -103,10 +103,15 @@ def test_one_round_has_no_spread() -> None:
 
 def rounds(rate: float, memory: float, flops: float) -> list[dict]:
     return [
-        {"seconds": s, "items": rate * s, "tokens": 50 * rate * s, "flops": flops * s,
-         "peak_memory_gb": memory}
+        {
+            "seconds": s,
+            "items": rate * s,
+            "tokens": 50 * rate * s,
+            "flops": flops * s,
+            "peak_memory_gb": memory,
+        }
         for s in (1.0, 2.0, 4.0)
-    ]  # fmt: skip
+    ]
 
 
 def test_a_side_is_summarised_by_its_rates() -> None:
@@ -133,20 +138,28 @@ def made_up(gpu: str | None = None) -> dict:
         "environment": {"gpu": gpu, "cpu_cores": 2, "threads": 2},
         "peer_packages": {"trl": "1.16.0", "transformers": "5.0"},
         "settings": {
-            "precision": "bf16", "rounds": 3, "pairs": 32, "batch_size": 8, "samples": 32,
-            "samples_per_step": 16, "max_new_tokens": 32,
+            "precision": "bf16",
+            "rounds": 3,
+            "pairs": 32,
+            "batch_size": 8,
+            "samples": 32,
+            "samples_per_step": 16,
+            "max_new_tokens": 32,
             "mean_tokens": {"prompt": 86.0, "chosen": 40.0, "rejected": 51.0},
         },
         "roof": {"flops_per_second": 9.5e11},
         "stages": stages,
-    }  # fmt: skip
+    }
 
 
 def test_the_table_says_reached_only_where_the_interval_does() -> None:
     table = text.benchmark_table(made_up()).set_index("stage")
     assert table["target"].to_dict() == {
-        "dpo": "≥ 6: reached", "sft": "≥ 4: missed", "grpo": "≥ 4: undecided", "ppo": "–"
-    }  # fmt: skip
+        "dpo": "≥ 6: reached",
+        "sft": "≥ 4: missed",
+        "grpo": "≥ 4: undecided",
+        "ppo": "–",
+    }
     assert table.loc["dpo", "ratio"] == "7.0"
     assert table.loc["grpo", "ratio"] == "4.1 [3.7, 4.5]"
     assert table.loc["dpo", "of the roof"] == "60%"

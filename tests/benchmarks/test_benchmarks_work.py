@@ -71,8 +71,15 @@ def tiny_job(tmp_path: Path, make_model: Callable, tiny_tokenizer: Any) -> Job:
     rows = [Row(words[: 2 + i % 4], words[: 1 + i % 3], [*words[1:3], 1]) for i in range(8)]
     torch.manual_seed(2)
     job = prepare.job_of(tmp_path, make_model("gpt2"), tiny_tokenizer, rows, "fp32")
-    small = {"batch_size": 4, "samples": 8, "samples_per_step": 4, "group_size": 2,
-             "max_new_tokens": 3, "generation_batch": 4, "ppo_minibatch": 2}  # fmt: skip
+    small = {
+        "batch_size": 4,
+        "samples": 8,
+        "samples_per_step": 4,
+        "group_size": 2,
+        "max_new_tokens": 3,
+        "generation_batch": 4,
+        "ppo_minibatch": 2,
+    }
     return replace(job, **small)
 
 

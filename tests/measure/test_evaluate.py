@@ -58,14 +58,18 @@ def test_best_of_n_of_normal_scores_is_the_expected_maximum() -> None:
 def made_up_rollout(**changes: Any) -> Rollout:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     values: dict[str, Any] = {
-        "prompts": [[5, 6], [7]], "responses": [[8, 9, 10], [1]], "response_mask": mask,
+        "prompts": [[5, 6], [7]],
+        "responses": [[8, 9, 10], [1]],
+        "response_mask": mask,
         "logprobs": torch.tensor([[-1.0, -2.0, -3.0], [-0.5, 0.0, 0.0]]),
         "ref_logprobs": torch.tensor([[-1.5, -2.5, -3.5], [-0.25, 0.0, 0.0]]),
-        "finished": torch.tensor([False, True]), "scores": torch.tensor([0.5, -1.0]),
-        "rewards": torch.tensor([0.5, -1.0]), "gold": [2.0, 1.0],
+        "finished": torch.tensor([False, True]),
+        "scores": torch.tensor([0.5, -1.0]),
+        "rewards": torch.tensor([0.5, -1.0]),
+        "gold": [2.0, 1.0],
         "entropies": torch.tensor([[0.5, 1.0, 3.0], [0.25, 9.0, 9.0]]),
         "exact_kl": torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]]),
-    }  # fmt: skip
+    }
     return Rollout(**values | changes)
 
 
@@ -78,10 +82,17 @@ def test_a_row_holds_what_was_measured_of_its_reply() -> None:
     first, second = evaluate.records(made_up_rollout(), PROMPTS, REPLIES, gold)
     # k3 of a log-ratio of +0.5 is e^-0.5 - 1 + 0.5, of -0.25 it is e^0.25 - 1 - 0.25
     assert first == {
-        "prompt": "first", "response": " a b c", "proxy": 0.5, "kl": pytest.approx(0.6),
-        "kl_k1": pytest.approx(1.5), "kl_k3": pytest.approx(3 * (math.exp(-0.5) - 0.5)),
-        "entropy": pytest.approx(1.5), "length": 3, "finished": False, "gold": 2.0,
-    }  # fmt: skip
+        "prompt": "first",
+        "response": " a b c",
+        "proxy": 0.5,
+        "kl": pytest.approx(0.6),
+        "kl_k1": pytest.approx(1.5),
+        "kl_k3": pytest.approx(3 * (math.exp(-0.5) - 0.5)),
+        "entropy": pytest.approx(1.5),
+        "length": 3,
+        "finished": False,
+        "gold": 2.0,
+    }
     assert second["kl"] == pytest.approx(0.4)
     assert second["kl_k1"] == pytest.approx(-0.25), "the sampled estimate may be negative"
     assert second["kl_k3"] == pytest.approx(math.exp(0.25) - 1.25), "and this one may not"
@@ -114,8 +125,12 @@ def evaluated(
     prompts = [*tiny_data.prompts["train"][:14]]
     prompts += [Prompt(f"cut {p.prompt_text}", p.prompt) for p in pairs[:2]]
     data = replace(tiny_data, prompts=tiny_data.prompts | {"evaluation": prompts})
-    small = ("evaluation.best_of_n=4", "evaluation.best_of_n_prompts=3", "evaluation.batch_size=5",
-             "evaluation.heldout_texts=7")  # fmt: skip
+    small = (
+        "evaluation.best_of_n=4",
+        "evaluation.best_of_n_prompts=3",
+        "evaluation.batch_size=5",
+        "evaluation.heldout_texts=7",
+    )
     run = make_run(tmp_path_factory.mktemp("evaluated"), *small)
     needed = vars(finished) | dict.fromkeys(
         ("reward_model_control", "judge"), finished.reward_model
@@ -190,8 +205,10 @@ def test_the_means_are_those_of_the_rows(evaluated: SimpleNamespace) -> None:
     for name, means in evaluated.stage.result()["policies"].items():
         rows = samples(evaluated.stage, name)
         for mean, key in (
-            ("reward", "proxy"), ("kl", "kl"), ("completions/mean_length", "length"),
-        ):  # fmt: skip
+            ("reward", "proxy"),
+            ("kl", "kl"),
+            ("completions/mean_length", "length"),
+        ):
             assert means[mean] == pytest.approx(np.mean([r[key] for r in rows]), abs=1e-5), key
         unfinished = np.mean([not row["finished"] for row in rows])
         assert means["completions/clipped_ratio"] == pytest.approx(unfinished)

@@ -153,9 +153,14 @@ def test_stage_folders_tell_done_from_under_way(tmp_path: Path) -> None:
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "rlhf_lib", *map(str, arguments)], cwd=ROOT, text=True,
-        env=os.environ | {"RLHF_THREADS": "1"}, capture_output=True, timeout=3000, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "rlhf_lib", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"RLHF_THREADS": "1"},
+        capture_output=True,
+        timeout=3000,
+        check=False,
+    )
 
 
 def strict(text: str) -> Any:
@@ -219,9 +224,16 @@ def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
 def test_a_failing_notebook_ends_the_command_with_its_name(tmp_path: Path) -> None:
     missing = tmp_path / "no" / "pairs.jsonl"
     ran = command(
-        "run", "--profile", "smoke", "--only", "01_dataset", "--data", f"path:{missing}",
-        "--run-dir", tmp_path,
-    )  # fmt: skip
+        "run",
+        "--profile",
+        "smoke",
+        "--only",
+        "01_dataset",
+        "--data",
+        f"path:{missing}",
+        "--run-dir",
+        tmp_path,
+    )
     assert ran.returncode == 2
     assert f"error: 01_dataset (seed 0) failed: DataError: {missing} does not exist" in ran.stderr
     assert "Traceback" not in ran.stderr

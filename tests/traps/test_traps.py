@@ -102,8 +102,15 @@ def holds_unless(mistake: Mistake | None, patch: pytest.MonkeyPatch) -> Iterator
 EOS = 1  # of the tiny tokenizer
 # mixed lengths; the end token and the padding's own id (0) stand inside on purpose
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [0, 13, 14], [9, 8, 7, 6], [20, EOS, 22], [4, 4], [30]]
-RESPONSES = [[15, EOS], [16, 17, 18, 19, 20, 21, 22, 23], [21, 0, EOS], [3], [25, 24, 23, EOS],
-             [26, 27], [EOS]]  # fmt: skip
+RESPONSES = [
+    [15, EOS],
+    [16, 17, 18, 19, 20, 21, 22, 23],
+    [21, 0, EOS],
+    [3],
+    [25, 24, 23, EOS],
+    [26, 27],
+    [EOS],
+]
 
 
 def pad(rows: Tokens) -> Tensor:
@@ -177,19 +184,27 @@ def sampler_of(made: SimpleNamespace) -> Sampler:
 
 
 def rollout_of(
-    policy: PreTrainedModel, prompts: Sequence[list[int]] = PROMPTS,
-    responses: Sequence[list[int]] = RESPONSES, **changes: Any,
-) -> Rollout:  # fmt: skip
+    policy: PreTrainedModel,
+    prompts: Sequence[list[int]] = PROMPTS,
+    responses: Sequence[list[int]] = RESPONSES,
+    **changes: Any,
+) -> Rollout:
     """A rollout of given responses: old log-probs are the policy's, the reference's are others."""
     with torch.no_grad():
         logprobs, mask = response_logprobs(policy, prompts, responses)
     sample = Rollout(
-        prompts=list(prompts), responses=list(responses), response_mask=mask, logprobs=logprobs,
+        prompts=list(prompts),
+        responses=list(responses),
+        response_mask=mask,
+        logprobs=logprobs,
         ref_logprobs=(logprobs - torch.randn_like(logprobs)) * mask,
         finished=torch.tensor([r[-1] == EOS for r in responses]),
-        scores=torch.randn(len(mask)), rewards=torch.randn(len(mask)),
-        entropies=mask, gold=None, exact_kl=None,
-    )  # fmt: skip
+        scores=torch.randn(len(mask)),
+        rewards=torch.randn(len(mask)),
+        entropies=mask,
+        gold=None,
+        exact_kl=None,
+    )
     assert torch.equal(mask, length_mask([len(r) for r in responses]))
     return replace(sample, **changes)
 
@@ -198,10 +213,10 @@ def generate_without_mask(patch: pytest.MonkeyPatch) -> None:
     """The padding on the left is attended to, and counted as positions."""
     step = generation._step
     patch.setattr(
-        generation, "_step", lambda model, ids, mask, positions, cache: step(
-            model, ids, None, None, cache
-        )
-    )  # fmt: skip
+        generation,
+        "_step",
+        lambda model, ids, mask, positions, cache: step(model, ids, None, None, cache),
+    )
 
 
 # ------------------------------------------------------------------------- are all of them closed?

@@ -63,9 +63,14 @@ STARTS, ENDS = [row[:1] for row in ENDED], [row[1:] for row in ENDED]
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole", "adapter"])
 @put_back(the_head_is_not_saved, padded_with_the_end_token)
 def test_trap_10_a_saved_reward_model_gives_the_same_rewards(
-    rank: int, kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    rank: int,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make_model(kind).save_pretrained(tmp_path / "base")
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.pad_token = tokenizer.eos_token  # as GPT-2 users do
@@ -131,9 +136,13 @@ def the_weights_as_they_were_saved(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(fp16_weights, the_weights_as_they_were_saved)
 def test_trap_14_master_weights_are_fp32(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     make_model(kind).to(torch.bfloat16).save_pretrained(tmp_path)
 
     def survives_scaling_and_small_steps(model: PreTrainedModel) -> bool:
@@ -173,9 +182,13 @@ def left_in_train_mode(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(left_in_train_mode)
 def test_trap_14_checkpointing_leaves_generation_its_cache(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     plain = make_model(kind)
     plain.save_pretrained(tmp_path)
     expected = [likeliest(plain, prompt, 5) for prompt in PROMPTS]
@@ -234,9 +247,15 @@ class KilledError(Exception):
     only_the_weights_are_saved, the_generator_starts_anew, the_step_is_kept_and_the_state_lost
 )
 def test_trap_16_ppo_killed_and_resumed_equals_never_killed(
-    kind: str, mistake: Mistake | None, make_model: Callable, make_run: Callable,
-    tiny_tokenizer: Any, tiny_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    make_run: Callable,
+    tiny_tokenizer: Any,
+    tiny_data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = write_models(tmp_path / "models", kind, make_model, tiny_tokenizer)
     short = "ppo.updates=3", "ppo.epochs=1", "ppo.learning_rate=1e-3"
 

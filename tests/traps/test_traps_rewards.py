@@ -53,9 +53,13 @@ def the_score_on_the_pad_after_the_end(patch: pytest.MonkeyPatch) -> None:
     """One place too far: the mask takes the score away, unless the row is the longest."""
 
     def shaped(
-        scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float,
+        scores: Tensor,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        mask: Tensor,
+        kl_coef: float,
         *estimator: str,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         after = mask.sum(1).long().clamp(max=mask.shape[1] - 1)
         rewards = -kl_coef * (logprobs - ref_logprobs) * mask
         return rewards.scatter_add(1, after[:, None], scores[:, None])
@@ -88,9 +92,13 @@ def the_end_looked_for_in_the_padding(patch: pytest.MonkeyPatch) -> None:
     the_score_on_the_pad_after_the_end, the_score_read_at_the_pad, the_end_looked_for_in_the_padding
 )
 def test_trap_08_the_score_lands_on_the_end_token_and_a_missing_end_costs(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer)
     sampler, asked = sampler_of(made), [Prompt("", ids) for ids in PROMPTS * 5]
     policy = load_policy(made.sft.model_path)

@@ -60,9 +60,9 @@ def first_ratios(
 
 def _at_one(patch: pytest.MonkeyPatch, module: ModuleType, name: str) -> None:
     function = getattr(module, name)
-    patch.setattr(module, name, lambda model, prompts, responses, *_: function(
-        model, prompts, responses
-    ))  # fmt: skip
+    patch.setattr(
+        module, name, lambda model, prompts, responses, *_: function(model, prompts, responses)
+    )
 
 
 def training_scores_at_one(patch: pytest.MonkeyPatch) -> None:
@@ -85,9 +85,13 @@ def everything_scores_at_one(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(training_scores_at_one, sampling_scores_at_one, everything_scores_at_one)
 def test_trap_03_sampled_at_one_temperature_scored_at_another(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer)
     sampler, policy = sampler_of(made), load.load_policy(made.sft.model_path)
     with holds_unless(mistake, monkeypatch):
@@ -118,9 +122,13 @@ DROPOUT = {
 @kinds
 @put_back(dropout_left_on)
 def test_trap_04_dropout_makes_the_first_ratio_differ_from_one(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer, **DROPOUT[kind])
     sampler = sampler_of(made)
     with holds_unless(mistake, monkeypatch):
@@ -133,9 +141,13 @@ def test_trap_04_dropout_makes_the_first_ratio_differ_from_one(
 @kinds
 @put_back(dropout_left_on)
 def test_trap_04_dropout_makes_the_first_loss_of_dpo_differ_from_ln_2(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer, **DROPOUT[kind])
     pairs = pairs_of()
     table = dpo.reference_logprobs(load.load_reference(made.sft.model_path), pairs, 4)
@@ -167,9 +179,12 @@ def a_minimum_length(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(the_models_own_filter, a_minimum_length)
 def test_trap_06_filtered_sampling_and_a_kl_below_0(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     model, n = make_model(kind), 4000
     model.generation_config.top_k, model.generation_config.top_p = 3, 0.9
     with torch.no_grad():
@@ -198,9 +213,13 @@ def generation_settings_kept(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(generation_settings_kept)
 def test_trap_06_a_saved_filter_is_neither_loaded_nor_saved(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = make_model(kind)
     model.generation_config = GenerationConfig(do_sample=True, top_k=3, top_p=0.5, eos_token_id=EOS)
     model.save_pretrained(tmp_path / "theirs")

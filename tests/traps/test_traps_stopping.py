@@ -68,9 +68,12 @@ def without_cache(patch: pytest.MonkeyPatch) -> None:
 @kinds
 @put_back(another_end_token)
 def test_trap_15_generation_stops_when_every_row_has_ended(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     model = make_model(kind)
     model.get_output_embeddings().register_forward_hook(
         lambda _, inputs, out: out.index_fill(-1, torch.tensor([EOS]), 100.0)  # nothing but ends
@@ -85,15 +88,20 @@ def test_trap_15_generation_stops_when_every_row_has_ended(
 @kinds
 @put_back(without_cache, generate_without_mask)
 def test_trap_15_the_cache_is_used_and_changes_no_logprob(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     model, same, steps = make_model(kind), make_model(kind), []
     longest = max(map(len, PROMPTS))
     rows = rows_of_the_batch(monkeypatch)
-    model.register_forward_hook(lambda _, inputs, out: steps.append(
-        dict(zip(rows, out.logits[:, -1].log_softmax(-1), strict=True))
-    ))  # fmt: skip
+    model.register_forward_hook(
+        lambda _, inputs, out: steps.append(
+            dict(zip(rows, out.logits[:, -1].log_softmax(-1), strict=True))
+        )
+    )
     widths = widths_of_forwards(model)
     with holds_unless(mistake, monkeypatch):
         responses = generation.generate(model, tiny_tokenizer, PROMPTS, max_new_tokens=8)

@@ -85,9 +85,12 @@ def test_trap_01_left_padding_without_positions(
 @kinds
 @put_back(generate_without_mask)
 def test_trap_01_left_padding_in_generation(
-    kind: str, mistake: Mistake | None, make_model: Callable, tiny_tokenizer: Any,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
+    tiny_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     model = make_model(kind)
     expected = [likeliest(model, prompt, 6) for prompt in PROMPTS]
     with holds_unless(mistake, monkeypatch):  # so cold that sampling takes the likeliest
@@ -146,9 +149,12 @@ def ppo_steps(model: PreTrainedModel, judge: PreTrainedModel) -> None:
 @pytest.mark.parametrize("learn", [sft_steps, grpo_steps, ppo_steps])
 @put_back(mask_from_pad_ids)
 def test_trap_02_the_end_token_is_learnt(
-    learn: Callable, kind: str, mistake: Mistake | None, make_model: Callable,
+    learn: Callable,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     model, judge = make_model(kind), make_model(kind, head="score")
     before = plain_logprobs(model, [5], [7, EOS])[1].exp().item()
     assert before < 0.1
@@ -165,9 +171,11 @@ def logits_of_every_position(patch: pytest.MonkeyPatch) -> None:
 
     def hidden_states(model: PreTrainedModel, layout: Layout) -> Tensor:
         return model(
-            input_ids=layout.ids, attention_mask=layout.visible, position_ids=layout.positions,
+            input_ids=layout.ids,
+            attention_mask=layout.visible,
+            position_ids=layout.positions,
             output_hidden_states=True,
-        ).hidden_states[-1]  # fmt: skip
+        ).hidden_states[-1]
 
     patch.setattr(logprobs, "hidden_states", hidden_states)
 
@@ -176,9 +184,12 @@ def logits_of_every_position(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ["sft", "dpo", "ppo", "grpo"])
 @put_back(logits_of_every_position)
 def test_trap_13_only_response_positions_reach_the_output_layer(
-    method: str, kind: str, mistake: Mistake | None, make_model: Callable,
+    method: str,
+    kind: str,
+    mistake: Mistake | None,
+    make_model: Callable,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     model, positions = make_model(kind), []
     learner, sample = learner_of(model), rollout_of(model)
     count, tokens = len(PROMPTS), sum(map(len, RESPONSES))
