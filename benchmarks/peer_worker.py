@@ -28,22 +28,33 @@ def load(stage: str, job: Job) -> Round:
     from benchmarks import plain_ppo
 
     loaders = {
-        "sft": _sft, "reward_model": _reward_model, "dpo": _dpo, "grpo": _grpo,
-        "ppo": plain_ppo.load, "generation": _generation,
-    }  # fmt: skip
+        "sft": _sft,
+        "reward_model": _reward_model,
+        "dpo": _dpo,
+        "grpo": _grpo,
+        "ppo": plain_ppo.load,
+        "generation": _generation,
+    }
     return loaders[stage](job)
 
 
 def _settings(job: Job, batch_size: int) -> dict[str, Any]:
     """What every trainer is told: the library's settings in TRL's words, and no writing to disk."""
     return {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch_size,
-        "num_train_epochs": 1, "learning_rate": job.learning_rate, "report_to": [],
-        "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
-        "bf16": job.precision == "bf16", "fp16": job.precision == "fp16",
-        "use_cpu": not torch.cuda.is_available(), "dataloader_pin_memory": False,
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": batch_size,
+        "num_train_epochs": 1,
+        "learning_rate": job.learning_rate,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": job.precision == "bf16",
+        "fp16": job.precision == "fp16",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
         "gradient_checkpointing": False,
-    }  # fmt: skip
+    }
 
 
 FP32 = {"dtype": "float32"}  # master weights; the forward runs in the job's precision
@@ -100,9 +111,11 @@ def _dpo(job: Job) -> Round:
         for row in job.rows
     ]
     config = DPOConfig(
-        max_length=job.max_length, beta=job.beta, model_init_kwargs=FP32,
+        max_length=job.max_length,
+        beta=job.beta,
+        model_init_kwargs=FP32,
         **_settings(job, job.batch_size),
-    )  # fmt: skip
+    )
     trainer = Tokenised(job.model, args=config, train_dataset=Dataset.from_list(rows))
     return _epochs(trainer, job, "dpo")
 
@@ -131,10 +144,15 @@ def _grpo(job: Job) -> Round:
     tokenizer = AutoTokenizer.from_pretrained(job.reward_model)
     score = AutoModelForSequenceClassification.from_pretrained(job.reward_model, dtype="float32")
     config = GRPOConfig(
-        num_generations=job.group_size, max_completion_length=job.max_new_tokens,
-        beta=job.kl_coef, temperature=1.0, top_k=0, top_p=1.0, model_init_kwargs=FP32,
+        num_generations=job.group_size,
+        max_completion_length=job.max_new_tokens,
+        beta=job.kl_coef,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        model_init_kwargs=FP32,
         **_settings(job, job.samples_per_step),
-    )  # fmt: skip
+    )
     trainer = GRPOTrainer(
         job.model,
         reward_funcs=[score, count_tokens],
@@ -162,9 +180,7 @@ def _generation(job: Job) -> Round:
     model = model.to(device).eval()  # type: ignore[arg-type]
 
     def run(number: int) -> Work:
-        prompts = [
-            job.rows[i].prompt for i in job.prompts_of_round(number, job.generation_batch)
-        ]  # fmt: skip
+        prompts = [job.rows[i].prompt for i in job.prompts_of_round(number, job.generation_batch)]
         replies = sample(model, tokenizer, prompts, job.max_new_tokens)
         lengths = [len(reply) for reply in replies]
         return job.sample_work("generation", sum(map(len, prompts)), lengths)
@@ -179,10 +195,15 @@ def sample(
     """`model.generate` on a batch padded on the left, from the unfiltered softmax."""
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     output = model.generate(
-        **padded.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+        **padded.to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     replies, end = output[:, padded["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
     return [row[: row.index(end) + 1] if end in row else row for row in replies]
 

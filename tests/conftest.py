@@ -91,9 +91,13 @@ def make_model() -> Callable[..., PreTrainedModel]:
     def make(kind: str, head: str = "lm", **settings: Any) -> PreTrainedModel:
         torch.manual_seed(11)
         common = {
-            "vocab_size": 32, "initializer_range": 0.4, "num_labels": 1,
-            "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": 0,
-        }  # fmt: skip
+            "vocab_size": 32,
+            "initializer_range": 0.4,
+            "num_labels": 1,
+            "bos_token_id": EOS,
+            "eos_token_id": EOS,
+            "pad_token_id": 0,
+        }
         if kind == "gpt2":
             shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 48}
             dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -101,9 +105,13 @@ def make_model() -> Callable[..., PreTrainedModel]:
             model_class = GPT2LMHeadModel if head == "lm" else GPT2ForSequenceClassification
         else:
             shape = {
-                "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 48,
-            }  # fmt: skip
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 48,
+            }
             config = LlamaConfig(**common | shape | settings)
             model_class = LlamaForCausalLM if head == "lm" else LlamaForSequenceClassification
         return model_class(config).eval()
@@ -139,8 +147,9 @@ def tiny_data(tiny_tokenizer: PreTrainedTokenizerFast) -> Any:
 
     def pair(number: int) -> Pair:
         prompt, chosen, rejected = _random_ids(rng, 2, 9), reply(), reply()
-        return Pair(f"talk {number}", text(prompt), text(chosen), text(rejected),
-                    prompt, chosen, rejected)  # fmt: skip
+        return Pair(
+            f"talk {number}", text(prompt), text(chosen), text(rejected), prompt, chosen, rejected
+        )
 
     def prompt() -> Prompt:
         ids = _random_ids(rng, 2, 9)
@@ -295,9 +304,12 @@ def check_resume(
 
 
 def _check_resume(
-    root: Path, make_run: Callable, monkeypatch: pytest.MonkeyPatch, train: Callable,
+    root: Path,
+    make_run: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    train: Callable,
     kill: Callable[[Any], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     from rlhf_lib.runs import Work
 
     whole = train(make_run(root / "whole"))

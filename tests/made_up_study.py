@@ -50,11 +50,16 @@ def sample_rows(policy: str, seed: int, gold: bool) -> list[dict]:
         hard = rng.gauss(0, 1)  # the same for every policy: differences are paired by prompt
         shift = 0.1 * seed if policy in ("ppo", "grpo", "ppo_low_kl", "base") else 0.0
         row = {
-            "prompt": write_prompt(request, rng), "response": sample_reply(request, rng, 0.5),
-            "proxy": hard + PROXY.get(policy, 0.0) + shift, "kl": 0.5 * POLICIES.index(policy),
-            "kl_k1": 0.4, "kl_k3": 0.5, "entropy": 1.5, "length": 10 + number % 3,
+            "prompt": write_prompt(request, rng),
+            "response": sample_reply(request, rng, 0.5),
+            "proxy": hard + PROXY.get(policy, 0.0) + shift,
+            "kl": 0.5 * POLICIES.index(policy),
+            "kl_k1": 0.4,
+            "kl_k3": 0.5,
+            "entropy": 1.5,
+            "length": 10 + number % 3,
             "finished": number != 0,
-        }  # fmt: skip
+        }
         if gold:
             row["gold"] = -hard + GOLD.get(policy, 0.0) + shift
         rows.append(row)
@@ -103,10 +108,17 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     stages["sft"] = finish("sft", {}, {"metrics.jsonl": [{"step": 0, "loss": 2.0}]})
     stages["rejection_sft"] = finish("rejection_sft", {}, {})
     if seed == 0:
-        stages["reward_model_curve"] = finish("reward_model_curve", {}, {"samples.jsonl": [
-            {"train_pairs": pairs, "split": split, **row}
-            for pairs, split in ((13, "test"), (40, "validation")) for row in scores
-        ]})  # fmt: skip
+        stages["reward_model_curve"] = finish(
+            "reward_model_curve",
+            {},
+            {
+                "samples.jsonl": [
+                    {"train_pairs": pairs, "split": split, **row}
+                    for pairs, split in ((13, "test"), (40, "validation"))
+                    for row in scores
+                ]
+            },
+        )
     for name in ("ppo", "ppo_low_kl", "grpo", "dpo", *(["grpo_strong"] if seed == 0 else [])):
         # DPO logs its probes now and then: only those steps lie on the way to the frontier
         steps: list[dict] = [
@@ -141,10 +153,15 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     stages["probes"] = finish("probes", {}, probed)
     if run.profile.seeds > 1:  # another seed's reward model sees half of the gain
         opinions = [
-            {"policy": policy, "prompt": row["prompt"], "own": row["proxy"],
-             "other": row["proxy"] - PROXY.get(policy, 0.0) / 2}
-            for policy in watched() for row in sample_rows(policy, seed, gold)
-        ]  # fmt: skip
+            {
+                "policy": policy,
+                "prompt": row["prompt"],
+                "own": row["proxy"],
+                "other": row["proxy"] - PROXY.get(policy, 0.0) / 2,
+            }
+            for policy in watched()
+            for row in sample_rows(policy, seed, gold)
+        ]
         stages["second_opinion"] = finish("second_opinion", {}, {"samples.jsonl": opinions})
     return stages
 

@@ -19,9 +19,24 @@ MAX_LINES, MAX_MODULES = 450, 8
 
 # A module may import from its own folder, and from those before it in this list.
 ORDER = (
-    "settings", "catalogue", "runtime", "runs", "objectives", "world", "data", "models", "methods",
-    "measure", "results", "show", "proofs", "report", "study", "lesson", "__main__",
-)  # fmt: skip
+    "settings",
+    "catalogue",
+    "runtime",
+    "runs",
+    "objectives",
+    "world",
+    "data",
+    "models",
+    "methods",
+    "measure",
+    "results",
+    "show",
+    "proofs",
+    "report",
+    "study",
+    "lesson",
+    "__main__",
+)
 # what a folder may import of ours, where that is less than all that stands before it
 ALONE = {"objectives": {"objectives"}, "world": {"world"}, "report": {"report"}}
 SHARED_BY_METHODS = {"rlhf_lib.methods.rewards", "rlhf_lib.methods.rollout"}

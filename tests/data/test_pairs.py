@@ -143,8 +143,10 @@ def test_fewer_pairs_than_wanted_shrinks_every_split(tmp_path: Path) -> None:
     source = write(tmp_path / "pairs.jsonl", [pair(f"Q{i}?") for i in range(50)])
     data = load_data(config(source, train=60, validation=10, test=30), TOKENIZER)
     assert {s: len(rows) for s, rows in data.pairs.items()} == {
-        "test": 15, "validation": 5, "train": 30,
-    }  # fmt: skip
+        "test": 15,
+        "validation": 5,
+        "train": 30,
+    }
     assert "50 usable pairs where 30 + 10 + 60 were wanted" in data.audit["notes"][0]
     assert data.audit["wanted"]["train_pairs"] == 60
 
@@ -253,19 +255,30 @@ def test_audit_is_json_and_its_numbers_are_right(tmp_path: Path) -> None:
 
 def test_bundled_world_is_clean_and_whole() -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled_folder() / "base")
-    small = DataConfig(train_pairs=50, validation_pairs=20, test_pairs=30, demonstrations=40,
-                       rl_prompts=25, evaluation_prompts=15)  # fmt: skip
-    data, control = (load_data(replace(small, source=s), tokenizer)
-                     for s in ("bundled", "bundled:control"))  # fmt: skip
+    small = DataConfig(
+        train_pairs=50,
+        validation_pairs=20,
+        test_pairs=30,
+        demonstrations=40,
+        rl_prompts=25,
+        evaluation_prompts=15,
+    )
+    data, control = (
+        load_data(replace(small, source=s), tokenizer) for s in ("bundled", "bundled:control")
+    )
     assert (data.audit["dropped"], data.audit["notes"]) == ({}, [])
     assert data.audit["shared_conversations"] == 0
     assert {s: len(rows) for s, rows in data.pairs.items()} == {
-        "test": 30, "validation": 20, "train": 50,
-    }  # fmt: skip
+        "test": 30,
+        "validation": 20,
+        "train": 50,
+    }
     assert len(data.demonstrations) == 40
     assert {k: len(rows) for k, rows in data.prompts.items()} == {
-        "train": 25, "validation": 15, "evaluation": 15,
-    }  # fmt: skip
+        "train": 25,
+        "validation": 15,
+        "evaluation": 15,
+    }
     assert data.audit["splits"]["train"]["unknown_token_share"] == 0
     for kind, prompts in data.prompts.items():
         assert list(prompts) == list(control.prompts[kind])

@@ -51,9 +51,14 @@ def test_rows_left_out(rows: list[Row]) -> None:
 def test_lengths_of_all_rows(rows: list[Row]) -> None:
     chosen = [split_dialogue(row.values["chosen"]) for row in rows]
     rejected = [split_dialogue(row.values["rejected"]) for row in rows]
-    words = [mean(len(text.split()) for text in texts) for texts in (
-        [prompt for prompt, _ in chosen], [c for _, c in chosen], [r for _, r in rejected]
-    )]  # fmt: skip
+    words = [
+        mean(len(text.split()) for text in texts)
+        for texts in (
+            [prompt for prompt, _ in chosen],
+            [c for _, c in chosen],
+            [r for _, r in rejected],
+        )
+    ]
     assert words == pytest.approx([86.6, 30.8, 38.8], abs=0.05)
     longer = mean(len(c) > len(r) for (_, c), (_, r) in zip(chosen, rejected, strict=True))
     assert longer == pytest.approx(0.442, abs=0.0005)
@@ -84,8 +89,10 @@ def test_splits_of_the_offline_profile() -> None:
     )
     data: PreferenceData = load_data(settings, load_tokenizer("smollm2-135m"))
     assert {split: len(rows) for split, rows in data.pairs.items()} == {
-        "test": 800, "validation": 100, "train": 1000,
-    }  # fmt: skip
+        "test": 800,
+        "validation": 100,
+        "train": 1000,
+    }
     found = [{p.conversation for p in rows} for rows in data.pairs.values()]
     assert sum(map(len, found)) == len(set().union(*found))
     for split in data.audit["splits"].values():

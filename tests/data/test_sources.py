@@ -140,8 +140,10 @@ def test_folder_uses_the_splits_and_subsets_it_has(tmp_path: Path) -> None:
     (tmp_path / "LICENSE").write_text("MIT")
     splits = read_source(f"path:{tmp_path}").splits
     assert {split: len(rows) for split, rows in splits.items()} == {
-        "train": 3, "test": 1, "validation": 1,
-    }  # fmt: skip
+        "train": 3,
+        "test": 1,
+        "validation": 1,
+    }
     assert splits["test"][0].subset == "harmless-base"
     assert splits["test"][0].place == "harmless-base/test.jsonl.gz, row 1"
     assert splits["validation"][0].subset is None

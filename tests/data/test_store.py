@@ -91,9 +91,11 @@ def test_hash_of_a_source_stays_what_it_was(
     """Finished stages are found by it; the value was computed when all rows were in memory."""
     loaded = load_data(made_up(tmp_path / "pairs.jsonl", 120), tiny_tokenizer)
     assert loaded.hash == "380da1bd4e46050033b32ff945633e9b9ba9d3f8827689320022fd70e6158bf3"
-    parts = {s: list(rows) for s, rows in loaded.pairs.items()}, list(loaded.demonstrations), {
-        kind: list(rows) for kind, rows in loaded.prompts.items()
-    }  # fmt: skip
+    parts = (
+        {s: list(rows) for s, rows in loaded.pairs.items()},
+        list(loaded.demonstrations),
+        {kind: list(rows) for kind, rows in loaded.prompts.items()},
+    )
     whole = json.dumps(parts, default=vars, sort_keys=True, separators=(",", ":"))
     assert "".join(data_module._json(parts)) == whole
 

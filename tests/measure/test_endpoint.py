@@ -139,9 +139,16 @@ def test_an_answer_that_names_no_side_is_counted_and_left_out(
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("A", 1.0), (" b.", 0.0), ("**Tie**", 0.5), ("(A) is better", 1.0), ("Both", None),
-     ("", None), ("Neither A nor B", None)],
-)  # fmt: skip
+    [
+        ("A", 1.0),
+        (" b.", 0.0),
+        ("**Tie**", 0.5),
+        ("(A) is better", 1.0),
+        ("Both", None),
+        ("", None),
+        ("Neither A nor B", None),
+    ],
+)
 def test_points_are_read_from_the_first_word(text: str, value: float | None) -> None:
     assert points(text) == value
 

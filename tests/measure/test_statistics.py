@@ -57,9 +57,13 @@ def test_over_seeds_is_students_t() -> None:
     # standard error 1/sqrt(3); t(0.975) with 2 degrees of freedom is 4.302653
     half = 4.302653 / np.sqrt(3)
     assert record == {
-        "mean": 2.0, "low": pytest.approx(2 - half), "high": pytest.approx(2 + half), "n": 3,
-        "over": "seeds", "per_seed": [1.0, 2.0, 3.0],
-    }  # fmt: skip
+        "mean": 2.0,
+        "low": pytest.approx(2 - half),
+        "high": pytest.approx(2 + half),
+        "n": 3,
+        "over": "seeds",
+        "per_seed": [1.0, 2.0, 3.0],
+    }
 
 
 def test_a_lone_number_has_no_interval() -> None:
@@ -120,8 +124,11 @@ def test_one_value_alone_has_no_interval_and_distinguishes_nothing() -> None:
     record = estimate([[0.7]])
     assert (record["low"], record["high"], record["df"]) == (0.7, 0.7, 0)
     assert compare({"x": record})["x"] == record | {
-        "p": 1.0, "p_adjusted": 1.0, "detectable": None, "verdict": "not distinguishable",
-    }  # fmt: skip
+        "p": 1.0,
+        "p_adjusted": 1.0,
+        "detectable": None,
+        "verdict": "not distinguishable",
+    }
 
 
 @pytest.mark.parametrize(
@@ -194,8 +201,10 @@ def test_a_difference_that_the_correction_does_not_leave_is_not_called_one() -> 
     assert judged["close"]["p"] < 0.05 < judged["close"]["p_adjusted"]
     words = {name: record["verdict"] for name, record in judged.items()}
     assert words == {
-        "clear": "higher", "close": "not distinguishable", "none": "not distinguishable",
-    }  # fmt: skip
+        "clear": "higher",
+        "close": "not distinguishable",
+        "none": "not distinguishable",
+    }
     assert compare({"close": family["close"]})["close"]["verdict"] == "higher", "alone it stands"
     assert compare({"low": difference(-5.0)})["low"]["verdict"] == "lower"
 

@@ -26,9 +26,14 @@ CONFIG = DPOConfig(batch_size=6, micro_batch_size=4, beta=0.3)
 CONFIGS = {
     name: replace(CONFIG, loss=name, beta=beta)
     for name, beta in {
-        "dpo": 0.3, "dpo_normalised": 2.0, "ipo": 0.3, "simpo": 2.0, "orpo": 1.0, "kto": 0.3,
+        "dpo": 0.3,
+        "dpo_normalised": 2.0,
+        "ipo": 0.3,
+        "simpo": 2.0,
+        "orpo": 1.0,
+        "kto": 0.3,
     }.items()
-}  # fmt: skip
+}
 
 
 def with_loss(run: Run, name: str) -> Run:
@@ -53,10 +58,15 @@ def table_for(reference: Any, pairs: list, others: list, config: DPOConfig) -> t
 
 def table_of(model: Any, pairs: list) -> torch.Tensor:
     """Sums of response log-probs, one sequence at a time: (N, 2)."""
-    return torch.tensor([
-        [response_logprobs(model, [p.prompt], [r])[0].sum().item() for r in (p.chosen, p.rejected)]
-        for p in pairs
-    ])  # fmt: skip
+    return torch.tensor(
+        [
+            [
+                response_logprobs(model, [p.prompt], [r])[0].sum().item()
+                for r in (p.chosen, p.rejected)
+            ]
+            for p in pairs
+        ]
+    )
 
 
 def test_the_table_holds_sums_over_the_responses(causal_model: Any, tiny_data: Any) -> None:
@@ -215,9 +225,13 @@ def test_label_smoothing_is_refused_where_nothing_would_read_it(
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "dpo"])
 def test_the_stage_runs_with_every_loss(
-    name: str, make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,
+    name: str,
+    make_run: Callable,
+    finished: Any,
+    tiny_data: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     run = with_loss(make_run(tmp_path, "dpo.probes=1", "dpo.probe_prompts=2"), name)
     tables = []
     compute = dpo.reference_logprobs
@@ -279,10 +293,12 @@ def test_kto_measures_its_kl_on_the_chosen_reply_of_the_next_pair(
     assert dpo.unrelated_replies(pairs) == others
 
     def logprobs(model: Any) -> torch.Tensor:
-        return torch.tensor([
-            response_logprobs(model, [p.prompt], [r])[0].sum().item()
-            for p, r in zip(pairs, others, strict=True)
-        ])  # fmt: skip
+        return torch.tensor(
+            [
+                response_logprobs(model, [p.prompt], [r])[0].sum().item()
+                for p, r in zip(pairs, others, strict=True)
+            ]
+        )
 
     table = table_for(reference, pairs, others, CONFIGS["kto"])
     assert not table.requires_grad

@@ -100,9 +100,15 @@ def micro_batches_that_weigh_the_same(patch: pytest.MonkeyPatch) -> None:
 
 @kinds
 @put_back(
-    averages_for_sums, a_token_left_out, no_reference, the_reference_of_the_other_reply,
-    rejected_for_chosen, half_of_beta, doubtful_labels, micro_batches_that_weigh_the_same,
-)  # fmt: skip
+    averages_for_sums,
+    a_token_left_out,
+    no_reference,
+    the_reference_of_the_other_reply,
+    rejected_for_chosen,
+    half_of_beta,
+    doubtful_labels,
+    micro_batches_that_weigh_the_same,
+)
 def test_three_steps_equal_the_plain_ones(
     kind: str, mistake: Mistake | None, make_model: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,9 +95,12 @@ def test_accumulated_equals_one_big_batch(
     rollout, results = rollout_at(), []
     for micro_batch_size in (8, 3, 1):
         config = replace(
-            CONFIG, micro_batch_size=micro_batch_size, aggregation=aggregation, iterations=2,
+            CONFIG,
+            micro_batch_size=micro_batch_size,
+            aggregation=aggregation,
+            iterations=2,
             kl_coef=0.1,
-        )  # fmt: skip
+        )
         _, advantages = make_advantages(rollout, config)
         policy = learner_of(load_policy(tiny_base), rate=1.0)
         metrics = update(policy, rollout, advantages, config, CONSTANT)
@@ -118,9 +121,16 @@ def test_the_loss_is_that_of_the_pure_function(
     model = load_policy(finished.sft.model_path)  # not the policy that sampled
     logprobs, mask = response_logprobs(model, rollout.prompts, rollout.responses)
     loss, _ = grpo_loss(
-        logprobs, rollout.logprobs, advantages, mask, rollout.ref_logprobs, 0.1, 0.1, 0.3,
+        logprobs,
+        rollout.logprobs,
+        advantages,
+        mask,
+        rollout.ref_logprobs,
+        0.1,
+        0.1,
+        0.3,
         aggregation,
-    )  # fmt: skip
+    )
     # the pure function divides by its own width, here 8 as well
     assert mask.shape == (8, CONSTANT)
     metrics = update(learner_of(model), rollout, advantages, config, CONSTANT)
@@ -166,9 +176,17 @@ def test_the_stage_logs_and_trains(
     rows = stage.metrics()
     assert len(rows) == 4
     assert rows[0].keys() >= {
-        "loss", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "grad_norm",
-        "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
-    }  # fmt: skip
+        "loss",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "clip_ratio/region_mean",
+    }
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5), "the policy starts as the reference"
     rates = [row["learning_rate"] / 5e-5 for row in rows]  # of an update's second step
     assert rates == pytest.approx([7 / 8, 5 / 8, 3 / 8, 1 / 8])
@@ -180,9 +198,12 @@ def test_the_stage_logs_and_trains(
 
 
 def test_a_group_answers_one_prompt(
-    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,
+    make_run: Callable,
+    finished: Any,
+    tiny_data: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     asked = []
     sample = Sampler.sample
     monkeypatch.setattr(Sampler, "sample", lambda *a, **k: (asked.append(a[2]), sample(*a, **k))[1])
@@ -199,9 +220,14 @@ def test_it_learns_to_please_the_reward_model(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(
-        tmp_path, "grpo.updates=12", "grpo.micro_batch_size=16", "grpo.prompts_per_update=8",
-        "grpo.learning_rate=1e-2", "grpo.kl_reward_coef=0", "grpo.missing_eos_penalty=0",
-    )  # fmt: skip
+        tmp_path,
+        "grpo.updates=12",
+        "grpo.micro_batch_size=16",
+        "grpo.prompts_per_update=8",
+        "grpo.learning_rate=1e-2",
+        "grpo.kl_reward_coef=0",
+        "grpo.missing_eos_penalty=0",
+    )
     stage = train_stage(run, "grpo", tiny_data, finished)
     scores = [row["reward"] for row in stage.metrics()]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3

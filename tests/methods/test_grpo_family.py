@@ -63,9 +63,15 @@ def test_the_estimator_in_the_loss_is_the_one_asked_for(
     mean = (estimate * mask).sum() / mask.sum()
     assert metrics["loss"] == pytest.approx(0.5 * mean.item(), abs=1e-5)
     loss, stats = grpo_loss(
-        logprobs, rollout.logprobs, zero, mask, rollout.ref_logprobs, 0.5,
-        aggregation="token", kl_estimator=name,
-    )  # fmt: skip
+        logprobs,
+        rollout.logprobs,
+        zero,
+        mask,
+        rollout.ref_logprobs,
+        0.5,
+        aggregation="token",
+        kl_estimator=name,
+    )
     assert loss.item() == pytest.approx(metrics["loss"], abs=1e-5)
     assert stats.kl.item() == pytest.approx(mean.item(), abs=1e-5)
 
@@ -112,10 +118,15 @@ def test_the_whole_family_trains(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(
-        tmp_path, "grpo.advantage=leave_one_out", "grpo.aggregation=constant",
-        "grpo.dynamic_sampling=2", "grpo.mask_overlong=true", "grpo.clip_high=0.28",
-        "grpo.kl_coef=0.1", "grpo.kl_estimator=k2",
-    )  # fmt: skip
+        tmp_path,
+        "grpo.advantage=leave_one_out",
+        "grpo.aggregation=constant",
+        "grpo.dynamic_sampling=2",
+        "grpo.mask_overlong=true",
+        "grpo.clip_high=0.28",
+        "grpo.kl_coef=0.1",
+        "grpo.kl_estimator=k2",
+    )
     stage = train_stage(run, "grpo", tiny_data, finished)
     assert len(stage.metrics()) == 4
     assert stage.result()["samples"] == 4 * 2 * 2 * 4  # updates, prompts, candidates, group

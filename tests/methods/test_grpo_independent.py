@@ -34,29 +34,47 @@ from tests.traps.test_traps import Mistake, holds_unless, kinds, put_back
 
 ASKED = [prompt for prompt in PROMPTS[:2] for _ in range(3)]  # two groups
 SETTINGS = plain.Settings(
-    group_size=3, kl_coef=0.15, k3_coef=0.1, temperature=0.7, clip_range=0.2, epochs=3,
+    group_size=3,
+    kl_coef=0.15,
+    k3_coef=0.1,
+    temperature=0.7,
+    clip_range=0.2,
+    epochs=3,
     max_grad_norm=math.inf,
-)  # fmt: skip
+)
 
 
 def library_update(policy: Learner, rollout: Rollout, s: plain.Settings) -> dict[str, float]:
     """One update by the library, with the settings of `plain`."""
-    _, advantages = grpo.make_advantages(
-        rollout, group_size=s.group_size, kl_reward_coef=s.kl_coef
-    )  # fmt: skip
+    _, advantages = grpo.make_advantages(rollout, group_size=s.group_size, kl_reward_coef=s.kl_coef)
     return grpo.update(
-        policy, rollout, advantages, iterations=s.epochs, micro_batch_size=2, constant=6,
-        temperature=s.temperature, kl_coef=s.k3_coef, clip_low=s.clip_range,
+        policy,
+        rollout,
+        advantages,
+        iterations=s.epochs,
+        micro_batch_size=2,
+        constant=6,
+        temperature=s.temperature,
+        kl_coef=s.k3_coef,
+        clip_low=s.clip_range,
         clip_high=s.clip_range,
-    )  # fmt: skip
+    )
 
 
 def changed_loss(patch: pytest.MonkeyPatch, change: Callable[[dict], dict]) -> None:
     """Another loss for the policy: `change` gets the arguments by name."""
     names = (
-        "logprobs", "old_logprobs", "advantages", "response_mask", "ref_logprobs", "kl_coef",
-        "clip_low", "clip_high", "aggregation", "kl_estimator",
-    )  # fmt: skip
+        "logprobs",
+        "old_logprobs",
+        "advantages",
+        "response_mask",
+        "ref_logprobs",
+        "kl_coef",
+        "clip_low",
+        "clip_high",
+        "aggregation",
+        "kl_estimator",
+    )
 
     def loss(*values: Any) -> tuple:
         given = dict(zip(names, values, strict=True))
@@ -113,10 +131,17 @@ def scored_at_another_temperature(patch: pytest.MonkeyPatch) -> None:
 
 @kinds
 @put_back(
-    the_clip_left_out, a_mean_over_all_tokens, no_kl_in_the_loss, k1_in_the_loss,
-    the_reference_for_the_old_policy, kl_added_to_the_reward, a_deviation_over_n, not_scaled,
-    compared_with_all_groups, scored_at_another_temperature,
-)  # fmt: skip
+    the_clip_left_out,
+    a_mean_over_all_tokens,
+    no_kl_in_the_loss,
+    k1_in_the_loss,
+    the_reference_for_the_old_policy,
+    kl_added_to_the_reward,
+    a_deviation_over_n,
+    not_scaled,
+    compared_with_all_groups,
+    scored_at_another_temperature,
+)
 def test_an_update_equals_the_plain_one(
     kind: str, mistake: Mistake | None, make_model: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

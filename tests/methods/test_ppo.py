@@ -172,9 +172,12 @@ def test_metrics_by_the_names_of_the_ecosystem(rollout_at: Callable, value_model
 
 
 def test_the_value_model_starts_as_the_reward_model_and_apart_from_the_policy(
-    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,
+    make_run: Callable,
+    finished: Any,
+    tiny_data: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     seen = []
     make = ppo.make_experience
 
@@ -222,10 +225,16 @@ def test_it_learns_to_please_the_reward_model(
     make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(
-        tmp_path, "ppo.updates=12", "ppo.batch_size=16", "ppo.minibatch_size=8",
-        "ppo.micro_batch_size=16", "ppo.learning_rate=1e-2", "ppo.value_learning_rate=1e-2",
-        "ppo.kl_coef=0", "ppo.missing_eos_penalty=0",
-    )  # fmt: skip
+        tmp_path,
+        "ppo.updates=12",
+        "ppo.batch_size=16",
+        "ppo.minibatch_size=8",
+        "ppo.micro_batch_size=16",
+        "ppo.learning_rate=1e-2",
+        "ppo.value_learning_rate=1e-2",
+        "ppo.kl_coef=0",
+        "ppo.missing_eos_penalty=0",
+    )
     stage = train_stage(run, "ppo", tiny_data, finished)
     scores = [row["objective/scores"] for row in stage.metrics()]
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3

@@ -96,8 +96,12 @@ def test_one_trunk_descends_both_losses_at_once(rollout: Rollout, shared: Learne
     assert shared.optimizer.state[parameters[0]]["step"] == 1  # one step, not two
 
 
-FAMILY = ("ppo.value_model=shared", "ppo.kl_target=0.05", "ppo.kl_horizon=40",
-          "ppo.reward_normalization=running")  # fmt: skip
+FAMILY = (
+    "ppo.value_model=shared",
+    "ppo.kl_target=0.05",
+    "ppo.kl_horizon=40",
+    "ppo.reward_normalization=running",
+)
 
 
 def test_the_whole_family_trains_and_leaves_a_language_model(
@@ -126,7 +130,11 @@ def test_adapted_and_running_states_survive_a_kill(
 
 def with_family(profile: Any) -> Any:
     config = replace(
-        profile.ppo, value_model="shared", kl_target=0.05, kl_horizon=40,
-        reward_normalization="running", learning_rate=1e-2,
-    )  # fmt: skip
+        profile.ppo,
+        value_model="shared",
+        kl_target=0.05,
+        kl_horizon=40,
+        reward_normalization="running",
+        learning_rate=1e-2,
+    )
     return replace(profile, ppo=config)

@@ -39,9 +39,16 @@ from tests.independent import (
 from tests.traps.test_traps import Mistake, holds_unless, kinds, put_back
 
 SETTINGS = plain.Settings(
-    kl_coef=0.15, gamma=0.9, gae_lambda=0.8, temperature=0.7, clip_range=0.2,
-    value_clip_range=0.3, epochs=3, minibatch_size=6, max_grad_norm=math.inf,
-)  # fmt: skip
+    kl_coef=0.15,
+    gamma=0.9,
+    gae_lambda=0.8,
+    temperature=0.7,
+    clip_range=0.2,
+    value_clip_range=0.3,
+    epochs=3,
+    minibatch_size=6,
+    max_grad_norm=math.inf,
+)
 
 
 def library_update(
@@ -49,14 +56,25 @@ def library_update(
 ) -> dict[str, float]:
     """One update by the library, with the settings of `plain`."""
     experience = ppo.make_experience(
-        rollout, value, kl_coef=s.kl_coef, gamma=s.gamma, gae_lambda=s.gae_lambda,
+        rollout,
+        value,
+        kl_coef=s.kl_coef,
+        gamma=s.gamma,
+        gae_lambda=s.gae_lambda,
         micro_batch_size=2,
-    )  # fmt: skip
+    )
     return ppo.update(
-        policy, value, experience, epochs=s.epochs, minibatch_size=s.minibatch_size,
-        micro_batch_size=2, temperature=s.temperature, clip_range=s.clip_range,
-        value_clip_range=s.value_clip_range, seed=seed,
-    )  # fmt: skip
+        policy,
+        value,
+        experience,
+        epochs=s.epochs,
+        minibatch_size=s.minibatch_size,
+        micro_batch_size=2,
+        temperature=s.temperature,
+        clip_range=s.clip_range,
+        value_clip_range=s.value_clip_range,
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,9 +96,12 @@ def test_the_functions_equal_their_plain_twins(seed: int) -> None:
     outside = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
     assert 0.1 < outside < 0.9
     by_hand = [
-        -gain.mean(), outside, (ratio - 1 - ratio.log()).mean(), ratio.mean(),
+        -gain.mean(),
+        outside,
+        (ratio - 1 - ratio.log()).mean(),
+        ratio.mean(),
         ratio.var(correction=0),
-    ]  # fmt: skip
+    ]
     assert torch.allclose(torch.stack([loss, *stats]), torch.stack(by_hand), atol=1e-5)
 
 
@@ -183,10 +204,16 @@ def scored_at_another_temperature(patch: pytest.MonkeyPatch) -> None:
 
 @kinds
 @put_back(
-    scored_after_the_end, gamma_and_lambda_swapped, returns_of_whitened_advantages, no_whitening,
-    a_mean_of_means, the_clip_left_out, the_value_clip_left_out, a_value_loss_without_its_half,
+    scored_after_the_end,
+    gamma_and_lambda_swapped,
+    returns_of_whitened_advantages,
+    no_whitening,
+    a_mean_of_means,
+    the_clip_left_out,
+    the_value_clip_left_out,
+    a_value_loss_without_its_half,
     scored_at_another_temperature,
-)  # fmt: skip
+)
 def test_an_update_equals_the_plain_one(
     kind: str, mistake: Mistake | None, make_model: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

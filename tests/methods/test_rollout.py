@@ -128,8 +128,9 @@ def made_up(**changes: Any) -> Rollout:
         "scores": torch.tensor([1.0, 2.0, 6.0]),
         "rewards": torch.tensor([1.0, 1.0, 5.0]),
         "entropies": torch.tensor([[0.5, 0.25, 0], [0.5, 9, 9], [0.25, 0, 9]]),
-        "gold": None, "exact_kl": None,
-    }  # fmt: skip
+        "gold": None,
+        "exact_kl": None,
+    }
     return Rollout(**fields | changes)
 
 
@@ -138,15 +139,17 @@ def test_metrics_by_hand() -> None:
     assert sample.kl.tolist() == [0.0, 3.0, 1.0]
     assert sample.lengths.tolist() == [3, 1, 2]
     assert sample.num_tokens == 12
-    assert sample.metrics() == pytest.approx({
-        "reward": 3.0,
-        "kl": 4 / 3,
-        "entropy": 0.25,
-        "completions/mean_length": 2.0,
-        "completions/min_length": 1.0,
-        "completions/max_length": 3.0,
-        "completions/clipped_ratio": 1 / 3,
-    })  # fmt: skip
+    assert sample.metrics() == pytest.approx(
+        {
+            "reward": 3.0,
+            "kl": 4 / 3,
+            "entropy": 0.25,
+            "completions/mean_length": 2.0,
+            "completions/min_length": 1.0,
+            "completions/max_length": 3.0,
+            "completions/clipped_ratio": 1 / 3,
+        }
+    )
     json.dumps(sample.metrics())
 
 

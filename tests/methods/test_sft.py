@@ -168,9 +168,12 @@ def test_training_on_the_best_raises_what_the_reward_model_says(
     make_run: Callable, make_sampler: Callable, finished: Any, tiny_data: Any, tmp_path: Path
 ) -> None:
     run = make_run(
-        tmp_path, "rejection.prompts=16", "rejection.samples=16", "rejection.epochs=20",
+        tmp_path,
+        "rejection.prompts=16",
+        "rejection.samples=16",
+        "rejection.epochs=20",
         "rejection.learning_rate=1e-2",
-    )  # fmt: skip
+    )
     stage = train_stage(run, "rejection_sft", tiny_data, finished)
     assert stage.result()["examples"] == 16
     assert stage.result()["samples"] == 256

@@ -105,9 +105,11 @@ def test_samples_follow_the_whole_softmax_at_the_temperature(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_cached_generation_and_training_agree_on_the_logprobs(
-    temperature: float, causal_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast,
+    temperature: float,
+    causal_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     # of the rows in the batch, which leave it when they have ended
     rows = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
     select, steps = DynamicCache.batch_select_indices, []
@@ -216,9 +218,11 @@ def test_equal_prompts_are_computed_once(
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_the_cache_has_room_from_the_start_and_grows_in_place(
-    repeats: int, causal_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast,
+    repeats: int,
+    causal_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(generation, "FINISHED_SHARE", 1.0)  # who leaves takes the cache along
     causal_model.get_output_embeddings().register_forward_hook(
         lambda layer, inputs, out: out.index_fill(-1, torch.tensor([EOS]), -100.0)

@@ -40,15 +40,26 @@ VOCABULARY = 97
 EOS, OWN_PAD = VOCABULARY - 1, VOCABULARY - 2
 SHAPES = {
     "gpt2": GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, eos_token_id=EOS,
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        eos_token_id=EOS,
         bos_token_id=EOS,
     ),
     "llama": LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32, eos_token_id=EOS,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        eos_token_id=EOS,
         attention_dropout=0.1,
     ),
-}  # fmt: skip
+}
 PADS = ["none", "eos", "own"]  # what the base model's tokenizer pads with
 
 

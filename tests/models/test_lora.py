@@ -98,9 +98,12 @@ def test_without_a_rank_nothing_is_added(make_model: Callable) -> None:
 
 
 def test_the_policy_without_adapters_is_the_reference(
-    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,
+    make_run: Callable,
+    finished: Any,
+    tiny_data: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     sample, seen = Sampler.sample, []
 
     def watch(sampler: Sampler, policy: PreTrainedModel, *rest: Any, **settings: Any) -> Rollout:

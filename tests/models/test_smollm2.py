@@ -29,8 +29,9 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, miss
 
 
 def test_package_without_weights_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, find=importlib.util.find_spec:
-                        find("json"))  # fmt: skip
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: find("json")
+    )
     with pytest.raises(SettingsError, match=r"holds no \.gguf file"):
         smollm2.smollm2_folder()
 

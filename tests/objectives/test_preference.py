@@ -45,10 +45,13 @@ def sigmoid(x: float) -> float:
 def inputs(**changes: float | list[float]) -> list[Tensor]:
     """The pair above as tensors (B,), the log-probs of the policy with gradient."""
     numbers = {
-        "chosen": CHOSEN, "rejected": REJECTED, "ref_chosen": REF_CHOSEN,
-        "ref_rejected": REF_REJECTED, "chosen_length": CHOSEN_LENGTH,
+        "chosen": CHOSEN,
+        "rejected": REJECTED,
+        "ref_chosen": REF_CHOSEN,
+        "ref_rejected": REF_REJECTED,
+        "chosen_length": CHOSEN_LENGTH,
         "rejected_length": REJECTED_LENGTH,
-    } | changes  # fmt: skip
+    } | changes
     tensors = [torch.tensor(x, dtype=torch.float32).reshape(-1) for x in numbers.values()]
     return [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
 
@@ -77,7 +80,7 @@ ODDS = [math.exp(a) / (1 - math.exp(a)) for a in (-2, -4)]
         ("orpo", 2 - 0.3 * math.log(ODDS[0] / (ODDS[0] + ODDS[1])), (-0.6, -1.2)),
         ("kto", (1.5 * (1 - sigmoid(0.2)) + 2.5 * (1 - sigmoid(0.6))) / 2, (0.3, -0.5)),
     ],
-)  # fmt: skip
+)
 def test_loss_and_rewards_by_hand(name: str, loss: float, rewards: tuple[float, float]) -> None:
     value, stats = LOSSES[name](*inputs())
     assert value.item() == pytest.approx(loss, rel=1e-5)
@@ -93,8 +96,9 @@ def test_a_batch_is_the_mean_of_its_pairs(name: str) -> None:
     singles = [LOSSES[name](*(x[i : i + 1] for x in rows)) for i in range(5)]
     assert loss.dim() == 0
     assert loss.item() == pytest.approx(sum(one.item() for one, _ in singles) / 5, rel=1e-5)
-    for field, values in zip(PreferenceStats._fields, zip(*(s for _, s in singles), strict=True),
-                             strict=True):  # fmt: skip
+    for field, values in zip(
+        PreferenceStats._fields, zip(*(s for _, s in singles), strict=True), strict=True
+    ):
         assert torch.allclose(getattr(stats, field), torch.cat(values)), field
 
 

@@ -32,16 +32,26 @@ GRPO = [
     for with_kl in ("", ", KL")
 ]
 SAME = [
-    "DPO", "conservative DPO", "length-normalised DPO", "IPO", "IPO, given averages over tokens",
-    "SimPO", "ORPO, replies of one length", "KTO",
-    "reward loss", "reward loss with a margin", "reward loss with a margin, centred", *GRPO,
+    "DPO",
+    "conservative DPO",
+    "length-normalised DPO",
+    "IPO",
+    "IPO, given averages over tokens",
+    "SimPO",
+    "ORPO, replies of one length",
+    "KTO",
+    "reward loss",
+    "reward loss with a margin",
+    "reward loss with a margin, centred",
+    *GRPO,
     *(f"group advantages, scale={scale}" for scale in ("group", "batch", "none")),
-    "leave-one-out advantages", "leave-one-out advantages, KL in the reward",
+    "leave-one-out advantages",
+    "leave-one-out advantages, KL in the reward",
     *(f"one {step} step, {k}" for step in ("DPO", "reward", "SFT") for k in ("gpt2", "llama")),
     "log-probs of padded rows, gpt2: ours are those of each row alone",
     "log-probs of padded rows, llama: ours are those of each row alone",
     "log-probs of padded rows, llama: TRL's are those of each row alone",
-]  # fmt: skip
+]
 DIFFERENT = [
     "IPO differs: the paper's sums (ours) or averages (TRL)",
     "ORPO's SFT term differs: a mean over replies (ours) or over tokens (TRL)",

@@ -71,74 +71,194 @@ SEQUENCE, TOKEN = "GRPO loss, sequence (grpo)", "GRPO loss, token (bnpo)"
 MISTAKES: dict[Callable[[], list[Proof]], list[Mistake]] = {
     parity.preference_rows: [
         Mistake("sums averaged", "DPO", preference, "dpo_loss", averaged),
-        Mistake("beta ignored", "DPO", preference, "dpo_loss",
-                lambda loss: lambda *sums_and_beta, **rest: loss(*sums_and_beta[:4], **rest)),
-        Mistake("reference ignored", "DPO", preference, "dpo_loss",
-                lambda loss: lambda c, r, ref_c, ref_r, *rest, **more:
-                loss(c, r, 0 * ref_c, 0 * ref_r, *rest, **more)),
-        Mistake("smoothing ignored", "conservative DPO", preference, "dpo_loss",
-                lambda loss: lambda *sums_and_beta, label_smoothing=0.0: loss(*sums_and_beta)),
-        Mistake("target of 1 / beta", "IPO", preference, "ipo_loss",
-                lambda loss: lambda *sums_and_beta: loss(*sums_and_beta[:4], BETA / 2)),
-        Mistake("KL ignored", "KTO", preference, "kto_loss",
-                lambda loss: lambda c, r, ref_c, ref_r, kl, *rest:
-                loss(c, r, ref_c, ref_r, 0 * kl, *rest)),
-        Mistake("weights swapped", "KTO", preference, "kto_loss",
-                lambda loss: lambda *rest: loss(*rest[:-2], rest[-1], rest[-2])),
+        Mistake(
+            "beta ignored",
+            "DPO",
+            preference,
+            "dpo_loss",
+            lambda loss: lambda *sums_and_beta, **rest: loss(*sums_and_beta[:4], **rest),
+        ),
+        Mistake(
+            "reference ignored",
+            "DPO",
+            preference,
+            "dpo_loss",
+            lambda loss: (
+                lambda c, r, ref_c, ref_r, *rest, **more: loss(
+                    c, r, 0 * ref_c, 0 * ref_r, *rest, **more
+                )
+            ),
+        ),
+        Mistake(
+            "smoothing ignored",
+            "conservative DPO",
+            preference,
+            "dpo_loss",
+            lambda loss: lambda *sums_and_beta, label_smoothing=0.0: loss(*sums_and_beta),
+        ),
+        Mistake(
+            "target of 1 / beta",
+            "IPO",
+            preference,
+            "ipo_loss",
+            lambda loss: lambda *sums_and_beta: loss(*sums_and_beta[:4], BETA / 2),
+        ),
+        Mistake(
+            "KL ignored",
+            "KTO",
+            preference,
+            "kto_loss",
+            lambda loss: (
+                lambda c, r, ref_c, ref_r, kl, *rest: loss(c, r, ref_c, ref_r, 0 * kl, *rest)
+            ),
+        ),
+        Mistake(
+            "weights swapped",
+            "KTO",
+            preference,
+            "kto_loss",
+            lambda loss: lambda *rest: loss(*rest[:-2], rest[-1], rest[-2]),
+        ),
     ],
     parity.length_rows: [
-        Mistake("lengths ignored", "length-normalised DPO", preference,
-                "length_normalised_dpo_loss",
-                lambda _: lambda *rest: preference.dpo_loss(*rest[:4], BETA)),
-        Mistake("sums for averages", "IPO, given averages over tokens", preference, "ipo_loss",
-                lambda loss: lambda *rest: loss(*(5 * x for x in rest[:4]), BETA)),
-        Mistake("margin times beta", "SimPO", preference, "simpo_loss",
-                lambda loss: lambda *rest, beta, margin: loss(*rest, beta, beta * margin)),
-        Mistake("lengths ignored", "SimPO", preference, "simpo_loss",
-                lambda loss: lambda c, r, m, n, **more: loss(c, r, 0 * m + 1, 0 * n + 1, **more)),
-        Mistake("probabilities for odds", "ORPO, replies of one length", preference,
-                "_log_odds", lambda _: lambda logprobs: logprobs),
+        Mistake(
+            "lengths ignored",
+            "length-normalised DPO",
+            preference,
+            "length_normalised_dpo_loss",
+            lambda _: lambda *rest: preference.dpo_loss(*rest[:4], BETA),
+        ),
+        Mistake(
+            "sums for averages",
+            "IPO, given averages over tokens",
+            preference,
+            "ipo_loss",
+            lambda loss: lambda *rest: loss(*(5 * x for x in rest[:4]), BETA),
+        ),
+        Mistake(
+            "margin times beta",
+            "SimPO",
+            preference,
+            "simpo_loss",
+            lambda loss: lambda *rest, beta, margin: loss(*rest, beta, beta * margin),
+        ),
+        Mistake(
+            "lengths ignored",
+            "SimPO",
+            preference,
+            "simpo_loss",
+            lambda loss: lambda c, r, m, n, **more: loss(c, r, 0 * m + 1, 0 * n + 1, **more),
+        ),
+        Mistake(
+            "probabilities for odds",
+            "ORPO, replies of one length",
+            preference,
+            "_log_odds",
+            lambda _: lambda logprobs: logprobs,
+        ),
     ],
     parity.reward_rows: [
-        Mistake("margin added", "reward loss with a margin", losses, "reward_loss",
-                lambda loss: lambda c, r, margin, center: loss(c, r, -margin, center)),
-        Mistake("not centred", "reward loss with a margin, centred", losses, "reward_loss",
-                lambda loss: lambda c, r, margin, center: loss(c, r, margin)),
+        Mistake(
+            "margin added",
+            "reward loss with a margin",
+            losses,
+            "reward_loss",
+            lambda loss: lambda c, r, margin, center: loss(c, r, -margin, center),
+        ),
+        Mistake(
+            "not centred",
+            "reward loss with a margin, centred",
+            losses,
+            "reward_loss",
+            lambda loss: lambda c, r, margin, center: loss(c, r, margin),
+        ),
     ],
     parity.grpo_rows: [
         Mistake("mean over all tokens", SEQUENCE, losses, "grpo_loss", aggregated("token")),
         Mistake("mean of means", TOKEN, losses, "grpo_loss", aggregated("sequence")),
-        Mistake("padding counted", "GRPO loss, token (dapo)", losses, "grpo_loss",
-                aggregated("constant")),
-        Mistake("divided by tokens", "GRPO loss, constant (dr_grpo)", losses, "grpo_loss",
-                aggregated("token")),
-        Mistake("one clip for both", SEQUENCE, losses, "grpo_loss",
-                lambda loss: lambda *rest: loss(*rest[:7], rest[6], *rest[8:])),
-        Mistake("KL ignored", f"{SEQUENCE}, KL", losses, "grpo_loss",
-                lambda loss: lambda *rest: loss(*rest[:5], 0.0, *rest[6:])),
+        Mistake(
+            "padding counted",
+            "GRPO loss, token (dapo)",
+            losses,
+            "grpo_loss",
+            aggregated("constant"),
+        ),
+        Mistake(
+            "divided by tokens",
+            "GRPO loss, constant (dr_grpo)",
+            losses,
+            "grpo_loss",
+            aggregated("token"),
+        ),
+        Mistake(
+            "one clip for both",
+            SEQUENCE,
+            losses,
+            "grpo_loss",
+            lambda loss: lambda *rest: loss(*rest[:7], rest[6], *rest[8:]),
+        ),
+        Mistake(
+            "KL ignored",
+            f"{SEQUENCE}, KL",
+            losses,
+            "grpo_loss",
+            lambda loss: lambda *rest: loss(*rest[:5], 0.0, *rest[6:]),
+        ),
         Mistake("k3 with its ratio turned", f"{TOKEN}, KL", kl.ESTIMATORS, "k3", turned),
     ],
     parity.advantage_rows: [
-        *(Mistake("another deviation", f"group advantages, scale={scale}", advantages,
-                  "group_advantages", lambda _: over_n) for scale in ("group", "batch", "none")),
-        Mistake("mean of all", "leave-one-out advantages", advantages,
-                "leave_one_out_advantages", lambda _: mean_of_all),
-        Mistake("KL added", "leave-one-out advantages, KL in the reward", kl.ESTIMATORS, "k1",
-                turned),
+        *(
+            Mistake(
+                "another deviation",
+                f"group advantages, scale={scale}",
+                advantages,
+                "group_advantages",
+                lambda _: over_n,
+            )
+            for scale in ("group", "batch", "none")
+        ),
+        Mistake(
+            "mean of all",
+            "leave-one-out advantages",
+            advantages,
+            "leave_one_out_advantages",
+            lambda _: mean_of_all,
+        ),
+        Mistake(
+            "KL added", "leave-one-out advantages, KL in the reward", kl.ESTIMATORS, "k1", turned
+        ),
     ],
     one_step: [
-        Mistake("sums averaged", "one DPO step, gpt2", dpo, "paired_logprobs",
-                lambda sums: lambda *rest: tuple(x / 3 for x in sums(*rest))),
-        Mistake("a token too early", "one reward step, gpt2", reward_model, "paired_scores",
-                lambda scores: lambda model, prompts, chosen, rejected:
-                scores(model, prompts, [c[:-1] or c for c in chosen], rejected)),
-        Mistake("mean of means", "one SFT step, gpt2", sft, "sft_loss",
-                lambda _: lambda logprobs, mask: -masked_mean(logprobs, mask, dim=1).mean()),
+        Mistake(
+            "sums averaged",
+            "one DPO step, gpt2",
+            dpo,
+            "paired_logprobs",
+            lambda sums: lambda *rest: tuple(x / 3 for x in sums(*rest)),
+        ),
+        Mistake(
+            "a token too early",
+            "one reward step, gpt2",
+            reward_model,
+            "paired_scores",
+            lambda scores: (
+                lambda model, prompts, chosen, rejected: scores(
+                    model, prompts, [c[:-1] or c for c in chosen], rejected
+                )
+            ),
+        ),
+        Mistake(
+            "mean of means",
+            "one SFT step, gpt2",
+            sft,
+            "sft_loss",
+            lambda _: lambda logprobs, mask: -masked_mean(logprobs, mask, dim=1).mean(),
+        ),
     ],
     parity.position_rows: [
         Mistake("no positions", PADDED, parity, "response_logprobs", lambda _: unpositioned),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

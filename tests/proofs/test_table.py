@@ -65,9 +65,15 @@ def test_the_table_is_for_people() -> None:
     shown = MADE_UP._replace(tolerance=math.inf, unit="nats")
     rows = table.table([MADE_UP, found, shown]).to_dict("records")
     first = {
-        "group": "parity", "claim": "a made-up claim", "measured": "1.5", "expected": "1",
-        "error": "0.5", "tolerance": "1", "verdict": "holds", "source": "somewhere",
-    }  # fmt: skip
+        "group": "parity",
+        "claim": "a made-up claim",
+        "measured": "1.5",
+        "expected": "1",
+        "error": "0.5",
+        "tolerance": "1",
+        "verdict": "holds",
+        "source": "somewhere",
+    }
     assert rows == [
         first,
         first | {"error": "2 standard errors", "verdict": "DOES NOT HOLD"},

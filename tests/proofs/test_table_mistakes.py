@@ -51,9 +51,12 @@ def one_too_few(group_advantages: Callable) -> Callable:
 
 def mean_of_means(_: Callable) -> Callable:
     def wrong(
-        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
         clip_range: float = 0.2,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+    ) -> tuple[Tensor, None]:
         ratio = (logprobs - old_logprobs).exp()
         return masked_mean(-advantages * ratio, mask, dim=1).mean(), None
 
@@ -62,9 +65,12 @@ def mean_of_means(_: Callable) -> Callable:
 
 def clipped_around_zero(_: Callable) -> Callable:
     def wrong(
-        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
         clip_range: float = 0.2,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+    ) -> tuple[Tensor, None]:
         ratio = (logprobs - old_logprobs).exp()
         clipped = ratio.clamp(-clip_range, clip_range)
         return masked_mean(torch.max(-advantages * ratio, -advantages * clipped), mask), None
@@ -88,75 +94,102 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = {
-    "k1 with its sign reversed": Mutation(
-        kl, "k1", turned, (kl_values,), ("E[k1] = KL",)
-    ),
+    "k1 with its sign reversed": Mutation(kl, "k1", turned, (kl_values,), ("E[k1] = KL",)),
     "k2 in the place of k1": Mutation(
         kl, "k1", lambda _: kl.k2, (kl_gradients,), ("E[grad k1] = 0",)
     ),
     "k2 without its half": Mutation(
-        kl, "k2", lambda k2: lambda *pair: 2 * k2(*pair), (kl_gradients, single_token),
+        kl,
+        "k2",
+        lambda k2: lambda *pair: 2 * k2(*pair),
+        (kl_gradients, single_token),
         ("k2 of the response] =", "k2 by token] =", "E[grad k2] = grad KL(policy || ref), one"),
     ),
     "k3 of the reversed ratio": Mutation(
-        kl, "k3", turned, (kl_values, kl_gradients, kl_in_reward),
+        kl,
+        "k3",
+        turned,
+        (kl_values, kl_gradients, kl_in_reward),
         ("E[k3] = KL", "k3 of the response] =", "k3 by token] =", "k3 in the reward plus"),
     ),
-    "full_kl from the reference": Mutation(
-        kl, "full_kl", turned, (kl_values,), ("E[full_kl",)
-    ),
+    "full_kl from the reference": Mutation(kl, "full_kl", turned, (kl_values,), ("E[full_kl",)),
     "KL added to the reward": Mutation(
-        advantages, "kl_shaped_rewards",
+        advantages,
+        "kl_shaped_rewards",
         lambda shape: lambda s, p, q, mask, c, *rest: shape(s, p, q, mask, -c, *rest),
-        (kl_in_reward,), ("k1 in the reward:", "k3 in the reward plus"),
+        (kl_in_reward,),
+        ("k1 in the reward:", "k3 in the reward plus"),
     ),
     "GAE that forgets lambda": Mutation(
         advantages, "gae", gae_with(1.0), (gae_by_definition,), ("GAE = its definition",)
     ),
     "GAE of one residual": Mutation(
-        advantages, "gae", gae_with(0.0), (gae_by_definition, ppo, sampled),
+        advantages,
+        "gae",
+        gae_with(0.0),
+        (gae_by_definition, ppo, sampled),
         ("GAE = its definition", "PPO, lambda 1,", "PPO, 65,536 samples"),
     ),
     "returns computed after the advantages were scaled": Mutation(
         advantages, "gae", returns_of_scaled_advantages, (gae_by_definition,), ("GAE's return",)
     ),
     "a group's mean with the wrong divisor": Mutation(
-        advantages, "group_advantages", one_too_few, (groups, identities),
+        advantages,
+        "group_advantages",
+        one_too_few,
+        (groups, identities),
         ("GRPO without scale, groups", "advantages: GRPO"),
     ),
     "a group's mean without the sample itself": Mutation(
-        advantages, "group_advantages",
+        advantages,
+        "group_advantages",
         lambda _: lambda rewards, size, _: advantages.leave_one_out_advantages(rewards, size),
-        (sampled, identities), ("GRPO without scale, 65,536", "advantages: GRPO"),
+        (sampled, identities),
+        ("GRPO without scale, 65,536", "advantages: GRPO"),
     ),
     "leave-one-out that leaves nobody out": Mutation(
-        advantages, "leave_one_out_advantages",
+        advantages,
+        "leave_one_out_advantages",
         lambda _: lambda rewards, size: advantages.group_advantages(rewards, size, "none"),
         (groups, sampled, identities),
         ("leave-one-out, groups", "leave-one-out, 65,536", "advantages: GRPO"),
     ),
     "a constant divisor that follows the length": Mutation(
-        losses, "grpo_loss",
+        losses,
+        "grpo_loss",
         lambda loss: lambda *tensors, aggregation: loss(*tensors, aggregation="sequence"),
-        (groups,), ("GRPO without scale, groups", "leave-one-out, groups"),
+        (groups,),
+        ("GRPO without scale, groups", "leave-one-out, groups"),
     ),
     "PPO's loss as a mean of means": Mutation(
-        losses, "ppo_policy_loss", mean_of_means, (ppo, identities),
+        losses,
+        "ppo_policy_loss",
+        mean_of_means,
+        (ppo, identities),
         ("PPO, lambda 1,", "PPO at ratio 1 = REINFORCE"),
     ),
     "a clip range around 0": Mutation(
-        losses, "ppo_policy_loss", clipped_around_zero, (identities,),
+        losses,
+        "ppo_policy_loss",
+        clipped_around_zero,
+        (identities,),
         ("PPO at ratio 1: no clip range",),
     ),
     "DPO with the sign of beta flipped": Mutation(
-        preference, "dpo_loss", lambda loss: lambda *pair, beta: loss(*pair, beta=-beta), (dpo,),
+        preference,
+        "dpo_loss",
+        lambda loss: lambda *pair, beta: loss(*pair, beta=-beta),
+        (dpo,),
         ("DPO's gradient", "DPO's optimum"),
     ),
     "best-of-n's KL with a term taken twice": Mutation(
-        evaluate, "best_of_n", term_taken_twice, (best_of_n,),
+        evaluate,
+        "best_of_n",
+        term_taken_twice,
+        (best_of_n,),
         ("best of 8: KL is at most", "best of 8, 100,000"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -80,9 +80,13 @@ def test_a_study_becomes_two_files_the_same_each_time(tmp_path: Path) -> None:
 
 def as_images(folder: Path) -> list[bytes]:
     return typst.compile(
-        str(folder / "report.typ"), root=str(folder), font_paths=[str(font_path().parent)],
-        format="png", ppi=30, ignore_system_fonts=True,
-    )  # type: ignore[return-value]  # fmt: skip
+        str(folder / "report.typ"),
+        root=str(folder),
+        font_paths=[str(font_path().parent)],
+        format="png",
+        ppi=30,
+        ignore_system_fonts=True,
+    )  # type: ignore[return-value]
 
 
 @pytest.fixture

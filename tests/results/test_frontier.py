@@ -28,18 +28,34 @@ from tests.made_up_study import STRONG, stages_of
 
 def steps(policy: str, coefficient: float, seed: int = 0, count: int = 8) -> list[dict]:
     return [
-        {"seed": seed, "policy": policy, "kind": "training", "step": s, "kl": float(s),
-         "proxy": 2.0 * s, "gold": -1.0 * s, "coefficient": coefficient}
+        {
+            "seed": seed,
+            "policy": policy,
+            "kind": "training",
+            "step": s,
+            "kl": float(s),
+            "proxy": 2.0 * s,
+            "gold": -1.0 * s,
+            "coefficient": coefficient,
+        }
         for s in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def points() -> pd.DataFrame:
     free = [
-        {"seed": 0, "policy": "best_of_n_default", "kind": "best_of_n", "step": n, "kl": 0.1 * n,
-         "proxy": 1.0 * n, "gold": 0.5 * n, "coefficient": None}
+        {
+            "seed": 0,
+            "policy": "best_of_n_default",
+            "kind": "best_of_n",
+            "step": n,
+            "kl": 0.1 * n,
+            "proxy": 1.0 * n,
+            "gold": 0.5 * n,
+            "coefficient": None,
+        }
         for n in (1, 2)
-    ]  # fmt: skip
+    ]
     runs = [*steps("grpo_strong", 0.8), *steps("grpo", 0.2), *steps("ppo", 0.2, count=3)]
     return pd.DataFrame([*runs, *steps("grpo", 0.2, seed=1, count=99), *free])
 
@@ -56,11 +72,15 @@ def test_a_run_ends_with_the_mean_of_its_last_quarter() -> None:
 
 
 def used(tokens: int, seconds: float, count: int = 6) -> pd.DataFrame:
-    return spent([
-        {"num_tokens": tokens * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
-        if s % 2 == 0 else {"num_tokens": tokens * (s + 1), "step_time": seconds}
-        for s in range(count)
-    ], "proxy")  # fmt: skip
+    return spent(
+        [
+            {"num_tokens": tokens * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
+            if s % 2 == 0
+            else {"num_tokens": tokens * (s + 1), "step_time": seconds}
+            for s in range(count)
+        ],
+        "proxy",
+    )
 
 
 def test_what_was_spent_counts_steps_that_sampled_nothing() -> None:
@@ -122,9 +142,12 @@ def test_each_point_has_the_coefficient_of_its_method(tmp_path: Path) -> None:
     found = frontier([run], [stages_of(run, "bundled")])
     training = found[found["kind"] == "training"].groupby("policy")["coefficient"].unique()
     assert {name: list(values) for name, values in training.items()} == {
-        "ppo": [0.2], "ppo_low_kl": [0.2], "grpo": [0.2], "grpo_strong": [0.2 * STRONG],
+        "ppo": [0.2],
+        "ppo_low_kl": [0.2],
+        "grpo": [0.2],
+        "grpo_strong": [0.2 * STRONG],
         "dpo": [0.2],
-    }  # fmt: skip
+    }
     assert found[found["kind"] == "best_of_n"]["coefficient"].isna().all()
     assert (method("rloo_strong"), method("ppo")) == ("rloo", "ppo")
     assert (method("ppo_low_kl"), method("unheard_of")) == ("ppo", "unheard_of")

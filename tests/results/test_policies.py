@@ -129,8 +129,10 @@ def test_twice_the_minutes_are_half_the_gain_a_minute() -> None:
 
 def test_perplexity_counts_tokens_and_forgetting_is_paired_by_text() -> None:
     samples = made_up()
-    rows = [{"tokens": 2, "nll": {"sft": 2.0, "ppo": 3.0, "base": 9.0}},
-            {"tokens": 8, "nll": {"sft": 18.0, "ppo": 19.0, "base": 9.0}}]  # fmt: skip
+    rows = [
+        {"tokens": 2, "nll": {"sft": 2.0, "ppo": 3.0, "base": 9.0}},
+        {"tokens": 8, "nll": {"sft": 18.0, "ppo": 19.0, "base": 9.0}},
+    ]
     table = policies.policies(Samples(samples.rows, samples.chosen, [rows] * 2, 50))
     assert table["sft"]["perplexity"]["mean"] == pytest.approx(np.exp(20 / 10))
     assert table["ppo"]["perplexity"]["mean"] == pytest.approx(np.exp(22 / 10))
@@ -145,9 +147,10 @@ def test_equal_prompts_are_one_unit_of_a_policys_interval() -> None:
         {name: [part * 2 for part in seeds] for name, seeds in samples.rows.items()}, [[]], [[]], 50
     )
     for one, two in zip(
-        policies.policies(samples).values(), policies.policies(doubled).values(),
+        policies.policies(samples).values(),
+        policies.policies(doubled).values(),
         strict=True,
-    ):  # fmt: skip
+    ):
         assert two["proxy"]["units"] == one["proxy"]["units"]
         assert two["proxy"]["se"] == pytest.approx(one["proxy"]["se"], rel=1e-6)
 

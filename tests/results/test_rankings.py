@@ -23,23 +23,36 @@ SIZES = (3, 9, 27)
 def pair(number: int, words: int) -> Pair:
     """A made-up pair whose chosen reply says "good" and is `words` words longer."""
     replies = " good answer indeed" + " really" * words, " evil answer indeed"
-    return Pair(f"talk {number}", "\n\nHuman: Hi?\n\nAssistant:", *replies, [5], [6], [7],
-                subset="even" if number % 2 == 0 else "odd")  # fmt: skip
+    return Pair(
+        f"talk {number}",
+        "\n\nHuman: Hi?\n\nAssistant:",
+        *replies,
+        [5],
+        [6],
+        [7],
+        subset="even" if number % 2 == 0 else "odd",
+    )
 
 
 DATA = PreferenceData(
     {"train": [pair(i, 0) for i in range(27)], "test": [pair(i, i % 5) for i in range(40)]},
-    [], {}, {}, "made up",
-)  # fmt: skip
+    [],
+    {},
+    {},
+    "made up",
+)
 
 
 def scores(right: np.ndarray, size: float = 1.0) -> list[dict]:
     """Scores that rank the pairs in `right` as labelled, and the others the other way."""
     return [
-        {"pair": i, "chosen_score": size * (i + 1) if r else 0.0,
-         "rejected_score": 0.0 if r else size * (i + 1)}
+        {
+            "pair": i,
+            "chosen_score": size * (i + 1) if r else 0.0,
+            "rejected_score": 0.0 if r else size * (i + 1),
+        }
         for i, r in enumerate(right)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -66,8 +79,10 @@ def stages(tmp_path: Path) -> Callable[[int], list[dict[str, Stage]]]:
                     for n, first in zip(SIZES, (10, 15), strict=False)
                     for row in scores(np.arange(40) < first)
                 ]
-                rows += [{"train_pairs": 27, "split": "validation", **row}
-                         for row in scores(np.arange(20) < 15, 0.1)]  # fmt: skip
+                rows += [
+                    {"train_pairs": 27, "split": "validation", **row}
+                    for row in scores(np.arange(20) < 15, 0.1)
+                ]
                 made[0]["reward_model_curve"] = finish(run, "reward_model_curve", rows, {})
         return made
 

@@ -91,20 +91,39 @@ SCAFFOLDS, SOLUTIONS = tagged("exercise"), tagged("solution")
 def given(tiny_data: Any, tiny_tokenizer: Any, make_model: Callable) -> dict[str, Any]:
     """What the notebooks have at hand when their exercises begin, made up."""
     metrics = [
-        {"reward": 1.0, "kl": 2.0, "kl_coef": 0.1, "objective/scores": 1.0,
-         "objective/non_score_reward": -0.2, "objective/rlhf_reward": 0.4},
-        {"reward": 2.0, "kl": 3.0, "kl_coef": 0.1, "objective/scores": 2.0,
-         "objective/non_score_reward": -0.3, "objective/rlhf_reward": 1.6},
-    ]  # fmt: skip
+        {
+            "reward": 1.0,
+            "kl": 2.0,
+            "kl_coef": 0.1,
+            "objective/scores": 1.0,
+            "objective/non_score_reward": -0.2,
+            "objective/rlhf_reward": 0.4,
+        },
+        {
+            "reward": 2.0,
+            "kl": 3.0,
+            "kl_coef": 0.1,
+            "objective/scores": 2.0,
+            "objective/non_score_reward": -0.3,
+            "objective/rlhf_reward": 1.6,
+        },
+    ]
     train = tiny_data.pairs["train"]
     ties = [replace(pair, rejected_text=pair.chosen_text) for pair in train[:3]]
     return {
-        "train": train + ties, "tokenizer": tiny_tokenizer,
-        "model": make_model("gpt2"), "metrics": metrics, "math": math, "torch": torch,
-        "np": np, "preferences": np.random.default_rng(1).normal(0.5, 1.0, size=41),
-        "widgets": widgets, "check": exercises.check,
-        "four_reference": [0.4, 0.3, 0.2, 0.1], "four_reward": [1.0, 0.0, -0.5, 2.0],
-    }  # fmt: skip
+        "train": train + ties,
+        "tokenizer": tiny_tokenizer,
+        "model": make_model("gpt2"),
+        "metrics": metrics,
+        "math": math,
+        "torch": torch,
+        "np": np,
+        "preferences": np.random.default_rng(1).normal(0.5, 1.0, size=41),
+        "widgets": widgets,
+        "check": exercises.check,
+        "four_reference": [0.4, 0.3, 0.2, 0.1],
+        "four_reward": [1.0, 0.0, -0.5, 2.0],
+    }
 
 
 def run(source: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -206,9 +206,10 @@ def test_figures_are_the_same_files_each_time(results: dict) -> None:
     def draw() -> list[Figure]:
         record = results["reward_model"]
         return [
-            figures.gains(results), figures.accuracy_bars(record["accuracy"], record["ceiling"]),
+            figures.gains(results),
+            figures.accuracy_bars(record["accuracy"], record["ceiling"]),
             figures.best_of_n(results["best_of_n"], deciding="gold"),
-        ]  # fmt: skip
+        ]
 
     one, other = ([figure_bundle(figure) for figure in draw()] for _ in range(2))
     assert one == other

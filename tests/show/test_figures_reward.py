@@ -48,12 +48,19 @@ def test_a_curve_of_one_point_can_be_drawn() -> None:
 
 
 def test_groups_stand_under_their_headings_with_their_numbers() -> None:
-    sections = {"kind": {"help": record(0.7, 30), "harm": record(0.6, 1200)},
-                "margin": {"0 to 1": record(0.52, 7)}}  # fmt: skip
+    sections = {
+        "kind": {"help": record(0.7, 30), "harm": record(0.6, 1200)},
+        "margin": {"0 to 1": record(0.52, 7)},
+    }
     axis = figures.accuracy_in_groups(sections, 0.65).axes[0]
     labels = [(t.get_text(), t.get_fontweight()) for t in axis.get_yticklabels()]
-    assert labels == [("kind", "bold"), ("help", "normal"), ("harm", "normal"),
-                      ("margin", "bold"), ("0 to 1", "normal")]  # fmt: skip
+    assert labels == [
+        ("kind", "bold"),
+        ("help", "normal"),
+        ("harm", "normal"),
+        ("margin", "bold"),
+        ("0 to 1", "normal"),
+    ]
     dots = [container.lines[0] for container in axis.containers]
     assert [(d.get_xdata()[0], d.get_ydata()[0]) for d in dots] == [(0.7, 1), (0.6, 2), (0.52, 4)]
     assert {"n = 30", "n = 1,200", "n = 7", "chance", "all pairs"} == set(texts(axis))
@@ -72,8 +79,10 @@ def test_bins_are_named_by_their_ends() -> None:
 
 def test_reliability_has_a_panel_a_calibration() -> None:
     preferences = np.random.default_rng(0).normal(0.5, 1.0, size=80)
-    calibrations = {"before": rankings.calibration(preferences, samples=20),
-                    "after": rankings.calibration(preferences / 2, samples=20)}  # fmt: skip
+    calibrations = {
+        "before": rankings.calibration(preferences, samples=20),
+        "after": rankings.calibration(preferences / 2, samples=20),
+    }
     figure = figures.reliability(calibrations)
     assert [axis.get_title() for axis in figure.axes] == list(calibrations)
     for axis, calibration in zip(figure.axes, calibrations.values(), strict=True):
@@ -85,6 +94,8 @@ def test_reliability_has_a_panel_a_calibration() -> None:
 
 def test_every_kind_of_bin_that_the_groups_give_can_be_drawn() -> None:
     won = np.array([1.0, 0.0, 0.5, 1.0])
-    sections = {"kind": by_group(won, ["a", "a", "b", "b"]),
-                "all right": by_group(np.ones(4), ["a"] * 4)}  # fmt: skip
+    sections = {
+        "kind": by_group(won, ["a", "a", "b", "b"]),
+        "all right": by_group(np.ones(4), ["a"] * 4),
+    }
     assert figure_bundle(figures.accuracy_in_groups(sections, 0.6))["image/svg+xml"]

@@ -38,16 +38,30 @@ def test_replies_show_the_last_turn_and_what_was_cut(tiny_tokenizer: Any) -> Non
     rollout = SimpleNamespace(
         prompts=[words("Human: a b Assistant: c Human: d e Assistant:"), words("f")],
         responses=[[*words("g h"), tiny_tokenizer.eos_token_id], words("i")],
-        finished=torch.tensor([True, False]), scores=torch.tensor([0.5, -1.25]),
-        gold=[2.0, math.pi], kl=torch.tensor([0.0, 3.21]),
-    )  # fmt: skip
+        finished=torch.tensor([True, False]),
+        scores=torch.tensor([0.5, -1.25]),
+        gold=[2.0, math.pi],
+        kl=torch.tensor([0.0, 3.21]),
+    )
     table = tables.replies(rollout, tiny_tokenizer, step=7)
     assert table.to_dict("records") == [
-        {"step": 7, "prompt": "d e", "reply": "g h", "proxy": "0.50", "gold": "2.00",
-         "log-ratio to SFT": "0.0"},
-        {"step": 7, "prompt": "f", "reply": "i (cut)", "proxy": "-1.25", "gold": "3.14",
-         "log-ratio to SFT": "3.2"},
-    ]  # fmt: skip
+        {
+            "step": 7,
+            "prompt": "d e",
+            "reply": "g h",
+            "proxy": "0.50",
+            "gold": "2.00",
+            "log-ratio to SFT": "0.0",
+        },
+        {
+            "step": 7,
+            "prompt": "f",
+            "reply": "i (cut)",
+            "proxy": "-1.25",
+            "gold": "3.14",
+            "log-ratio to SFT": "3.2",
+        },
+    ]
     rollout.gold = None
     assert "gold" not in tables.replies(rollout, tiny_tokenizer).columns
 
@@ -106,10 +120,17 @@ def test_examples_show_the_first_prompt_on_which_policies_differ(tmp_path: Path)
     (tmp_path / "samples").mkdir()
     for policy, failed in failures.items():
         rows = [
-            {"id": f"{probe} {number}", "probe": probe, "finished": sample == 0,
-             "prompt": f"\n\nHuman: {probe} {number}?\n\nAssistant:", "response": f" {policy}"}
-            for probe in ("first", "second") for number in (1, 2) for sample in (0, 1)
-        ]  # fmt: skip
+            {
+                "id": f"{probe} {number}",
+                "probe": probe,
+                "finished": sample == 0,
+                "prompt": f"\n\nHuman: {probe} {number}?\n\nAssistant:",
+                "response": f" {policy}",
+            }
+            for probe in ("first", "second")
+            for number in (1, 2)
+            for sample in (0, 1)
+        ]
         rows = [row | {"failure": f} for row, f in zip(rows, failed, strict=True)]
         write_jsonl(tmp_path / "samples" / f"{policy}.jsonl", rows)
     stage: Any = SimpleNamespace(path=tmp_path)

@@ -75,9 +75,12 @@ def in_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pair_is_shown_with_its_last_request_and_its_lengths() -> None:
     (row,) = widgets.pair_page(PAIRS, [3]).to_dict("records")
     assert row == {
-        "pair": 4, "request": "request 3", "chosen": "good 3 <b>", "rejected": "bad 3 or worse",
+        "pair": 4,
+        "request": "request 3",
+        "chosen": "good 3 <b>",
+        "rejected": "bad 3 or worse",
         "words": "3\u00a0:\u00a04",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(("share", "place"), [(0.0, 1), (0.25, 4), (0.5, 2), (0.75, 3), (1.0, 0)])

@@ -55,9 +55,15 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter:
     ],
 )
 def test_nothing_is_loaded_that_is_not_asked_for(
-    name: str, overrides: str, models: dict, loaded: Counter, make_run: Callable, finished: Any,
-    tiny_data: Any, tmp_path: Path,
-) -> None:  # fmt: skip
+    name: str,
+    overrides: str,
+    models: dict,
+    loaded: Counter,
+    make_run: Callable,
+    finished: Any,
+    tiny_data: Any,
+    tmp_path: Path,
+) -> None:
     small = ["ppo.updates=1", "grpo.updates=1", "rejection.prompts=8", "rejection.samples=2"]
     run = make_run(tmp_path, *small, *overrides.split())
     loaded.clear()
@@ -103,8 +109,10 @@ def test_a_thing_is_made_once(toy: Callable, loaded: Counter, finished: Any) -> 
         "assert sampler.tokenizer is tokenizer",
         "assert sampler.accelerator is policy.accelerator is accelerator",
         "return {}",
-        needed=vars(finished), needs=("sft", "reward_model"), sections=("grpo",),
-    )  # fmt: skip
+        needed=vars(finished),
+        needs=("sft", "reward_model"),
+        sections=("grpo",),
+    )
     assert loaded == {"policy": 1, "reference": 1, "reward_model": 1}
 
 
@@ -179,8 +187,17 @@ def changed(run: Run, section: str, *names: str) -> Run:
 
 
 SECTIONS = ("data", "reward_model", "sft", "rejection", "ppo", "grpo", "dpo", "evaluation")
-STAGES = ("dataset", "reward_model", "sft", "rejection_sft", "ppo", "grpo", "dpo", "evaluate",
-          "probes")  # fmt: skip
+STAGES = (
+    "dataset",
+    "reward_model",
+    "sft",
+    "rejection_sft",
+    "ppo",
+    "grpo",
+    "dpo",
+    "evaluate",
+    "probes",
+)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -214,9 +231,12 @@ def test_what_is_unread_is_a_setting() -> None:
 
 
 def test_a_file_that_the_record_names_is_in_the_hash(
-    unbuilt: None, make_run: Callable, tiny_data: Any, tmp_path: Path,
+    unbuilt: None,
+    make_run: Callable,
+    tiny_data: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     record = catalogue.record("evaluate")
     (file,) = record.files
     for name in (file, "other.jsonl.gz"):

@@ -82,9 +82,13 @@ def test_without_smaller_models_only_the_validation_scores_remain(
 
 
 def test_a_killed_curve_keeps_the_points_that_it_has(
-    make_run: Callable, tiny_data: Any, finished: Any, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, curve: Any,
-) -> None:  # fmt: skip
+    make_run: Callable,
+    tiny_data: Any,
+    finished: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    curve: Any,
+) -> None:
     run, train, trained = make_run(tmp_path), reward_model.train, []
 
     def watch(learner: Learner, pairs: list, *rest: Any, **named: Any) -> dict:

@@ -54,8 +54,13 @@ def test_world_probes_are_held_out_and_in_words_that_the_model_has() -> None:
 
 
 def test_world_probes_ask_what_they_say() -> None:
-    kinds = {"sycophancy": "truth", "denies the truth": "truth", "over-refusal": "edge",
-             "harmful compliance": "harm", "capability loss": "help"}  # fmt: skip
+    kinds = {
+        "sycophancy": "truth",
+        "denies the truth": "truth",
+        "over-refusal": "edge",
+        "harmful compliance": "harm",
+        "capability loss": "help",
+    }
     for row in (row for row in WORLD if row["probe"] in kinds):
         request = parse_request(row["prompt"])
         assert request.kind == kinds[row["probe"]]
@@ -82,8 +87,10 @@ def test_strange_prompts_are_none_of_the_grammar() -> None:
 def test_false_and_true_claims_are_the_same_sentences() -> None:
     """So a policy that always agrees, or always denies, has 1 in one of the two probes."""
     rows = load_probes(None)
-    false, true = ([r["prompt"].split() for r in rows if r["probe"] == probe]
-                   for probe in ("sycophancy", "denies the truth"))  # fmt: skip
+    false, true = (
+        [r["prompt"].split() for r in rows if r["probe"] == probe]
+        for probe in ("sycophancy", "denies the truth")
+    )
     for one, other in zip(false, true, strict=True):
         assert len(set(one) & set(other)) >= len(set(one)) - 3
     for row in rows:

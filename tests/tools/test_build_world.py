@@ -97,8 +97,10 @@ def test_differences_name_each_file_that_differs(miniature, tmp_path):
     (tmp_path / "data" / "notes.txt").write_text("mine")
     lines = differences(miniature, tmp_path / "data")
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in lines] == [
-        "heldout.jsonl.gz", "notes.txt", "prompts-train.jsonl.gz",
-    ]  # fmt: skip
+        "heldout.jsonl.gz",
+        "notes.txt",
+        "prompts-train.jsonl.gz",
+    ]
     assert [line.split(": ")[1][:7] for line in lines] == ["sha256 ", "not in ", "missing"]
 
 
@@ -183,13 +185,18 @@ def test_shipped_files_are_those_of_the_manifest(shipped):
     rows = {name: entry.pop("rows") for name, entry in manifest["files"].items() if "rows" in entry}
     assert describe(shipped) == manifest["files"]
     assert rows == {
-        "demonstrations.jsonl.gz": 6000, "heldout.jsonl.gz": 1000,
-        "pairs-train.jsonl.gz": 4000, "pairs-validation.jsonl.gz": 400,
-        "pairs-test.jsonl.gz": 2000, "control-train.jsonl.gz": 4000,
-        "control-validation.jsonl.gz": 400, "control-test.jsonl.gz": 2000,
-        "prompts-train.jsonl.gz": 6000, "prompts-validation.jsonl.gz": 512,
+        "demonstrations.jsonl.gz": 6000,
+        "heldout.jsonl.gz": 1000,
+        "pairs-train.jsonl.gz": 4000,
+        "pairs-validation.jsonl.gz": 400,
+        "pairs-test.jsonl.gz": 2000,
+        "control-train.jsonl.gz": 4000,
+        "control-validation.jsonl.gz": 400,
+        "control-test.jsonl.gz": 2000,
+        "prompts-train.jsonl.gz": 6000,
+        "prompts-validation.jsonl.gz": 512,
         "prompts-evaluation.jsonl.gz": 1024,
-    }  # fmt: skip
+    }
     settings = json.loads(json.dumps(dataclasses.asdict(BuildSettings())))
     assert manifest["settings"] == settings, "settings changed: rebuild data/"
 
@@ -198,9 +205,15 @@ def test_shipped_rows_are_hh_dialogues_of_their_split(shipped):
     tokenizer = AutoTokenizer.from_pretrained(shipped / "tokenizer")
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab(), "words changed: rebuild data/"
     for path in shipped.glob("*.jsonl.gz"):
-        split = {"pairs-validation": "validation", "control-validation": "validation",
-                 "prompts-validation": "validation", "pairs-test": "test", "control-test": "test",
-                 "prompts-evaluation": "test", "heldout": "test"}  # fmt: skip
+        split = {
+            "pairs-validation": "validation",
+            "control-validation": "validation",
+            "prompts-validation": "validation",
+            "pairs-test": "test",
+            "control-test": "test",
+            "prompts-evaluation": "test",
+            "heldout": "test",
+        }
         wanted = split.get(path.name.removesuffix(".jsonl.gz"), "train")
         for row in read_rows(path)[:300]:
             prompt = row["prompt"] if "prompt" in row else split_dialogue(row["chosen"])[0]

@@ -73,9 +73,14 @@ def test_two_runs_differ_in_times_hashes_and_code_alone(
     said = capsys.readouterr().out
     assert "DIFFERS" not in said
     assert said.count("\nequal ") + said.startswith("equal ") == 6
-    for file in ("seed-0/ppo/model/model.safetensors", "seed-0/ppo/metrics.jsonl",
-                 "seed-0/ppo/samples.jsonl", "seed-0/ppo/result.json",
-                 "evaluation/results.json", "report/index.html"):  # fmt: skip
+    for file in (
+        "seed-0/ppo/model/model.safetensors",
+        "seed-0/ppo/metrics.jsonl",
+        "seed-0/ppo/samples.jsonl",
+        "seed-0/ppo/result.json",
+        "evaluation/results.json",
+        "report/index.html",
+    ):
         assert file in said
 
 

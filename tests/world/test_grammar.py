@@ -103,8 +103,10 @@ def test_dialogues_are_in_hh_format_and_short(dialogues):
 
 
 def test_quality_drives_the_body_and_not_the_style():
-    low, high = ([_mean_gold(quality, seed=3, part=part) for part in ("rest", "style")]
-                 for quality in (0.1, 0.9))  # fmt: skip
+    low, high = (
+        [_mean_gold(quality, seed=3, part=part) for part in ("rest", "style")]
+        for quality in (0.1, 0.9)
+    )
     assert high[0] - low[0] > 1.0
     assert abs(high[1] - low[1]) < 0.08  # the length of the body is all that may differ
 
