@@ -137,7 +137,27 @@ def proofs(
         raise typer.Exit(1)
 
 
+@app.command("stage")
+def run_stage(
+    name: Annotated[str, typer.Argument(help="any stage, one of your own included")],
+    profile: ProfileOption = "laptop",
+    seed: Seed = 0,
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Run one stage of one seed, and what it needs before it."""
+    from rlhf_lib.study.stages import Study
+
+    overrides = _overrides(data, model, settings, None)
+    stage = Study.open(profile, seed, run_dir, overrides).stage(name)
+    print(f"{name}: {stage.path}")
+
+
 def _add_stage(name: str, summary: str) -> None:
+    """A command for a stage of the library's own."""
+
     def command(
         profile: ProfileOption = "laptop",
         seed: Seed = 0,
@@ -146,11 +166,7 @@ def _add_stage(name: str, summary: str) -> None:
         settings: Set = None,
         run_dir: RunDir = Path("runs"),
     ) -> None:
-        from rlhf_lib.study.stages import Study
-
-        overrides = _overrides(data, model, settings, None)
-        stage = Study.open(profile, seed, run_dir, overrides).stage(name)
-        print(f"{name}: {stage.path}")
+        run_stage(name, profile, seed, data, model, settings, run_dir)
 
     command.__doc__ = summary
     app.command(name.replace("_", "-"))(command)

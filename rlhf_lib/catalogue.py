@@ -9,6 +9,7 @@ that is found when it is asked for.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -116,8 +117,11 @@ def resolve(name: str) -> Any:
 
 
 def user_file(name: str) -> Path:
-    """Where `FILE.py` is. Raises SettingsError if it is not there."""
-    path = Path(name).expanduser().resolve()
+    """Where `FILE.py` is. Raises SettingsError if it is not there.
+
+    A study's workers and notebooks compute elsewhere: for them `RLHF_FOLDER` says where it began.
+    """
+    path = Path(os.environ.get("RLHF_FOLDER", ""), Path(name).expanduser()).resolve()
     if not path.is_file():
         raise SettingsError(f"{name}: there is no file {path}")
     return path

@@ -107,7 +107,7 @@ class Stage:
         if not self.done:
             raise FileNotFoundError(
                 f"stage {self.name} (seed {self.config['seed']}) has not been run with these "
-                f"settings: python -m rlhf_lib {self.name.replace('_', '-')} "
+                f"settings: python -m rlhf_lib stage {self.name} "
                 f"--profile {self.config['profile']} --seed {self.config['seed']}"
             )
         return json.loads((self.path / "result.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lib.catalogue import resolve
+from rlhf_lib.catalogue import resolve, user_file
 from rlhf_lib.objectives.kl import k1
 from rlhf_lib.settings import SettingsError
 
@@ -46,3 +46,15 @@ def test_a_file_under_the_name_of_another_module_is_refused(user_folder: Path) -
     for wrong in ("other/same_name.py", "json.py"):
         with pytest.raises(SettingsError, match="give the file another name"):
             resolve(f"{user_folder}/{wrong}:WHERE")
+
+
+def test_a_file_is_looked_for_where_the_study_began(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "began.py").write_text("")
+    monkeypatch.setenv("RLHF_FOLDER", str(tmp_path))
+    assert user_file("began.py") == tmp_path / "began.py"
+    assert user_file(str(tmp_path / "began.py")) == tmp_path / "began.py"
+    monkeypatch.delenv("RLHF_FOLDER")
+    with pytest.raises(SettingsError, match=r"began\.py"):
+        user_file("began.py")

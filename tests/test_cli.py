@@ -255,6 +255,11 @@ def test_a_stage_is_run_once_and_shown_by_status(cli: Callable, tmp_path: Path) 
     before = {file: file.stat().st_mtime_ns for file in stage.iterdir()}
     assert dataset(cli, f"path:{path}").out == first.out
     assert {file: file.stat().st_mtime_ns for file in stage.iterdir()} == before
+    by_name = cli("stage", "dataset", "--profile", "smoke", "--data", f"path:{path}")
+    assert by_name.out == first.out
+    unknown = cli("stage", "dataste", "--profile", "smoke")
+    assert unknown.code == 2
+    assert "did you mean 'dataset'" in unknown.err
     shown = cli("status", "--profile", "smoke").out
     assert re.fullmatch(rf"seed-0 +{stage.name} +done +\d+\.\d min\n", shown)
 

@@ -82,7 +82,8 @@ def run_study(
         jobs = [replace(job, needs=()) for job in jobs if job.key == f"{only}/0"]
     cores = psutil.cpu_count(logical=False) or 1
     workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
-    os.environ["RLHF_BATCH"] = "1"  # workers and kernels inherit it: no progress bars in there
+    # workers and kernels inherit both: no progress bars in there, and where the user's files are
+    os.environ |= {"RLHF_BATCH": "1", "RLHF_FOLDER": str(Path.cwd())}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
