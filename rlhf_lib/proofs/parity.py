@@ -122,7 +122,8 @@ def preference_rows() -> list[Proof]:
     smoothing = {"label_smoothing": 0.2}
     doubtful = cpo(loss_type="sigmoid", **smoothing).cpo_loss(chosen, rejected)[0].mean()
     ipo = cpo(loss_type="ipo").cpo_loss(chosen, rejected)[0].mean()
-    weights: dict[str, Any] = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
+    for_good, for_bad = 1.5, 0.7
+    weights: dict[str, Any] = {"desirable_weight": for_good, "undesirable_weight": for_bad}
     reference = parity_trl.Table(x.reference, x.ref_other)
     kto_trainer = parity_trl.bare_trainer(
         "KTOTrainer", loss_type="kto", calculate_KL=True, beta=BETA, ref_model=reference, **weights
@@ -134,7 +135,7 @@ def preference_rows() -> list[Proof]:
     kl = ((x.other - x.ref_other) * x.mask).sum(1).mean()
     on_ratios = "CPOTrainer.cpo_loss on log-ratios, loss_type"
     our_doubtful = preference.dpo_loss(*x.sums, BETA, **smoothing)
-    our_kto = preference.kto_loss(*x.sums, kl, BETA, **weights)
+    our_kto = preference.kto_loss(*x.sums, kl, BETA, for_good, for_bad)
     return _loss_rows(
         x.policy,
         ("DPO", preference.dpo_loss(*x.sums, BETA), dpo_trl, "DPOTrainer, loss_type='sigmoid'"),
