@@ -28,7 +28,7 @@ STAGES = (
     "probes",
     "evaluate",
 )
-COMMANDS = ("run", "report", "status", "export", "proofs", *STAGES)
+COMMANDS = ("run", "report", "status", "export", "proofs", "stage", *STAGES)
 
 
 @pytest.fixture

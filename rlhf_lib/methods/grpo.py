@@ -108,7 +108,8 @@ def make_advantages(
     without its end gets none (overlong filtering, DAPO, sec. 3.4).
     """
     kl = ESTIMATORS[kl_reward_estimator](rollout.logprobs, rollout.ref_logprobs)
-    rewards = rollout.rewards - kl_reward_coef * (kl * rollout.response_mask).sum(1)
+    kl = torch.where(rollout.response_mask.bool(), kl, 0.0)
+    rewards = rollout.rewards - kl_reward_coef * kl.sum(1)
     if advantage == "leave_one_out":
         advantages = leave_one_out_advantages(rewards, group_size)
     else:
