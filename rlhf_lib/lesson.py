@@ -4,7 +4,7 @@ The one module that hands names on. What a chapter teaches is imported from wher
 its path can be read there.
 """
 
-from __future__ import annotations
+# ruff: noqa: F401  (what is imported here is asked for by the notebooks)
 
 from rlhf_lib.catalogue import color, label, policies, stages
 from rlhf_lib.data.encoding import Prompt
@@ -30,41 +30,4 @@ from rlhf_lib.study.stages import Study, summarise
 from rlhf_lib.world.grammar import last_request
 from rlhf_lib.world.rewards import observe
 
-__all__ = [
-    "Learner",
-    "Prompt",
-    "Reply",
-    "Study",
-    "bootstrap",
-    "check",
-    "choose_precision",
-    "color",
-    "contrast",
-    "figures",
-    "generate",
-    "holm",
-    "interval",
-    "label",
-    "last_request",
-    "load_policy",
-    "load_reference",
-    "load_results",
-    "load_reward_model",
-    "load_tokenizer",
-    "load_value_model",
-    "make_accelerator",
-    "numbers",
-    "observe",
-    "policies",
-    "say",
-    "seed_everything",
-    "show",
-    "source",
-    "stages",
-    "summarise",
-    "table",
-    "tables",
-    "trainable",
-    "verdict",
-    "widgets",
-]
+__all__ = [name for name in dir() if not name.startswith("_")]

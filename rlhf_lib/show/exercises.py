@@ -21,6 +21,7 @@ from rlhf_lib.data.dialogues import split_dialogue
 from rlhf_lib.data.encoding import Encoder, Pair, Prompt
 from rlhf_lib.measure import rankings
 from rlhf_lib.methods import sft
+from rlhf_lib.methods.rewards import Reply
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives import advantages, losses
 from rlhf_lib.objectives.preference import dpo_loss, ipo_loss
@@ -185,13 +186,12 @@ def _favourite(favourite: Callable) -> Claims:
     for _ in range(20):
         scores, finished = torch.randn(4), torch.rand(4) < 0.4
         answer = favourite(scores, finished)
-        replies = [[10 + i, *[1] * ended] for i, ended in enumerate(finished.int().tolist())]
-        tokenizer = SimpleNamespace(eos_token_id=1, batch_decode=lambda r, **_: [""] * len(r))
-        drawn = {"draw": lambda *_, drawn=(replies, scores): drawn, "reference": None}
-        sampler = SimpleNamespace(tokenizer=tokenizer, **drawn)
+        replies = [Reply("", [i], ended) for i, ended in enumerate(finished.tolist())]
+        drawn = {"draw": lambda *_, replies=replies: replies, "reference": None}
+        sampler = SimpleNamespace(score=lambda *_, scores=scores: (scores, None), **drawn)
         (best,), _ = sft.best_of_n(sampler, [Prompt("", [2])], 4)  # type: ignore[arg-type]
         hint = f"Wrong for scores {scores.tolist()}, finished {finished.tolist()}."
-        yield Claim(answer, best.response[0] - 10, hint)
+        yield Claim(answer, best.response[0], hint)
 
 
 # -------------------------------------------------------------------------------------- 4, PPO

@@ -39,10 +39,17 @@ CORNERS = ((3, 3), (3, -9), (-3, 3), (-3, -9))  # of a dot, in points: where its
 Label = tuple[str, float, float, str]  # a name, the point that it belongs to, its colour
 
 
-def _panels(rows: int, columns: int, height: float, sharey: bool = False) -> tuple[Figure, list]:
-    """A figure of this height in inches, and its axes row by row."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+def _panels(
+    count: int, height: float, wide: int = 0, sharey: bool = False, width: float = WIDTH
+) -> tuple[Figure, list]:
+    """A figure and its panels, `wide` of them in a row (0: all), each of this height in inches."""
+    wide = wide or count
+    rows = -(-count // wide)
+    figure = Figure(figsize=(width, rows * height), layout="constrained")
+    axes = list(figure.subplots(rows, wide, squeeze=False, sharey=sharey).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
 
 
 # ------------------------------------------------------------------------- what figures are made of
@@ -126,21 +133,17 @@ def curves(
 
     `columns`: metric name -> panel title; a metric that was logged at some steps only is joined up.
     """
-    wide = 3
-    rows = -(-len(columns) // wide)
-    figure, axes = _panels(rows, wide, 2.0 * rows)
+    figure, axes = _panels(len(columns), 2.0, wide=3)
     frames = [pd.DataFrame(list(metrics)) for metrics in per_seed]
-    for axis, (key, title) in zip(axes, columns.items(), strict=False):
+    for axis, (key, title) in zip(axes, columns.items(), strict=True):
         seeds(axis, frames, key, color)
         axis.set(title=title, xlabel="step", ylabel="")
-    for axis in axes[len(columns) :]:
-        axis.set_visible(False)
     return figure
 
 
 def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> Figure:
     """Proxy and gold reward along training, one panel a policy; means over three logged steps."""
-    figure, axes = _panels(1, len(per_policy), 2.6, sharey=True)
+    figure, axes = _panels(len(per_policy), 2.6, sharey=True)
     keys = {"reward": "proxy", "gold": "gold"}
     for axis, (name, per_seed) in zip(axes, per_policy.items(), strict=True):
         for key, reward in keys.items():
@@ -156,7 +159,7 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
 def budgets(runs: Mapping[str, pd.DataFrame], reward: str) -> Figure:
     """Reward along training against tokens and against minutes, a line a method (`spent`)."""
     titles = {"tokens": "thousand tokens", "minutes": "minutes"}
-    figure, axes = _panels(1, len(titles), 3.0, sharey=True)
+    figure, axes = _panels(len(titles), 3.0, sharey=True)
     for axis, (budget, title) in zip(axes, titles.items(), strict=True):
         smallest = min(run[budget].max() for run in runs.values())
         axis.axvline(smallest, color=GREY, lw=0.8, ls=":")
@@ -177,7 +180,7 @@ def length_histograms(histogram: Mapping[str, Mapping[str, Sequence[int]]]) -> F
 
     Bins have whole-number edges and may differ in width, so the height is a share per token.
     """
-    figure, axes = _panels(1, 2, 2.6)
+    figure, axes = _panels(len(histogram), 2.6)
     sides = {"prompt": color("sft"), "chosen": "#0072b2", "rejected": "#d55e00"}
     for axis, (name, counts) in zip(axes, histogram.items(), strict=True):
         edges = counts["edges"]
@@ -194,7 +197,7 @@ def accuracy_bars(accuracy: Mapping[str, Mapping], ceiling: float | None) -> Fig
     """Held-out accuracy of each ranker with its interval; chance and ceiling as lines."""
     rankers = ("reward_model", "bag_of_words", "learned_length", "longer_wins", "gold")
     names = [name for name in rankers if name in accuracy]
-    figure, (axis,) = _panels(1, 1, 0.4 * len(names) + 0.9)
+    figure, (axis,) = _panels(1, 0.4 * len(names) + 0.9)
     for place, name in enumerate(names):
         dots(axis, [accuracy[name]], [place], color(name))
         text = f"{accuracy[name]['mean']:.1%}"
@@ -208,7 +211,7 @@ def accuracy_bars(accuracy: Mapping[str, Mapping], ceiling: float | None) -> Fig
 
 def learning_curve(points: Sequence[Mapping], ceiling: float | None) -> Figure:
     """Held-out accuracy over the number of training pairs, with intervals; names at the lines."""
-    figure, (axis,) = _panels(1, 1, 3.2)
+    figure, (axis,) = _panels(1, 3.2)
     sizes, names = [point["train_pairs"] for point in points], {"chance": (0.5, GREY)}
     # a hair to the left and right, so that the intervals stand beside each other
     for name, fmt, shift in (("reward_model", "o-", 1.02), ("bag_of_words", "s--", 1 / 1.02)):
@@ -231,13 +234,11 @@ def accuracy_in_groups(sections: Mapping[str, Mapping[str, Mapping]], overall: f
 
     `sections`: heading -> group -> record with `mean`, `low`, `high`, `n`.
     """
-    rows: list[tuple[str, Mapping | None]] = []
-    for heading, groups in sections.items():
-        rows += [(heading, None), *groups.items()]
-    figure, (axis,) = _panels(1, 1, 0.23 * len(rows) + 0.6)
+    rows = [row for name, groups in sections.items() for row in ((name, {}), *groups.items())]
+    figure, (axis,) = _panels(1, 0.23 * len(rows) + 0.6)
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     for place, (text, (_, record)) in enumerate(zip(axis.get_yticklabels(), rows, strict=True)):
-        if record is None:
+        if not record:  # a heading
             text.set_fontweight("bold")
             continue
         dots(axis, [record], [place], color("reward_model"))
@@ -264,8 +265,8 @@ def bin_labels(rows: Sequence[Mapping], template: str) -> dict[str, Mapping]:
 
 def reliability(calibrations: Mapping[str, Mapping]) -> Figure:
     """Confidence against accuracy in bins of equally many pairs: one panel a calibration."""
-    figure, axes = _panels(1, len(calibrations), 3.2, sharey=True)
-    figure.set_figwidth(WIDTH / 2 * len(calibrations))
+    width = WIDTH / 2 * len(calibrations)
+    figure, axes = _panels(len(calibrations), 3.2, sharey=True, width=width)
     for axis, (title, calibration) in zip(axes, calibrations.items(), strict=True):
         axis.plot([0.5, 1], [0.5, 1], color=GREY, lw=0.8, ls=":")
         confidence = [row["confidence"] for row in calibration["bins"]]
@@ -284,7 +285,7 @@ def gains(results: Mapping) -> Figure:
     """The study in one picture: gain over SFT in proxy and in what decides; a tick each seed."""
     keys, policies = rewards(results["deciding"]), results["policies"]
     names = [name for name in catalogue.policies(*COMPARED) if name in policies]
-    figure, axes = _panels(1, len(keys), 0.36 * len(names) + 0.6, sharey=True)
+    figure, axes = _panels(len(keys), 0.36 * len(names) + 0.6, sharey=True)
     for axis, key in zip(axes, keys, strict=True):
         axis.axvline(0, color="#444444", lw=0.8)
         for place, name in enumerate(names):
@@ -300,7 +301,7 @@ def gains(results: Mapping) -> Figure:
 def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> Figure:
     """Each policy's rewards over the evaluation prompts, with a box: proxy, and what decides."""
     kinds, names = rewards(deciding), list(samples)
-    figure, axes = _panels(1, len(kinds), 0.3 * len(names) + 0.7, sharey=True)
+    figure, axes = _panels(len(kinds), 0.3 * len(names) + 0.7, sharey=True)
     rows = pd.concat(samples, names=["policy"]).reset_index("policy")
     look = {"inner": "box", "density_norm": "width", "cut": 0, "saturation": 1, "alpha": 0.6}
     palette = {name: color(name) for name in names}
@@ -315,7 +316,7 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> 
 def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], deciding: str) -> Figure:
     """Proxy and deciding reward of best-of-n, picked by each reward model; bands over seeds."""
     keys = rewards(deciding)
-    figure, axes = _panels(1, len(keys), 2.8)
+    figure, axes = _panels(len(keys), 2.8)
     for axis, key in zip(axes, keys, strict=True):
         for kind, rows in curves_by_kind.items():
             name, n = f"best_of_n_{kind}", [row["n"] for row in rows]
@@ -338,9 +339,9 @@ def panels(measured: Mapping[str, Mapping[str, Mapping]], share: bool) -> Figure
     line is SFT.
     """
     wide = 4 if share else 3
-    rows, policies = -(-len(measured) // wide), list(next(iter(measured.values())))
-    figure, axes = _panels(rows, wide, rows * (0.19 * len(policies) + 0.62), sharey=True)
-    for axis, (measure, records) in zip(axes, measured.items(), strict=False):
+    policies = list(next(iter(measured.values())))
+    figure, axes = _panels(len(measured), 0.19 * len(policies) + 0.62, wide, sharey=True)
+    for axis, (measure, records) in zip(axes, measured.items(), strict=True):
         axis.axvline(records["sft"]["mean"], color=color("sft"), lw=0.7, alpha=0.5)
         for place, (policy, record) in enumerate(records.items()):
             differs = record.get("change", {}).get("verdict") in ("higher", "lower")
@@ -353,8 +354,6 @@ def panels(measured: Mapping[str, Mapping[str, Mapping]], share: bool) -> Figure
             axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     for axis in axes[::wide]:
         name_rows(axis, policies)
-    for axis in axes[len(measured) :]:
-        axis.set_visible(False)
     return figure
 
 
@@ -383,7 +382,7 @@ def _free(axis: Axes, points: pd.DataFrame, reward: str) -> tuple[float, float]:
 
 def frontier(points: pd.DataFrame, reward: str) -> Figure:
     """Reward against √KL: final policies of every seed, best-of-n, and the way there."""
-    figure, (axis,) = _panels(1, 1, 3.6)
+    figure, (axis,) = _panels(1, 3.6)
     labels: list[Label] = []
     final = points.query("kind == 'final' and policy != 'sft_again'")
     for name, rows in final.groupby("policy", sort=False):
@@ -403,7 +402,7 @@ def frontier(points: pd.DataFrame, reward: str) -> Figure:
 
 def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:
     """One panel a reward: the ends of runs at rising coefficients, joined, beside best-of-n."""
-    figure, axes = _panels(1, len(rewards), 3.2)
+    figure, axes = _panels(len(rewards), 3.2)
     ends = swept(points).groupby("method", sort=False)
     for axis, reward in zip(axes, rewards, strict=True):
         _free(axis, points.query("policy == 'best_of_n_default'"), reward)

@@ -89,15 +89,13 @@ def headline_table(results: Mapping) -> pd.DataFrame:
 
 def gain_table(results: Mapping) -> pd.DataFrame:
     """Gain over SFT of each policy, paired by prompt, every seed's value, and what may be said."""
-    deciding = results["deciding"]
-    rows = _measured(results, catalogue.policies(*COMPARED))
-    rows = [row | row[f"{deciding}_gain"] for row in rows]
+    deciding, names = results["deciding"], catalogue.policies(*COMPARED)
+    rows = [row | row[f"{deciding}_gain"] for row in _measured(results, names)]
     columns = [
         ("policy", named),
         (f"{deciding} gain over SFT", interval),
         ("each seed", lambda gain: ", ".join(f"{value:.2f}" for value in gain["per_seed"])),
-        *_corrected(rows),
-        ("verdict", itemgetter("verdict")),
+        *_judged(rows),
         *([("proxy gain", estimated("proxy_gain"))] if deciding != "proxy" else []),
     ]
     return table_of(rows, columns)
@@ -106,12 +104,7 @@ def gain_table(results: Mapping) -> pd.DataFrame:
 def pair_table(results: Mapping) -> pd.DataFrame:
     """Each two of the compared methods: difference of the deciding reward, and what may be said."""
     rows = [{"pair": pair_name(key), **found} for key, found in results["comparisons"].items()]
-    columns = [
-        ("comparison", itemgetter("pair")),
-        ("difference", interval),
-        *_corrected(rows),
-        ("verdict", itemgetter("verdict")),
-    ]
+    columns = [("comparison", itemgetter("pair")), ("difference", interval), *_judged(rows)]
     return table_of(rows, columns)
 
 
@@ -120,13 +113,14 @@ def pair_name(key: str) -> str:
     return " − ".join(label(name) for name in key.split("_minus_"))
 
 
-def _corrected(differences: Sequence[Mapping]) -> list[Column]:
-    """Corrected p and smallest detectable difference; an old study has neither."""
+def _judged(differences: Sequence[Mapping]) -> list[Column]:
+    """The verdict after corrected p and smallest detectable difference; an old study lacks both."""
     columns: list[Column] = [
         ("p (Holm)", lambda row: "<0.001" if (p := row["p_adjusted"]) < 0.001 else f"{p:.3f}"),
         ("smallest seen", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
     ]
-    return columns if any("p_adjusted" in row for row in differences) else []
+    known = any("p_adjusted" in row for row in differences)
+    return [*(columns if known else []), ("verdict", itemgetter("verdict"))]
 
 
 def win_table(results: Mapping) -> pd.DataFrame:
@@ -180,8 +174,7 @@ def opinion_table(results: Mapping) -> pd.DataFrame:
         ("its own", estimated("own")),
         ("another seed's", estimated("other")),
         ("own less other", interval),
-        *_corrected(rows),
-        ("verdict", itemgetter("verdict")),
+        *_judged(rows),
         ("disagree", estimated("opposite", 0, percent=True)),
     ]
     return table_of(rows, columns)
@@ -381,14 +374,12 @@ def quarters(metrics: Sequence[Mapping], key: str) -> tuple[list[float], list[fl
 def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.DataFrame:
     """`contrast` of the quarters of each named metric that was logged: one row a metric."""
     logged = set().union(*metrics)
-    changes = {names[key]: contrast(*quarters(metrics, key)) for key in names if key in logged}
-    columns = [
-        ("", str),
-        ("first quarter", lambda name: f"{changes[name]['first']:.3g}"),
-        ("last quarter", lambda name: f"{changes[name]['last']:.3g}"),
-        ("change", lambda name: changes[name]["word"]),
-    ]
-    return table_of(changes, columns)
+    rows = []
+    for key in (key for key in names if key in logged):
+        change = contrast(*quarters(metrics, key))
+        first, last = (f"{change[end]:.3g}" for end in ("first", "last"))
+        rows.append([names[key], first, last, change["word"]])
+    return pd.DataFrame(rows, columns=["", "first quarter", "last quarter", "change"])
 
 
 def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:

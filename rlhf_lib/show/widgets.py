@@ -30,7 +30,6 @@ from rlhf_lib.show.figures import smooth
 from rlhf_lib.show.tables import Column, table_of
 from rlhf_lib.world.grammar import last_request
 
-VIEW = "application/vnd.jupyter.widget-view+json"
 Content = pd.DataFrame | Figure
 Page = Callable[[list], Content]  # what is shown of a list of positions
 PANELS = {"reward": "proxy reward", "kl": "KL to SFT (nats a reply)", "gold": "gold reward"}
@@ -250,8 +249,7 @@ def beta_figure(reference: np.ndarray, reward: np.ndarray, betas: Sequence[float
     """Reference and optimum at each beta as bars over the replies; what was gained, what paid."""
     figure = Figure((2.4 * max(len(betas), 2), 2.4), layout="constrained")
     axes = figure.subplots(1, len(betas), sharey=True, squeeze=False)[0]
-    order = np.argsort(reward)
-    places = np.arange(len(order))
+    order, places = np.argsort(reward), np.arange(len(reward))
     for axis, beta in zip(axes, betas, strict=True):
         policy = optimum(reference, reward, beta)
         axis.bar(places - 0.2, reference[order], 0.4, color=color("sft"))

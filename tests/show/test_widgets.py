@@ -18,6 +18,7 @@ from scipy.special import softmax
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.show import widgets
 
+VIEW = "application/vnd.jupyter.widget-view+json"
 REFERENCE, REWARD = np.array([0.4, 0.3, 0.2, 0.1]), np.array([1.0, 0.0, -0.5, 2.0])
 
 
@@ -177,7 +178,7 @@ def test_a_batch_run_shows_the_twin_and_makes_no_widget(
     monkeypatch.setattr(widgets, "control", refuse)
     OFFERS[name]()
     ((bundle, metadata),) = shown
-    assert widgets.VIEW not in bundle
+    assert VIEW not in bundle
     assert metadata["caption"].endswith(".")
     mime = {"figure": "image/svg+xml", "table": "text/html"}[metadata["kind"]]
     assert len(bundle[mime]) > 100
@@ -189,7 +190,7 @@ def test_a_live_notebook_gets_twin_and_control_in_one_output(
 ) -> None:
     OFFERS[name]()
     ((bundle, metadata),) = shown
-    assert bundle[widgets.VIEW]["model_id"]
+    assert bundle[VIEW]["model_id"]
     assert {"text/html", "image/svg+xml"} & bundle.keys()
     assert metadata["kind"] in ("table", "figure")
 
