@@ -235,11 +235,6 @@ def errors(pairs: Sequence[Pair], preferences: np.ndarray, truth: Truth | None) 
     return found
 
 
-def request_kind(prompt_text: str, truth: Truth | None) -> str:
-    """What kind of request a prompt is (help, harm, edge, truth); "all" where nobody knows."""
-    return truth.kind(prompt_text) if truth else "all"
-
-
 def category(pair: Pair, truth: Truth | None) -> str:
     """The kind of its request where it is known; else the pair's subset, or the number of turns."""
     if truth:
