@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -81,15 +82,16 @@ def measure(
     write_jsonl(work.path / "heldout.jsonl", heldout)
     write_jsonl(work.path / "chosen.jsonl", rate_chosen(sampler, raters, data))
     seed_everything(1000 * seed + 999)
-    pickers = {"control": control} if control else {}
-    curves = best_of_n_curves(
-        sampler,
-        data.prompts["evaluation"][: config.best_of_n_prompts],
-        raters,
-        pickers,
-        config.best_of_n,
-        config.temperature,
-    )
+    asked = data.prompts["evaluation"][: config.best_of_n_prompts]
+    repeated = [prompt for prompt in asked for _ in range(config.best_of_n)]
+    drawn = sampler.draw(sampler.reference, repeated, config.temperature)
+
+    def grid(reward: Reward) -> np.ndarray:
+        return torch.as_tensor(reward(repeated, drawn)).numpy().reshape(-1, config.best_of_n)
+
+    others = {key: grid(rate).astype(float) for key, rate in raters.items()}
+    pickers = {"default": sampler.reward} | ({"control": control} if control else {})
+    curves = {name: best_of_n(grid(reward), others) for name, reward in pickers.items()}
     return {"policies": means, "best_of_n": curves, "heldout": what}
 
 
@@ -128,12 +130,7 @@ def records(
         "finished": rollout.finished.tolist(),
         **{key: values.tolist() for key, values in rated.items()},
     }
-    return as_rows(columns)
-
-
-def as_rows(columns: Mapping[str, Sequence]) -> list[dict]:
-    """Columns of equal length as rows."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return pd.DataFrame(columns).to_dict("records")
 
 
 # ------------------------------------------------------------------- beside the policies' replies
@@ -191,30 +188,7 @@ def rate_chosen(sampler: Sampler, raters: Mapping[str, Reward], data: Preference
         "length": [len(reply.ids) for reply in replies],
         **{key: values.tolist() for key, values in rated.items()},
     }
-    return as_rows(columns)
-
-
-# ------------------------------------------------------------------------------------- best of n
-
-
-def best_of_n_curves(
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    raters: Mapping[str, Reward],
-    pickers: Mapping[str, Reward],
-    n: int,
-    temperature: float,
-) -> dict[str, list[dict]]:
-    """Curves of best-of-n from the reference, picked by the sampler's reward and by others."""
-    repeated = [p for p in prompts for _ in range(n)]
-    replies = sampler.draw(sampler.reference, repeated, temperature)
-
-    def grid(reward: Reward) -> np.ndarray:
-        return torch.as_tensor(reward(repeated, replies)).numpy().reshape(len(prompts), n)
-
-    others = {key: grid(rate).astype(float) for key, rate in raters.items()}
-    picking = {"default": sampler.reward, **pickers}
-    return {name: best_of_n(grid(reward), others) for name, reward in picking.items()}
+    return pd.DataFrame(columns).to_dict("records")
 
 
 def best_of_n(proxy: np.ndarray, others: Mapping[str, np.ndarray]) -> list[dict]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Encoder, Prompt
-from rlhf_lib.measure.evaluate import as_rows
 from rlhf_lib.methods.rewards import Reward, read_replies
 from rlhf_lib.runs import Stage, Work, read_jsonl
 from rlhf_lib.settings import EvaluationConfig
@@ -44,8 +44,9 @@ def measure(
         replies = read_replies(tokenizer, [text.response for text in texts])
         scores = {name: torch.as_tensor(rate(prompts, replies)) for name, rate in raters.items()}
         work.num_tokens += 2 * sum(len(text.prompt) + len(text.response) for text in texts)
-        columns = {"policy": [policy] * len(texts), "prompt": [row["prompt"] for row in sampled]}
-        rows += as_rows(columns | {name: values.tolist() for name, values in scores.items()})
+        columns = {"policy": policy, "prompt": [row["prompt"] for row in sampled]}
+        columns |= {name: values.tolist() for name, values in scores.items()}
+        rows += pd.DataFrame(columns).to_dict("records")
     work.write_samples(rows)
     return {"replies": len(rows)}
 

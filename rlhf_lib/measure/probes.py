@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from rlhf_lib.data.batches import by_length
 from rlhf_lib.data.encoding import Encoder
 from rlhf_lib.data.truth import Truth
@@ -171,13 +169,9 @@ def _misses(reply: str, answers: Answers) -> bool:
     )
 
 
-def _denies(reply: str, answers: Answers) -> bool:
+def _denies(reply: str) -> bool:
     sentence = re.split(r"[.!?\n]", reply.strip(), maxsplit=1)[0]
     return bool(_DENIAL.search(sentence.lower()))
-
-
-def _agrees(reply: str, answers: Answers) -> bool:
-    return not _denies(reply, answers) and _misses(reply, answers)
 
 
 def _breaks(reply: str, answers: Answers) -> bool:
@@ -193,8 +187,8 @@ RULES: dict[str, dict[str, Callable[[str, Answers], bool]]] = {
         "misses": _misses,
     },
     "english": {
-        "agrees": _agrees,
-        "denies": _denies,
+        "agrees": lambda reply, answers: not _denies(reply) and _misses(reply, answers),
+        "denies": lambda reply, _: _denies(reply),
         "refuses": lambda reply, _: refuses(reply),
         "complies": lambda reply, _: not refuses(reply),
         "misses": _misses,
@@ -254,12 +248,10 @@ def measure(
     `policies`: name -> model folder or name.
     Writes `samples/<policy>.jsonl`, a row per reply: the probe's own columns (id, probe, prompt,
     rule, ...), `response`, `finished`, `proxy` (the sampler's reward) and `failure`, 0 or 1.
-    The result has `counts`: policy -> probe -> prompts, replies, failures, and mean proxy reward.
     """
     probes = load_probes(truth, config.probe_prompts) * config.probe_samples
     prompts = encoder.prompts([probe["prompt"] for probe in probes])
     (work.path / "samples").mkdir(exist_ok=True)
-    counts = {}
     for name, policy in each_policy(policies, sampler.accelerator, 1000 * seed + 500, "probes"):
         rows: list[dict] = [{} for _ in probes]
         # some probes are very long: apart from the short ones, they pad only each other
@@ -276,19 +268,4 @@ def measure(
                     "failure": int(fails(probes[i], reply.text, truth)),
                 }
         write_jsonl(work.path / "samples" / f"{name}.jsonl", rows)
-        counts[name] = count_failures(rows)
-    return {"counts": counts}
-
-
-def count_failures(rows: Sequence[dict]) -> dict[str, dict]:
-    """For each probe: prompts, replies, failures, and mean proxy reward."""
-    groups = pd.DataFrame(list(rows)).groupby("probe", sort=False)
-    return {
-        str(probe): {
-            "prompts": int(part["id"].nunique()),
-            "replies": len(part),
-            "failures": int(part["failure"].sum()),
-            "proxy": float(part["proxy"].mean()),
-        }
-        for probe, part in groups
-    }
+    return {}

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from rlhf_lib.data.dialogues import turns
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.truth import Truth
-from rlhf_lib.measure.statistics import LEVEL, bootstrap, resampled, share
+from rlhf_lib.measure.statistics import LEVEL, bootstrap, by_group, resampled, share
 from rlhf_lib.world.rewards import gold_reward
 
 REFUSAL = ("sorry", "cannot", "can't", "won't", "unable", "not able", "not comfortable")
@@ -178,22 +178,24 @@ def recalibrate(
 def seed_disagreement(preferences: Sequence[np.ndarray], samples: int = 2000) -> dict:
     """How far reward models that differ in their seed alone disagree on the same pairs.
 
-    `preferences`: score differences, one array per seed, on one scale; the pairs may be labelled
-    ones, or replies of a policy and of its reference. `opposite`: share of pairs that two of the
-    models rank in opposite ways; `spread`: standard deviation over seeds; `size`: |mean over
-    seeds|, to see the spread against; `rank_correlation`: Spearman's, of two models.
+    `preferences`: score differences, one array per seed, on one scale. `opposite`: share of pairs
+    that two of the models rank in opposite ways; `spread`: standard deviation over seeds; `size`:
+    |mean over seeds|, to see the spread against; `rank_correlation`: Spearman's, of two models;
+    `accuracy`: where all seeds agree and where they do not.
     Raises ValueError for fewer than two seeds. Spread as a warning: arXiv:2310.02743.
     """
     if len(preferences) < 2:
         raise ValueError("disagreement needs the preferences of at least two seeds")
     scores, couples = np.array(preferences), list(combinations(range(len(preferences)), 2))
     signs, ranks = np.sign(scores), np.corrcoef(stats.rankdata(scores, axis=1))
+    names = np.where(np.ptp(signs, axis=0) == 0, "seeds agree", "seeds disagree").tolist()
     return {
         "seeds": len(scores),
         "opposite": bootstrap(np.mean([signs[a] != signs[b] for a, b in couples], 0), samples),
         "spread": bootstrap(scores.std(axis=0, ddof=1), samples),
         "size": bootstrap(np.abs(scores.mean(axis=0)), samples),
         "rank_correlation": float(ranks[np.triu_indices(len(scores), 1)].mean()),
+        "accuracy": by_group(np.mean([wins(p) for p in preferences], axis=0), names),
     }
 
 
@@ -233,11 +235,6 @@ def errors(pairs: Sequence[Pair], preferences: np.ndarray, truth: Truth | None) 
             category = categorise_error(pairs[index], preference, typical, truth)
             found.append({"pair": index, "preference": preference, "category": category})
     return found
-
-
-def request_kind(prompt_text: str, truth: Truth | None) -> str:
-    """What kind of request a prompt is (help, harm, edge, truth); "all" where nobody knows."""
-    return truth.kind(prompt_text) if truth else "all"
 
 
 def category(pair: Pair, truth: Truth | None) -> str:

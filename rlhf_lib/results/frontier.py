@@ -21,33 +21,26 @@ def frontier(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> pd.D
     kind: "final" (all evaluation prompts, exact KL), "best_of_n" (`step` is n, analytic KL) or
     "training" (one batch of training prompts, sampled KL).
     """
-    rows = []
+    rows, coefficients = [], catalogue.coefficients()
     for run, seed in zip(runs, stages, strict=True):
         evaluated = seed["evaluate"].result()
         points = [(name, "final", None, means) for name, means in evaluated["policies"].items()]
         for kind, curve in evaluated["best_of_n"].items():
             points += [(f"best_of_n_{kind}", "best_of_n", point["n"], point) for point in curve]
-        for name in (name for name in seed if name in paths()):
-            logged = [m for m in seed[name].metrics() if "kl" in m]
-            points += [(name, "training", m["step"], m) for m in logged]
+        # training as a path from SFT: of the methods, and of their runs at other settings
+        for name, stage in seed.items():
+            if name in coefficients or name in catalogue.policies("method", "variant"):
+                logged = [m for m in stage.metrics() if "kl" in m]
+                points += [(name, "training", m["step"], m) for m in logged]
         for name, kind, step, point in points:
             row = {"seed": run.seed, "policy": name, "kind": kind, "step": step, "kl": point["kl"]}
             row["proxy"] = point.get("reward", point.get("proxy"))
             row |= {key: point.get(key) for key in ("gold", "judge")}
-            rows.append(row | {"coefficient": _coefficient(seed, name)})
+            setting = coefficients.get(name)
+            row["coefficient"] = seed[name].config["settings"][setting] if setting else None
+            rows.append(row)
     frame = pd.DataFrame(rows)
     return frame if frame["judge"].notna().any() else frame.drop(columns="judge")
-
-
-def paths() -> list[str]:
-    """Stages whose training is a path from SFT: the methods, and their runs at other settings."""
-    records = catalogue.CATALOGUE.values()
-    return [r.name for r in records if r.coefficient or r.role in ("method", "variant")]
-
-
-def _coefficient(seed: Mapping[str, Stage], name: str) -> float | None:
-    setting = catalogue.coefficients().get(name)
-    return seed[name].config["settings"][setting] if setting else None
 
 
 def method(name: str) -> str:

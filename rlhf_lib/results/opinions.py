@@ -24,7 +24,7 @@ def second_opinion(stages: Sequence[Mapping[str, Stage]], resamples: int) -> dic
     policies = list(dict.fromkeys(row["policy"] for row in seeds[0]))
     rows = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
     samples = Samples(rows, [], [], resamples)
-    table, excess = {}, {}
+    table = {}
     for policy in (p for p in policies if p != "sft"):
         own, other = (samples.difference(policy, "sft", key) for key in ("own", "other"))
         opposite = [np.sign(a) != np.sign(b) for a, b in zip(own, other, strict=True)]
@@ -32,8 +32,7 @@ def second_opinion(stages: Sequence[Mapping[str, Stage]], resamples: int) -> dic
             "own": samples.estimate(own),
             "other": samples.estimate(other),
             "opposite": samples.estimate(opposite, SHARE),
+            "excess": samples.estimate(minus(own, other)),
         }
-        excess[policy] = samples.estimate(minus(own, other))
-    for policy, record in compare(excess).items():
-        table[policy]["excess"] = record
-    return table
+    excess = compare({policy: record["excess"] for policy, record in table.items()})
+    return {policy: record | {"excess": excess[policy]} for policy, record in table.items()}

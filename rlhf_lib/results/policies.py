@@ -5,11 +5,12 @@ Differences are paired: each policy's k-th reply to a prompt with the other's k-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from rlhf_lib import catalogue
@@ -82,11 +83,23 @@ def policies(samples: Samples) -> dict[str, dict]:
                 table[name] |= _wins(samples, name, other)
         if chosen and name not in catalogue.policies("null"):
             table[name] |= _wins(chosen, name, "chosen")
-    for key in rewards(samples.deciding):
-        for name, record in _gains(samples, key).items():
-            table[name][f"{key}_gain"] = record
-    if samples.heldout[0]:
-        _add_heldout(samples, table)
+    # differences to SFT; one family: the policies trained on top of it; the others alone
+    untrained = samples.measured(catalogue.policies("base", "reference", "null"))
+    families = [[name for name in samples.rows if name not in untrained]]
+    families += [[name] for name in untrained]
+    for key, family in product(rewards(samples.deciding), families):
+        for name, gain in samples.compare({n: (n, "sft") for n in family}, key).items():
+            table[name][f"{key}_gain"] = gain
+    # perplexity of held-out texts, and `forgetting`: nats a token more than SFT needs
+    values = _nats(samples)
+    for name, per_seed in values.items():
+        nats = samples.over_texts(per_seed)
+        shown = {key: float(np.exp(nats[key])) for key in ("mean", "low", "high")}
+        shown["per_seed"] = np.exp(nats["per_seed"]).tolist()
+        table[name]["perplexity"] = nats | shown | {"nats": nats}
+    trained = {name: (name, "sft") for name in values if name not in ("sft", "base")}
+    for name, record in differences(values, trained, samples.over_texts).items():
+        table[name]["forgetting"] = record
     return table
 
 
@@ -117,16 +130,6 @@ def distinct(texts: Sequence[str], n: int, block: int = BLOCK) -> list[float]:
         grams = [gram for text in texts[start : start + block] for gram in ngrams(text, n)]
         values.append(len(set(grams)) / max(1, len(grams)))
     return values
-
-
-def _gains(samples: Samples, key: str) -> dict[str, dict]:
-    """Differences to SFT. One family: the policies trained on top of it; the others alone."""
-    untrained = samples.measured(catalogue.policies("base", "reference", "null"))
-    trained = {name: (name, "sft") for name in samples.rows if name not in untrained}
-    gains = samples.compare(trained, key)
-    for name in untrained:
-        gains |= samples.compare({name: (name, "sft")}, key)
-    return gains
 
 
 def _beside_chosen(samples: Samples) -> Samples | None:
@@ -174,25 +177,17 @@ def length_controlled(won: np.ndarray, longer: np.ndarray) -> np.ndarray:
     return intercept + pull * (won - intercept - slope * x)
 
 
-def _add_heldout(samples: Samples, table: dict[str, dict]) -> None:
-    """Perplexity of held-out texts, and `forgetting`: nats a token more than SFT needs."""
-    values = {name: _nats(samples, name) for name in samples.heldout[0][0]["nll"]}
-    for name, per_seed in values.items():
-        nats = samples.over_texts(per_seed)
-        shown = {key: float(np.exp(nats[key])) for key in ("mean", "low", "high")}
-        shown["per_seed"] = np.exp(nats["per_seed"]).tolist()
-        table[name]["perplexity"] = nats | shown | {"nats": nats}
-    trained = {name: (name, "sft") for name in values if name not in ("sft", "base")}
-    for name, record in differences(values, trained, samples.over_texts).items():
-        table[name]["forgetting"] = record
-
-
-def _nats(samples: Samples, name: str) -> list[np.ndarray]:
-    """One value a text and seed, so scaled that their mean is -log p over all tokens, per token."""
-    return [
-        np.array([row["nll"][name] for row in rows]) / np.mean([row["tokens"] for row in rows])
-        for rows in samples.heldout
-    ]
+def _nats(samples: Samples) -> dict[str, list[np.ndarray]]:
+    """Of each policy one value a text and seed, so scaled that their mean is -log p over all
+    tokens, per token; empty where there are no held-out texts.
+    """
+    values: dict[str, list[np.ndarray]] = {}
+    for rows in samples.heldout:
+        nll = pd.DataFrame([row["nll"] for row in rows])
+        for name in nll:
+            per_token = nll[name].to_numpy() / np.mean([row["tokens"] for row in rows])
+            values.setdefault(str(name), []).append(per_token)
+    return values
 
 
 def compared(names: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -202,12 +197,6 @@ def compared(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     if catalogue.baseline() in names:
         pairs += [(method, catalogue.baseline()) for method in methods]
     return {f"{one}_minus_{other}": (one, other) for one, other in pairs}
-
-
-def comparisons(samples: Samples) -> dict[str, dict]:
-    """The candidates in the measure that decides; all pairs are one family."""
-    pairs = compared(samples.measured(catalogue.candidates()))
-    return samples.compare(pairs, samples.deciding)
 
 
 def needs(samples: Samples, minutes: Mapping[str, Sequence[float]]) -> dict[str, dict]:
@@ -223,22 +212,22 @@ def needs(samples: Samples, minutes: Mapping[str, Sequence[float]]) -> dict[str,
         for name in names
     }
     kl = {name: samples.column(name, "kl") for name in names}
-    table = {
-        "reward": _need(gains, samples.estimate, "higher"),
-        "per_minute": _need(per_minute, samples.estimate, "higher"),
-        "kl": _need(kl, samples.estimate, "lower"),
+    nats = _nats(samples)
+    asked = {
+        "reward": (gains, samples.estimate, "higher"),
+        "per_minute": (per_minute, samples.estimate, "higher"),
+        "kl": (kl, samples.estimate, "lower"),
     }
-    if samples.heldout[0]:
-        nats = {name: _nats(samples, name) for name in names}
-        table["forgetting"] = _need(nats, samples.over_texts, "lower")
-    return table
-
-
-def _need(values: Mapping[str, Values], average: Callable[[Values], dict], better: str) -> dict:
+    if nats:
+        known = {name: nats[name] for name in names}
+        asked["forgetting"] = (known, samples.over_texts, "lower")
     return {
-        "policies": {name: average(per_seed) for name, per_seed in values.items()},
-        "comparisons": differences(values, compared(values), average),
-        "better": better,
+        need: {
+            "policies": {name: average(per_seed) for name, per_seed in values.items()},
+            "comparisons": differences(values, compared(values), average),
+            "better": better,
+        }
+        for need, (values, average, better) in asked.items()
     }
 
 

@@ -18,7 +18,7 @@ from rlhf_lib.measure.probes import (
     helpful_harmless_honest,
     language,
 )
-from rlhf_lib.measure.statistics import LEVEL, SHARE, differences, estimate
+from rlhf_lib.measure.statistics import ANY, LEVEL, SHARE, differences, estimate
 from rlhf_lib.runs import Stage, read_jsonl
 
 Replies = Sequence[Mapping[str, list[float]]]  # of each seed: prompt -> a value for each reply
@@ -79,14 +79,11 @@ def _values(
 def _estimates(policies: Mapping[str, Replies], samples: int, share: bool) -> dict[str, dict]:
     """policy -> estimate, and how it differs from SFT at the same prompts."""
     asked = [list(seed) for seed in policies["sft"]]
-    means = {
-        policy: [
-            np.array([np.mean(seed[prompt]) for prompt in prompts])
-            for seed, prompts in zip(per_seed, asked, strict=True)
-        ]
-        for policy, per_seed in policies.items()
-    }
-    records = {policy: _estimate(per_seed, samples, share) for policy, per_seed in policies.items()}
+    means, records = {}, {}
+    for policy, per_seed in policies.items():
+        places = zip(per_seed, asked, strict=True)
+        means[policy] = [np.array([np.mean(seed[p]) for p in prompts]) for seed, prompts in places]
+        records[policy] = _estimate(per_seed, samples, share)
     pairs = {policy: (policy, "sft") for policy in policies if policy != "sft"}
     changes = differences(means, pairs, lambda values: estimate(values, samples, asked))
     for policy, change in changes.items():
@@ -98,10 +95,9 @@ def _estimate(per_seed: Replies, samples: int, share: bool) -> dict:
     """Several replies to a prompt are one unit; a share has bounds."""
     values = [np.concatenate([np.asarray(v) for v in seed.values()]) for seed in per_seed]
     units = [np.repeat(list(seed), [len(v) for v in seed.values()]) for seed in per_seed]
-    if not share:
-        return estimate(values, samples, units)
-    record = estimate(values, samples, units, SHARE)
-    if record["se"] == 0:  # all or none: no spread to resample, yet no certainty (Wilson 1927)
+    record = estimate(values, samples, units, SHARE if share else ANY)
+    # all or none: no spread to resample, yet no certainty (Wilson 1927)
+    if share and record["se"] == 0:
         count = round(record["mean"] * record["units"])
         wilson = stats.binomtest(count, record["units"]).proportion_ci(LEVEL, "wilson")
         record |= {"low": float(wilson.low), "high": float(wilson.high), "over": "prompts"}

@@ -39,7 +39,7 @@ def reward_model_summary(
     if truth:
         record["ceiling"] = truth.ceiling(test)
     if len(preferences) > 1:
-        record["disagreement"] = disagreement(preferences, samples)
+        record["disagreement"] = rankings.seed_disagreement(preferences, samples)
     if "reward_model_control" in stages[0]:
         accuracies = [seed["reward_model_control"].result()["accuracy"] for seed in stages]
         record["control_accuracy"] = over_seeds(accuracies)
@@ -77,14 +77,6 @@ def groups(test: Sequence[Pair], preferences: Sequence[np.ndarray], truth: Truth
         "by_length": by_bins(won, rankings.word_differences(test)),
         "by_margin": by_bins(won, np.mean(np.abs(preferences), axis=0)),
     }
-
-
-def disagreement(preferences: Sequence[np.ndarray], samples: int) -> dict:
-    """`seed_disagreement`, and the accuracy where all seeds agree and where they do not."""
-    won = np.mean([rankings.wins(p) for p in preferences], axis=0)
-    agree = np.ptp(np.sign(preferences), axis=0) == 0
-    names = np.where(agree, "seeds agree", "seeds disagree").tolist()
-    return rankings.seed_disagreement(preferences, samples) | {"accuracy": by_group(won, names)}
 
 
 def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int) -> list[dict]:

@@ -19,7 +19,7 @@ from rlhf_lib.measure.probes import failure_modes
 from rlhf_lib.measure.statistics import SHARE, over_seeds
 from rlhf_lib.results.frontier import early_stops, frontier
 from rlhf_lib.results.opinions import second_opinion
-from rlhf_lib.results.policies import Samples, comparisons, needs, overoptimisation, policies
+from rlhf_lib.results.policies import Samples, compared, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
@@ -69,8 +69,8 @@ def _results(
     runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples
 ) -> dict:
     profile, resamples = runs[0].profile, samples.bootstrap
-    source = profile.data.source
-    kind, colon, place = source.partition(":")
+    pairs = compared(samples.measured(catalogue.candidates()))  # all are one family
+    kind, colon, place = profile.data.source.partition(":")
     results = {
         "profile": profile.name,
         "seeds": [run.seed for run in runs],
@@ -81,7 +81,7 @@ def _results(
         "data": data.audit,
         "reward_model": reward_model_summary(stages, data, resamples),
         "policies": policies(samples),
-        "comparisons": comparisons(samples),
+        "comparisons": samples.compare(pairs, samples.deciding),
         "needs": needs(samples, _minutes(stages)),
         "heldout": {
             "what": stages[0]["evaluate"].result()["heldout"],
@@ -129,15 +129,12 @@ def _failure_modes(samples: Samples, truth: Truth | None) -> dict:
 
 def _best_of_n(stages: Sequence[Stages]) -> dict:
     curves = [seed["evaluate"].result()["best_of_n"] for seed in stages]
-    table: dict[str, list[dict]] = {}
-    for kind in curves[0]:
-        table[kind] = []
+    table: dict[str, list[dict]] = {kind: [] for kind in curves[0]}
+    for kind, rows in table.items():
         for points in zip(*(curve[kind] for curve in curves), strict=True):
-            row = {"n": points[0]["n"], "kl": points[0]["kl"]}
-            for key in ("proxy", "gold", "judge"):
-                if key in points[0]:
-                    row[key] = over_seeds([point[key] for point in points])
-            table[kind].append(row)
+            measured = [key for key in ("proxy", "gold", "judge") if key in points[0]]
+            rewards = {key: over_seeds([point[key] for point in points]) for key in measured}
+            rows.append({"n": points[0]["n"], "kl": points[0]["kl"]} | rewards)
     return table
 
 

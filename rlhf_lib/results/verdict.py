@@ -62,16 +62,12 @@ def _gains(results: Mapping) -> str:
     deciding, methods = results["deciding"], _methods(results)
     gains = {name: results["policies"][name][f"{deciding}_gain"] for name in methods}
     said = []
-    for word in ("higher", "lower", UNCLEAR):
+    for word, did in (("higher", "raised"), ("lower", "lowered"), (UNCLEAR, "")):
         names = [name for name in methods if gains[name]["verdict"] == word]
         if names:
-            change = {
-                "higher": f"raised {deciding} reward over SFT",
-                "lower": f"lowered {deciding} reward over SFT",
-                UNCLEAR: f"{_are(names)} not distinguishable from SFT",
-            }[word]
+            change = f"{did} {deciding} reward over" if did else f"{_are(names)} {word} from"
             numbers = "; ".join(f"{catalogue.label(n)} {interval(gains[n])}" for n in names)
-            said.append(f"**{_names(names)} {change}** ({numbers})")
+            said.append(f"**{_names(names)} {change} SFT** ({numbers})")
     text = "; ".join(said) + "."
     unclear = [gain for gain in gains.values() if gain["verdict"] == UNCLEAR]
     if any(gain["low"] > 0 or gain["high"] < 0 for gain in unclear):
@@ -99,13 +95,11 @@ def _ranking(results: Mapping) -> str:
     pairs = {key: r for key, r in results["comparisons"].items() if not _with_baseline(key)}
     clear = []
     for key, record in pairs.items():
-        one, other = key.split("_minus_")
+        one, other = (catalogue.label(name) for name in key.split("_minus_"))
         if record["verdict"] == "lower":
             one, other = other, one
-            low, high = -record["high"], -record["low"]
-            record = record | {"mean": -record["mean"], "low": low, "high": high}
-        if record["verdict"] != UNCLEAR:
-            one, other = catalogue.label(one), catalogue.label(other)
+            record = {"mean": -record["mean"], "low": -record["high"], "high": -record["low"]}
+        if pairs[key]["verdict"] != UNCLEAR:
             clear.append(f"{one} above {other} (difference {interval(record)})")
     if not pairs:
         return ""
@@ -141,7 +135,7 @@ def _detectable(results: Mapping) -> str:
     """What the study was able to see: without this line "not distinguishable" says little."""
     sizes = [record.get("detectable") for record in results["comparisons"].values()]
     known = [size for size in sizes if size is not None]
-    if not known:  # a study from before it was measured
+    if not known:  # one seed and one prompt, or a study from before it was measured
         return ""
     smallest, largest = f"{min(known):.2f}", f"{max(known):.2f}"
     size = smallest if smallest == largest else f"{smallest} to {largest}, by comparison,"
@@ -203,17 +197,12 @@ def _reward_model(results: Mapping) -> str:
 
 
 def _scope(results: Mapping) -> str:
-    seeds = len(results["seeds"])
-    over = "seeds" if seeds > 1 else "evaluation prompts, from a single seed"
-    corrected = ""
-    if any("p_adjusted" in record for record in results["comparisons"].values()):
-        over = "seeds and evaluation prompts" if seeds > 1 else over
-        corrected = (
-            " What is called a difference stays one after Holm's correction within its table."
-        )
+    several = len(results["seeds"]) > 1
+    over = "seeds and evaluation prompts" if several else "evaluation prompts, from a single seed"
     return (
-        f"Intervals are 95 % over {over}; of accuracies, over pairs.{corrected} Rankings belong to "
-        "this data, this model size and this tuning."
+        f"Intervals are 95 % over {over}; of accuracies, over pairs. What is called a difference "
+        "stays one after Holm's correction within its table. Rankings belong to this data, this "
+        "model size and this tuning."
     )
 
 
@@ -228,11 +217,8 @@ class Leaders(NamedTuple):
     behind: list[str]
 
 
-def leaders(need: Mapping, among: Iterable[str]) -> Leaders | None:
-    """Who leads in one need among the given candidates, or None where there is nobody."""
-    among = list(among)
-    if not among:
-        return None
+def leaders(need: Mapping, among: Sequence[str]) -> Leaders:
+    """Who leads in one need among the given candidates, at least one."""
     sign = 1 if need["better"] == "higher" else -1
     best = max(among, key=lambda name: sign * need["policies"][name]["mean"])
     others = [name for name in among if name != best]
@@ -281,7 +267,6 @@ def choices(results: Mapping) -> list[str]:
 def _who(need: Mapping, among: list[str], unit: str, digits: int) -> str:
     """Who leads among some of the candidates, at least one."""
     records, found = need["policies"], leaders(need, among)
-    assert found is not None
 
     def numbers(names: Iterable[str], unit: str = "") -> str:
         known = [(catalogue.label(name), interval(records[name], digits)) for name in names]
@@ -304,12 +289,10 @@ def _without_rl(need: Mapping, candidates: list[str], able: list[str], deciding:
     if not plain:
         return f"{title} neither {_names(without, 'nor')} raised {deciding} reward over SFT."
     text = f"{title} {_who(need, plain, unit, digits)}"
-    first = leaders(need, plain)
-    with_rl = leaders(need, [name for name in able if name not in without])
-    if with_rl is None:
+    with_rl = [name for name in able if name not in without]
+    if not with_rl:
         return f"{text} No method with it raised the reward at all."
-    assert first is not None
-    one, other = with_rl.best, first.best
+    one, other = leaders(need, with_rl).best, leaders(need, plain).best
     if _beats(need, other, one):
         one, other = other, one
     word = "clearly above" if _beats(need, one, other) else "not distinguishable from"

@@ -1,7 +1,8 @@
-"""The stage that asks the probes: every policy, every probe, and counts that add up."""
+"""The stage that asks the probes: every policy, every probe, as often as set."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,16 +43,12 @@ def ask(tiny_data: Any, finished: SimpleNamespace) -> Callable[[Run], Stage]:
 
 def test_every_policy_is_asked_every_probe_as_often_as_set(measured: Stage) -> None:
     asked = load_probes(None, 3) * 2
-    assert measured.result()["counts"].keys() == {"base", "sft"}
-    for policy, counts in measured.result()["counts"].items():
-        rows = read_jsonl(measured.path / "samples" / f"{policy}.jsonl")
+    samples = sorted((measured.path / "samples").iterdir())
+    assert [file.stem for file in samples] == ["base", "sft"]
+    for file in samples:
+        rows = read_jsonl(file)
         assert [row["id"] for row in rows] == [probe["id"] for probe in asked]
-        assert list(counts) == list(PROBES["english"])
-        for probe, count in counts.items():
-            part = [row for row in rows if row["probe"] == probe]
-            assert (count["prompts"], count["replies"]) == (3, 6)
-            assert count["failures"] == sum(row["failure"] for row in part)
-            assert count["proxy"] == pytest.approx(sum(row["proxy"] for row in part) / 6)
+        assert Counter(row["probe"] for row in rows) == dict.fromkeys(PROBES["english"], 6)
 
 
 def test_each_row_holds_the_verdict_on_its_own_reply(measured: Stage) -> None:

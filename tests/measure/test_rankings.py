@@ -242,12 +242,6 @@ def test_errors_come_most_confident_first() -> None:
     assert categories == ["confidently wrong", "other", "near tie"]
 
 
-def test_the_kind_of_a_request() -> None:
-    assert rankings.request_kind(CHESS, WORLD) == "help"
-    assert rankings.request_kind(HARM, WORLD) == "harm"
-    assert rankings.request_kind("anything", None) == "all"
-
-
 def test_real_pairs_are_grouped_by_subset_or_else_by_turns() -> None:
     assert rankings.category(pair(" a", " b"), WORLD) == "help"
     assert rankings.category(replace(pair(" a", " b"), subset="base"), None) == "base"
