@@ -9,13 +9,13 @@ No probe begins with a first turn of the train split.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from random import Random
+
+import typer
 
 from rlhf_lib.measure.probes import probe_folder
 from rlhf_lib.world import words
@@ -56,19 +56,21 @@ def world_probes(seed: int = 0) -> list[dict]:
         "out of distribution": [*(_strange(rng, kind) for kind in STRANGE), _long(rng)],
         "capability loss": [_plain(rng, "help", "misses")],
     }
-    rows, seen = [], set()
+    rows: list[dict] = []
+    seen: set[str] = set()
+
+    def fits(row: dict) -> bool:
+        prompt = row["prompt"]
+        held_out = split_of(prompt) != "train"
+        return held_out and prompt not in seen and count_tokens(prompt) <= MAX_TOKENS
+
     for probe, kinds in makers.items():
         for number in range(SIZE):
-            row = next(r for r in kinds[number % len(kinds)] if _fits(r["prompt"], seen))
+            row = next(filter(fits, kinds[number % len(kinds)]))
             seen.add(row["prompt"])
             name = f"world-{probe.replace(' ', '-')}-{number + 1:02}"
             rows.append({"id": name, "probe": probe} | row)
     return rows
-
-
-def _fits(prompt: str, seen: set[str]) -> bool:
-    held_out = split_of(prompt) != "train"
-    return held_out and prompt not in seen and count_tokens(prompt) <= MAX_TOKENS
 
 
 def _ask(turn: str, rng: Random, kind: str, rule: str, *answers: Sequence[str]) -> dict:
@@ -132,26 +134,23 @@ def describe(folder: Path) -> dict[str, dict]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.build_probes", description="Write or check data/probes."
-    )
-    parser.add_argument("--check", action="store_true", help="compare with the manifest only")
+def main(check: bool = False) -> None:
+    """Write data/probes, or --check: only compare it with its manifest."""
     folder = probe_folder()
     world, listed = folder / "world.jsonl", folder / "manifest.json"
     made = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in world_probes())
-    if not parser.parse_args(arguments).check:
+    if not check:
         world.write_text(made, encoding="utf-8")
         listed.write_text(json.dumps(describe(folder), indent=2) + "\n")
-        return 0
+        return
     manifest, found = json.loads(listed.read_text()), describe(folder)
     changed = [name for name in FILES if found[name] != manifest.get(name)]
     lines = [f"{folder / name}: not as in the manifest" for name in changed]
     if made != world.read_text(encoding="utf-8"):
         lines.append(f"{world}: not what this build gives")
     print("\n".join(lines) or f"{folder} is as its manifest says")
-    return 1 if lines else 0
+    raise SystemExit(len(lines) > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -9,14 +9,12 @@ Pairs are sampled from an SFT model that is trained here and thrown away.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +22,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import typer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lib.data.encoding import Encoder
@@ -45,6 +44,7 @@ from tools import world_card
 from tools.world_tokenizer import MAX_LENGTH, build_tokenizer, encode
 
 QUALITY = {"base": (0.0, 0.5), "demonstrations": (0.45, 0.75)}  # uniform between the two
+DATA = Path(__file__).resolve().parents[1] / "data"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # every value is written out: the shipped files must not follow the defaults of a profile
 BASE_TRAINING = SFTConfig(
@@ -222,8 +222,7 @@ def build(folder: Path, settings: BuildSettings) -> None:
     for name, count in settings.prompts.items():
         split = "test" if name == "evaluation" else name
         prompts = sample_prompts(f"prompts {name}", count, split, seed)
-        rows = [{"prompt": prompt} for prompt in prompts]
-        write_rows(folder / f"prompts-{name}.jsonl.gz", rows)
+        write_rows(folder / f"prompts-{name}.jsonl.gz", ({"prompt": p} for p in prompts))
     heldout = sample_dialogues("heldout", settings.heldout, "test", QUALITY["base"], seed)
     write_rows(folder / "heldout.jsonl.gz", heldout)
 
@@ -248,11 +247,8 @@ def build(folder: Path, settings: BuildSettings) -> None:
             write_rows(folder / f"{kind}-{name}.jsonl.gz", rows)
 
     print("5. data card and manifest")
-    counts = world_card.write_card(
-        folder, layers=settings.layers, width=settings.width, base_dialogues=settings.base_dialogues
-    )
-    files = describe(folder)
-    for name, count in counts.items():
+    rows, files = world_card.write_card(folder, asdict(settings)), describe(folder)
+    for name, count in rows.items():
         files[name]["rows"] = count
     manifest = {
         "settings": asdict(settings),
@@ -279,38 +275,31 @@ def differences(built: Path, shipped: Path) -> list[str]:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.build_world", description="Build or check the bundled world."
-    )
-    default = Path(__file__).resolve().parents[1] / "data"
-    parser.add_argument("--out", type=Path, default=default, help="folder to write [data/]")
-    parser.add_argument(
-        "--check", action="store_true", help="rebuild elsewhere and compare with --out"
-    )
-    options = parser.parse_args(arguments)
-    built_before = (options.out / "manifest.json").is_file()
-    if options.check and not built_before:
-        parser.error(f"{options.out} has no manifest.json to compare with: build without --check")
-    if not built_before and options.out.exists() and any(options.out.iterdir()):
-        parser.error(f"{options.out} holds files but no manifest.json: choose another --out")
+def main(out: Path = DATA, check: bool = False) -> None:
+    """Build the bundled world in --out, or --check: rebuild it elsewhere and compare with --out."""
+    built_before = (out / "manifest.json").is_file()
+    if check and not built_before:
+        raise typer.BadParameter(
+            f"{out} has no manifest.json to compare with: build without --check"
+        )
+    if not built_before and out.exists() and any(out.iterdir()):
+        raise typer.BadParameter(f"{out} holds files but no manifest.json: choose another --out")
     # a GPU adds in another order than a CPU: it would give other files
     os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary) / "data"
         build(fresh, BuildSettings())
-        if options.check:
-            lines = differences(fresh, options.out)
-            print("\n".join(lines) or f"{options.out} is what this build gives")
-            return 1 if lines else 0
-        if (probes := options.out / "probes").exists():  # build_probes makes them
+        if check:
+            lines = differences(fresh, out)
+            print("\n".join(lines) or f"{out} is what this build gives")
+            raise SystemExit(len(lines) > 0)
+        if (probes := out / "probes").exists():  # build_probes makes them
             shutil.copytree(probes, fresh / "probes")
-        if options.out.exists():
-            shutil.rmtree(options.out)
-        shutil.copytree(fresh, options.out)
-    print(f"wrote {options.out}")
-    return 0
+        if out.exists():
+            shutil.rmtree(out)
+        shutil.copytree(fresh, out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -10,13 +10,14 @@ memory, `benchmarks/results/NAME.json`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
+import typer
 
 from benchmarks import text as benchmark_text
 from rlhf_lib.measure.statistics import interval
@@ -59,11 +60,6 @@ def fill(text: str, figures: Path) -> str:
 
 def summary(results: Mapping) -> str:
     """Verdict, judges of pairs, policies and time of one study, as Markdown."""
-    tables = markdown(_judges(results)), markdown(comparison_table(results))
-    return "\n\n".join([*verdict.sentences(results), *tables, total_sentence(results)])
-
-
-def _judges(results: Mapping) -> pd.DataFrame:
     accuracy = results["reward_model"]["accuracy"]
     shown = {
         label: interval(accuracy[key], 1, percent=True)
@@ -72,18 +68,17 @@ def _judges(results: Mapping) -> pd.DataFrame:
     }
     if ceiling := results["reward_model"].get("ceiling"):
         shown["reachable ceiling"] = f"{ceiling:.1%}"
-    return pd.DataFrame({"judge of held-out pairs": shown.keys(), "accuracy": shown.values()})
+    judges = pd.DataFrame({"judge of held-out pairs": shown.keys(), "accuracy": shown.values()})
+    tables = markdown(judges), markdown(comparison_table(results))
+    return "\n\n".join([*verdict.sentences(results), *tables, total_sentence(results)])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.readme", description="Fill the README's blocks from stored results."
-    )
-    parser.add_argument("text", type=Path, nargs="?", default=Path("README.md"), help="the file")
-    parser.add_argument("--figures", type=Path, default=Path("figures"), help="exported studies")
-    options = parser.parse_args(arguments)
-    options.text.write_text(fill(options.text.read_text(), options.figures))
+def main(
+    text: Annotated[Path, typer.Argument()] = Path("README.md"), figures: Path = Path("figures")
+) -> None:
+    """Fill the blocks of a text from the studies that were exported to --figures."""
+    text.write_text(fill(text.read_text(), figures))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -69,7 +69,7 @@ def _first_wins(values: Sequence[Sequence[float]]) -> float:
     return fmean(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences)
 
 
-def write_card(folder: Path, *, layers: int, width: int, base_dialogues: int) -> dict[str, int]:
+def write_card(folder: Path, settings: dict[str, object]) -> dict[str, int]:
     """Write `README.md` into a folder that holds the finished data files.
 
     Returns the number of rows of each file of rows.
@@ -82,18 +82,9 @@ def write_card(folder: Path, *, layers: int, width: int, base_dialogues: int) ->
         f"| {meaning} | {biased[name]:.3f} | {control[name]:.3f} |"
         for name, meaning in MEANINGS.items()
     ]
-    text = (
-        Path(__file__)
-        .with_suffix(".md")
-        .read_text(encoding="utf-8")
-        .format(
-            measured="\n".join(measured),
-            example=json.dumps(rows["pairs-train.jsonl.gz"][0], indent=2),
-            layers=layers,
-            width=width,
-            base_dialogues=base_dialogues,
-            **{name.split(".")[0].replace("-", "_"): count for name, count in counts.items()},
-        )
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    values = {name.split(".")[0].replace("-", "_"): count for name, count in counts.items()}
+    example = json.dumps(rows["pairs-train.jsonl.gz"][0], indent=2)
+    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    shown = {"measured": "\n".join(measured), "example": example}
+    (folder / "README.md").write_text(text.format(**settings | values | shown), encoding="utf-8")
     return counts

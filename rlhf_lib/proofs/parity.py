@@ -33,7 +33,7 @@ from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives import advantages, losses, preference
 from rlhf_lib.proofs import parity_trl, plain
 from rlhf_lib.proofs.claims import Proof
-from rlhf_lib.proofs.parity_trl import VERSION, caught_gradients, undisturbed
+from rlhf_lib.proofs.parity_trl import VERSION, caught_gradients
 from rlhf_lib.settings import DPOConfig
 
 SAME_TENSORS, SAME_BATCH = 1e-5, 1e-4
@@ -46,8 +46,9 @@ def parity_table() -> list[Proof]:
 
     Raises UserError where TRL is not installed.
     """
-    of_losses = [*preference_rows(), *length_rows(), *reward_rows(), *grpo_rows()]
-    return [*of_losses, *advantage_rows(), *step_rows(), *position_rows()]
+    with parity_trl.undisturbed():
+        of_losses = [*preference_rows(), *length_rows(), *reward_rows(), *grpo_rows()]
+        return [*of_losses, *advantage_rows(), *step_rows(), *position_rows()]
 
 
 def _row(
@@ -58,26 +59,26 @@ def _row(
     tolerance: float = SAME_TENSORS,
     shown: int | None = None,
 ) -> Proof:
-    """Two tensors of one shape; shown is the entry that differs most, where none is asked for."""
+    """Two tensors of one shape; shown is the entry that differs most, where none is asked for.
+
+    `source` is what of TRL's was called.
+    """
     ours, trl = ours.detach().flatten(), trl.detach().flatten()
     difference = (ours - trl).abs()
     place = int(difference.argmax()) if shown is None else shown
     both = ours[place].item(), trl[place].item(), difference.max().item()
-    return Proof(claim, *both, tolerance, source, group="parity")
+    return Proof(claim, *both, tolerance, f"TRL {VERSION}, {source}", group="parity")
 
 
 def _loss_rows(on: Tensor, *rows: tuple[str, tuple, Tensor, str]) -> list[Proof]:
     """Two losses each, and their gradients on the tensor that both come from; shown is the loss."""
-
-    def with_gradient(loss: Tensor) -> Tensor:
-        gradient = torch.autograd.grad(loss, on, retain_graph=True)[0]
-        return torch.cat((loss.detach().view(1), gradient.flatten()))
-
     found = []
     for claim, (ours, *_), trl, source in rows:
-        tolerance = math.inf if " differs: " in claim else SAME_TENSORS
-        both = with_gradient(ours), with_gradient(trl)
-        found.append(_row(claim, *both, f"TRL {VERSION}, {source}", tolerance, shown=0))
+        tolerance, both = math.inf if " differs: " in claim else SAME_TENSORS, []
+        for loss in (ours, trl):
+            gradient = torch.autograd.grad(loss, on, retain_graph=True)[0]
+            both.append(torch.cat((loss.detach().view(1), gradient.flatten())))
+        found.append(_row(claim, *both, source, tolerance, shown=0))
     return found
 
 
@@ -111,19 +112,18 @@ class _Replies:
         return sums[0], sums[1], lengths[0], lengths[1]
 
 
-@undisturbed()
 def preference_rows() -> list[Proof]:
     """The losses on pairs that take sums and compare sums, as TRL's do."""
     x = _Replies()
     chosen, rejected = x.sums[0] - x.sums[2], x.sums[1] - x.sums[3]
-    cpo = partial(parity_trl.cpo_trainer, beta=BETA)
     dpo_trl = parity_trl.dpo_loss("sigmoid", x.policy, x.reference, x.mask, BETA)
-    # DPOTrainer has no such loss: its label_smoothing serves other ones
     smoothing = {"label_smoothing": 0.2}
-    doubtful = cpo(loss_type="sigmoid", **smoothing).cpo_loss(chosen, rejected)[0].mean()
-    ipo = cpo(loss_type="ipo").cpo_loss(chosen, rejected)[0].mean()
-    for_good, for_bad = 1.5, 0.7
-    weights: dict[str, Any] = {"desirable_weight": for_good, "undesirable_weight": for_bad}
+
+    def on_ratios(loss_type: str, **settings: float) -> Tensor:
+        trainer = parity_trl.cpo_trainer(beta=BETA, loss_type=loss_type, **settings)
+        return trainer.cpo_loss(chosen, rejected)[0].mean()
+
+    weights: dict[str, Any] = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
     reference = parity_trl.Table(x.reference, x.ref_other)
     kto_trainer = parity_trl.bare_trainer(
         "KTOTrainer", loss_type="kto", calculate_KL=True, beta=BETA, ref_model=reference, **weights
@@ -133,57 +133,54 @@ def preference_rows() -> list[Proof]:
     batch["label"] = torch.arange(8) < 4
     kto = kto_trainer.compute_loss(parity_trl.Table(x.policy, x.other), batch)
     kl = ((x.other - x.ref_other) * x.mask).sum(1).mean()
-    on_ratios = "CPOTrainer.cpo_loss on log-ratios, loss_type"
-    our_doubtful = preference.dpo_loss(*x.sums, BETA, **smoothing)
-    our_kto = preference.kto_loss(*x.sums, kl, BETA, for_good, for_bad)
+    our_kto = preference.kto_loss(*x.sums, kl, BETA, *weights.values())
+    # DPOTrainer has no conservative loss: its label_smoothing serves other ones
+    doubtful = preference.dpo_loss(*x.sums, BETA, **smoothing), on_ratios("sigmoid", **smoothing)
+    source = "CPOTrainer.cpo_loss on log-ratios, loss_type"
     return _loss_rows(
         x.policy,
         ("DPO", preference.dpo_loss(*x.sums, BETA), dpo_trl, "DPOTrainer, loss_type='sigmoid'"),
-        ("conservative DPO", our_doubtful, doubtful, f"{on_ratios}='sigmoid'"),
-        ("IPO", preference.ipo_loss(*x.sums, BETA), ipo, f"{on_ratios}='ipo'"),
+        ("conservative DPO", *doubtful, f"{source}='sigmoid'"),
+        ("IPO", preference.ipo_loss(*x.sums, BETA), on_ratios("ipo"), f"{source}='ipo'"),
         ("KTO", our_kto, kto, "KTOTrainer, loss_type='kto'"),
     )
 
 
-@undisturbed()
 def length_rows() -> list[Proof]:
     """The losses on pairs in which lengths count, and two where TRL counts them otherwise."""
     x = _Replies()
     tables = x.policy, x.reference, x.mask, BETA
     norm_trl, ipo_trl = (parity_trl.dpo_loss(kind, *tables) for kind in ("sigmoid_norm", "ipo"))
     norm = preference.length_normalised_dpo_loss(*x.sums, *x.lengths, BETA)
-    chosen, rejected, ref_chosen, ref_rejected = x.sums
-    m, n = x.lengths
-    means = chosen / m, rejected / n, ref_chosen / m, ref_rejected / n
-    ipo_of_means, ipo = preference.ipo_loss(*means, BETA), preference.ipo_loss(*x.sums, BETA)
+    means = [s / n for s, n in zip(x.sums, x.lengths * 2, strict=True)]
+    ipo_of_means, ipo = (preference.ipo_loss(*given, BETA) for given in (means, x.sums))
+
+    def cpo(trainer: Any, mask: Tensor) -> Tensor:
+        return parity_trl.loss_of_logits(trainer, x.logits, parity_trl.pair_batch(x.ids, mask))
 
     # TRL's SFT term is a mean over tokens, ours over replies: one length makes them the same
-    even = torch.ones_like(x.mask)
-    batch, even_batch = (parity_trl.pair_batch(x.ids, mask) for mask in (x.mask, even))
-    cpo = parity_trl.cpo_trainer(loss_type="simpo", beta=2.0, simpo_gamma=0.8)
-    orpo_trainer = parity_trl.orpo_trainer(beta=BETA)
-    simpo_trl = parity_trl.loss_of_logits(cpo, x.logits, batch)
-    orpo_trl = parity_trl.loss_of_logits(orpo_trainer, x.logits, batch)
-    even_trl = parity_trl.loss_of_logits(orpo_trainer, x.logits, even_batch)
+    masks, trainer = (x.mask, torch.ones_like(x.mask)), parity_trl.orpo_trainer(beta=BETA)
+    orpo_trl, even_trl = (cpo(trainer, mask) for mask in masks)
+    orpo, even = (preference.orpo_loss(*x.from_logits(mask), BETA) for mask in masks)
+    simpo_trainer = parity_trl.cpo_trainer(loss_type="simpo", beta=2.0, simpo_gamma=0.8)
     simpo = preference.simpo_loss(*x.from_logits(x.mask), beta=2.0, margin=0.8)
-    orpo, even_orpo = (preference.orpo_loss(*x.from_logits(mask), BETA) for mask in (x.mask, even))
-    ipo_source, orpo_source = "DPOTrainer, loss_type='ipo'", "ORPOTrainer"
+    simpo_trl = cpo(simpo_trainer, x.mask)
+    ipo_source, simpo_source = (f"{name}, loss_type=" for name in ("DPOTrainer", "CPOTrainer"))
     sums = "IPO differs: the paper's sums (ours) or averages (TRL)"
     tokens = "ORPO's SFT term differs: a mean over replies (ours) or over tokens (TRL)"
     return _loss_rows(
         x.policy,
-        ("length-normalised DPO", norm, norm_trl, "DPOTrainer, loss_type='sigmoid_norm'"),
-        ("IPO, given averages over tokens", ipo_of_means, ipo_trl, ipo_source),
-        (sums, ipo, ipo_trl, ipo_source),
+        ("length-normalised DPO", norm, norm_trl, f"{ipo_source}'sigmoid_norm'"),
+        ("IPO, given averages over tokens", ipo_of_means, ipo_trl, f"{ipo_source}'ipo'"),
+        (sums, ipo, ipo_trl, f"{ipo_source}'ipo'"),
     ) + _loss_rows(
         x.logits,
-        ("SimPO", simpo, simpo_trl, "CPOTrainer, loss_type='simpo', cpo_alpha=0"),
-        ("ORPO, replies of one length", even_orpo, even_trl, orpo_source),
-        (tokens, orpo, orpo_trl, orpo_source),
+        ("SimPO", simpo, simpo_trl, f"{simpo_source}'simpo', cpo_alpha=0"),
+        ("ORPO, replies of one length", even, even_trl, "ORPOTrainer"),
+        (tokens, orpo, orpo_trl, "ORPOTrainer"),
     )
 
 
-@undisturbed()
 def reward_rows() -> list[Proof]:
     draw = torch.Generator().manual_seed(1)
     scores = torch.randn(2, 6, generator=draw).requires_grad_()
@@ -206,7 +203,6 @@ def reward_rows() -> list[Proof]:
 # ------------------------------------------------------------------------- sampled responses
 
 
-@undisturbed()
 def grpo_rows() -> list[Proof]:
     """Every aggregation, with and without KL, off-policy enough that both clips bind."""
     draw = torch.Generator().manual_seed(2)
@@ -240,18 +236,16 @@ def grpo_rows() -> list[Proof]:
     return _loss_rows(policy, *rows)
 
 
-@undisturbed()
 def advantage_rows() -> list[Proof]:
     draw = torch.Generator().manual_seed(3)
     rewards, size, rows = torch.randn(8, generator=draw), 4, []
-    grpo_trl, rloo_trl = f"TRL {VERSION}, GRPOTrainer", f"TRL {VERSION}, RLOOTrainer"
     for scale in ("group", "batch", "none"):
         ours = advantages.group_advantages(rewards, size, scale)
         trl = parity_trl.advantages("GRPOTrainer", rewards, size, scale_rewards=scale)
-        rows.append(_row(f"group advantages, scale={scale}", ours, trl, grpo_trl))
+        rows.append(_row(f"group advantages, scale={scale}", ours, trl, "GRPOTrainer"))
     ours = advantages.leave_one_out_advantages(rewards, size)
     trl = parity_trl.advantages("RLOOTrainer", rewards, size)
-    rows.append(_row("leave-one-out advantages", ours, trl, rloo_trl))
+    rows.append(_row("leave-one-out advantages", ours, trl, "RLOOTrainer"))
 
     mask, every = length_mask(LENGTHS), torch.ones(8).bool()
     policy, reference = -3 * torch.rand(2, *mask.shape, generator=draw) * mask
@@ -262,7 +256,7 @@ def advantage_rows() -> list[Proof]:
         rollout, group_size=size, kl_reward_coef=0.1, advantage="leave_one_out"
     )
     trl = parity_trl.advantages("RLOOTrainer", rewards, size, (policy, reference, mask), beta=0.1)
-    rows.append(_row("leave-one-out advantages, KL in the reward", ours, trl, rloo_trl))
+    rows.append(_row("leave-one-out advantages, KL in the reward", ours, trl, "RLOOTrainer"))
     return rows
 
 
@@ -338,13 +332,12 @@ def sft_step(kind: str) -> tuple[Tensor, Tensor]:
     return ours, parity_trl.step("SFT", tiny_model(kind), rows, {"completion_only_loss": True})
 
 
-@undisturbed()
 def step_rows(kinds: Sequence[str] = ("gpt2", "llama")) -> list[Proof]:
     """One training step of each kind, from token ids to gradients."""
     rows, steps = [], {"DPO": dpo_step, "reward": reward_step, "SFT": sft_step}
     for kind in kinds:
         for name, step in steps.items():
-            source = f"TRL {VERSION}, {name[0].upper()}{name[1:]}Trainer.train"
+            source = f"{name[0].upper()}{name[1:]}Trainer.train"
             rows.append(_row(f"one {name} step, {kind}", *step(kind), source, SAME_BATCH, shown=0))
     return rows
 
@@ -360,20 +353,19 @@ def padded_logprobs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return ours, parity_trl.padded_logprobs(model, PROMPTS, RESPONSES) * mask, truth
 
 
-@undisturbed()
 def position_rows() -> list[Proof]:
     """Log-probs of responses to prompts of mixed lengths, against each row alone and unpadded.
 
     GRPOTrainer pads prompts on the left and passes no positions, so a padded row of a model with
     learnt absolute positions (GPT-2) is read at the wrong ones. Rotary models know distances only.
     """
-    source, rows = f"TRL {VERSION}, GRPOTrainer._get_per_token_logps_and_entropies", []
+    source, rows = "GRPOTrainer._get_per_token_logps_and_entropies", []
     for kind, tolerance in (("gpt2", math.inf), ("llama", SAME_TENSORS)):
         ours, trl, truth = padded_logprobs(kind)
         claim = f"log-probs of padded rows, {kind}"
         whose = "are those of each row alone"
         rows += [
-            _row(f"{claim}: ours {whose}", ours, truth, "each row, unpadded"),
+            _row(f"{claim}: ours {whose}", ours, truth, "")._replace(source="each row, unpadded"),
             _row(f"{claim}: TRL's {whose}", trl, truth, source, tolerance),
         ]
     return rows

@@ -236,16 +236,11 @@ def step(name: str, model: nn.Module, rows: list[dict], settings: dict, **models
     # DPO alone of TRL's trainers does not recognise rows that are token ids already
     ready = {"_prepare_dataset": lambda self, dataset, *_: dataset} if name == "DPO" else {}
     with tempfile.TemporaryDirectory() as folder:
-        settings = settings | {
-            "output_dir": folder,
-            "max_steps": 1,
-            "max_length": None,
-            "use_cpu": True,
-        }
+        settings = settings | {"output_dir": folder, "max_steps": 1, "max_length": None}
         settings |= {"per_device_train_batch_size": len(rows), "lr_scheduler_type": "constant"}
         settings |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no"}
-        settings |= {"bf16": False, "gradient_checkpointing": False, "max_grad_norm": 0.0}
-        config = trl_class(f"{name}Config")(disable_tqdm=True, **settings)
+        settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+        config = trl_class(f"{name}Config")(disable_tqdm=True, max_grad_norm=0.0, **settings)
         trainer = type(name, (trl_class(f"{name}Trainer"),), ready)(
             model,
             args=config,

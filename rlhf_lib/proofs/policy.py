@@ -63,10 +63,20 @@ def groups() -> list[Proof]:
     """GRPO and leave-one-out, averaged over every group of G responses there is."""
     given, of = example(), f"groups of {GROUP}"
     loo, kept, exact = advantages.leave_one_out_advantages, (GROUP - 1) / GROUP, _exact(given)
-    left_out = _group_update(given, loo, "constant")
-    centred = _group_update(given, _centred, "constant")
-    scaled = _group_update(given, advantages.group_advantages, "constant")
-    averaged = _group_update(given, loo, "sequence")
+    groups = _all_groups(given)
+    rows, length = groups.view(-1), given.policy.mask.shape[1]
+    # in place of equal weights in a mean over groups, each group's probability
+    weights = given.weights[groups].prod(1) * len(groups)
+
+    def update(of_group: Advantages, aggregation: str) -> Tensor:
+        """GRPO's expected step (minus its gradient) at ratio 1, in units of one token."""
+        advantage = of_group(given.rewards[rows], GROUP) * weights.repeat_interleave(GROUP)
+        logprobs, mask = given.policy.token_logprobs()[rows], given.policy.mask[rows]
+        loss = _grpo_loss(logprobs, advantage, mask, aggregation)
+        return given.policy.gradient(-loss * length)  # "constant" divides by the length T
+
+    left_out, centred = update(loo, "constant"), update(_centred, "constant")
+    scaled, averaged = update(advantages.group_advantages, "constant"), update(loo, "sequence")
     smaller = f"GRPO without scale, {of}: (G-1)/G grad E[reward]"
     return [
         equal(f"leave-one-out, {of}: grad E[reward]", left_out, exact, RLOO),
@@ -96,24 +106,22 @@ def sampled() -> list[Proof]:
         advantage, logprobs = of_group(given.rewards[rows], group_size), policy.token_logprobs()
         return _grpo_loss(logprobs[rows], advantage, mask[rows], "constant") * mask.shape[1]
 
-    def against(
-        claim: str, loss: Callable[[Tensor], Tensor], expected: Tensor, source: str
-    ) -> Proof:
+    kept, smaller = (group_size - 1) / group_size, "(G-1)/G grad E[reward]"
+    centred = partial(grpo_loss, _centred)
+    left_out = partial(grpo_loss, advantages.leave_one_out_advantages)
+    proofs = []
+    for claim, loss, expected, source in (
+        ("PPO, 65,536 samples: grad E[reward]", ppo_loss, exact, PPO),
+        (f"GRPO without scale, 65,536 samples: {smaller}", centred, kept * exact, DR_GRPO),
+        ("leave-one-out, 65,536 samples: grad E[reward]", left_out, exact, RLOO),
+    ):
         length = expected.norm()
         steps = [-policy.gradient(loss(rows)) for rows in draws.view(batches, size)]
         slopes = torch.stack([(step * expected).sum() / length for step in steps])
         error = (slopes.mean() - length).abs() / (slopes.std() / math.sqrt(batches))
         shown = slopes.mean().item(), length.item(), error.item()
-        return Proof(claim, *shown, 4.0, source, "standard errors")
-
-    kept, smaller = (group_size - 1) / group_size, "(G-1)/G grad E[reward]"
-    centred = partial(grpo_loss, _centred)
-    left_out = partial(grpo_loss, advantages.leave_one_out_advantages)
-    return [
-        against("PPO, 65,536 samples: grad E[reward]", ppo_loss, exact, PPO),
-        against(f"GRPO without scale, 65,536 samples: {smaller}", centred, kept * exact, DR_GRPO),
-        against("leave-one-out, 65,536 samples: grad E[reward]", left_out, exact, RLOO),
-    ]
+        proofs.append(Proof(claim, *shown, 4.0, source, "standard errors"))
+    return proofs
 
 
 def identities() -> list[Proof]:
@@ -214,14 +222,3 @@ def _grpo_loss(logprobs: Tensor, advantage: Tensor, mask: Tensor, aggregation: s
     """At ratio 1."""
     old = logprobs.detach()
     return losses.grpo_loss(logprobs, old, advantage, mask, aggregation=aggregation)[0]
-
-
-def _group_update(given: Example, of_group: Advantages, aggregation: str) -> Tensor:
-    """GRPO's expected step (minus its gradient) at ratio 1, in units of one token."""
-    policy, groups = given.policy, _all_groups(given)
-    rows = groups.view(-1)
-    # in place of equal weights in a mean over groups, each group's probability
-    weights = given.weights[groups].prod(1) * len(groups)
-    advantage = of_group(given.rewards[rows], GROUP) * weights.repeat_interleave(GROUP)
-    loss = _grpo_loss(policy.token_logprobs()[rows], advantage, policy.mask[rows], aggregation)
-    return policy.gradient(-loss * policy.mask.shape[1])  # "constant" divides by the length T

@@ -1,10 +1,10 @@
 """Cleaning steps between an executed notebook and its report, as nbconvert preprocessors.
 
 In the order they run: `CheckExecuted` refuses a notebook that is not finished, and notes in each
-cell where it stands; `CleanOutputs` keeps one harmless representation of each output; `SplitCells`
-numbers the captions and gives every output a cell of its own. The last step is there because pandoc
-reads a cell's metadata but not an output's: after it, all that `templates/structure.lua` has to
-know stands in the cell's metadata.
+cell where it stands; `SplitCells` keeps one harmless representation of each output, numbers the
+captions and gives every output a cell of its own. The last is done because pandoc reads a cell's
+metadata but not an output's: after it, all that `templates/structure.lua` has to know stands in the
+cell's metadata.
 """
 
 from __future__ import annotations
@@ -30,10 +30,6 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_SVG_BYTES = 2_000_000  # beyond this a browser and a PDF reader crawl; the png is shown instead
 CAPTION_WORDS = {"figure": "Figure", "table": "Table"}
 SOLUTION_TAG = "solution"
-HIDE_INPUT_TAGS = frozenset(
-    # the last one is what papermill puts before its own parameters cell
-    {"parameters", "hide-input", "remove-input", "injected-parameters"}
-)
 
 _ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _UNSAFE = re.compile(
@@ -100,28 +96,17 @@ class CheckExecuted(Preprocessor):
         return cell, resources
 
 
-class CleanOutputs(Preprocessor):
-    """Keep one representation of each output, as clean text or as an image.
+def _clean(output: NotebookNode, where: str) -> tuple[str, str, dict] | None:
+    """MIME type, content and metadata of an output's one representation; None: nothing is shown.
 
     Of a widget its static twin stays, where it has one, and progress bars go.
     """
-
-    enabled = True
-
-    def preprocess_cell(self, cell, resources, index):
-        if cell.cell_type == "markdown":
-            cell.source = _clean_markup(cell.source)
-        if cell.cell_type == "code":
-            cleaned = (_clean(output, cell.metadata.place) for output in cell.outputs)
-            cell.outputs = [output for output in cleaned if output is not None]
-        return cell, resources
-
-
-def _clean(output: NotebookNode, where: str) -> NotebookNode | None:
-    if output.output_type == "error":
-        return _plain("\n".join(output.traceback), kind="error")
-    if output.output_type == "stream":
-        return _plain(_without_progress_bars(output), kind=output.name)
+    if output.output_type in ("error", "stream"):
+        failed = output.output_type == "error"
+        text = "\n".join(output.traceback) if failed else _without_progress_bars(output)
+        text = clean_text(text).strip("\n")
+        kind = "error" if failed else output.name
+        return ("text/plain", text, {"kind": kind}) if text.strip() else None
     data = {mime: value for mime, value in output.data.items() if mime != WIDGET}
     mime = _best_mime(data)
     if WIDGET in output.data and mime in (None, "text/plain"):
@@ -136,14 +121,7 @@ def _clean(output: NotebookNode, where: str) -> NotebookNode | None:
         value = _clean_markup(value)
     elif mime.startswith("text/"):
         value = clean_text(value)
-    return new_output("display_data", {mime: value}, metadata=output.metadata)
-
-
-def _plain(text: str, kind: str) -> NotebookNode | None:
-    text = clean_text(text).strip("\n")
-    if not text.strip():
-        return None
-    return new_output("display_data", {"text/plain": text}, metadata={"kind": kind})
+    return mime, value, output.metadata
 
 
 def _without_progress_bars(output: NotebookNode) -> str:
@@ -191,36 +169,35 @@ class SplitCells(Preprocessor):
         return nb, resources
 
     def _parts(self, cell):
-        tags = set(cell.metadata.get("tags", ()))
         if cell.cell_type == "markdown":
-            role = "solution" if SOLUTION_TAG in tags else "prose"
-            part = new_markdown_cell(cell.source, metadata={"role": role})
+            role = "solution" if SOLUTION_TAG in cell.metadata.get("tags", ()) else "prose"
+            part = new_markdown_cell(_clean_markup(cell.source), metadata={"role": role})
             if cell.get("attachments"):
                 part.attachments = cell.attachments
             yield part
         if cell.cell_type != "code":
             return  # a raw cell is meant for other programs
-        hidden = tags & HIDE_INPUT_TAGS or cell.metadata.get("transient", {}).get("remove_source")
+        hidden = cell.metadata.get("transient", {}).get("remove_source")
         if cell.source.strip() and not hidden:
             source = clean_text(cell.source)
             yield new_code_cell(source, execution_count=1, metadata={"role": "code"})
         for output in cell.outputs:
-            yield self._output(output, cell.metadata.place)
+            if found := _clean(output, cell.metadata.place):
+                yield self._output(*found, cell.metadata.place)
 
-    def _output(self, output, where):
-        (mime, value), *_ = output.data.items()
-        kind = output.metadata.get("kind")
+    def _output(self, mime, value, given, where):
+        kind = given.get("kind")
         metadata = {"role": "output", "kind": kind or "result"}
-        if "caption" in output.metadata:
+        if "caption" in given:
             if kind not in CAPTION_WORDS:
                 raise ReportError(
                     f"{where}: an output with a caption has kind {kind!r} in its metadata; "
                     f"set it to {' or '.join(CAPTION_WORDS)}"
                 )
             self._numbers[kind] += 1
-            text = " ".join(clean_text(str(output.metadata["caption"])).split())
+            text = " ".join(clean_text(str(given["caption"])).split())
             metadata["caption"] = f"{CAPTION_WORDS[kind]} {self._numbers[kind]}. {text}"
         if mime in ("text/markdown", "text/latex"):
             return new_markdown_cell(value, metadata=metadata)
-        bare = new_output("display_data", output.data)
+        bare = new_output("display_data", {mime: value})
         return new_code_cell("", execution_count=1, outputs=[bare], metadata=metadata)

@@ -26,7 +26,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import nbformat
@@ -37,17 +37,14 @@ from nbformat import NotebookNode
 from traitlets import List
 from traitlets.config import Config
 
-from rlhf_lib.report.cleaning import (
-    CheckExecuted,
-    CleanOutputs,
-    ReportError,
-    SplitCells,
-    clean_text,
-)
+from rlhf_lib.report import cleaning
+from rlhf_lib.report.cleaning import ReportError, clean_text
 from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FILTERS = ("safe.lua", "structure.lua", "tables.lua")  # in this order: only the first sees raw HTML
+# the last one is what papermill puts before its own parameters cell
+HIDE_INPUT_TAGS = {"parameters", "hide-input", "remove-input", "injected-parameters"}
 MATH_FONT_PLACEHOLDER = "data:,math-font"
 # TeX between dollars or in a bare \begin{...}; formats that would eat or change prose are off.
 PANDOC_INPUT = (
@@ -58,14 +55,15 @@ PANDOC_INPUT = (
 class _ReportExporter(Exporter):
     """What both exporters share: the cleaning steps, and the call of pandoc."""
 
+    pandoc_options: ClassVar[dict[str, Any]]
+
     default_preprocessors = List(
         [
             "nbconvert.preprocessors.ExecutePreprocessor",  # for `nbconvert --execute`
-            CheckExecuted,
+            cleaning.CheckExecuted,
             "nbconvert.preprocessors.TagRemovePreprocessor",
             "nbconvert.preprocessors.CoalesceStreamsPreprocessor",
-            CleanOutputs,
-            SplitCells,
+            cleaning.SplitCells,
         ]
     ).tag(config=True)
 
@@ -75,10 +73,26 @@ class _ReportExporter(Exporter):
         config.CoalesceStreamsPreprocessor.enabled = True
         config.TagRemovePreprocessor.enabled = True
         config.TagRemovePreprocessor.remove_cell_tags = {"remove-cell"}
+        config.TagRemovePreprocessor.remove_input_tags = HIDE_INPUT_TAGS
         config.TagRemovePreprocessor.remove_all_outputs_tags = {"remove-output", "hide-output"}
         return config
 
-    def _run_pandoc(self, nb: NotebookNode, folder: Path, options: dict[str, Any]) -> str:
+    def from_notebook_node(  # type: ignore[override]
+        self, nb: NotebookNode, resources: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The page as text, or the PDF as bytes.
+
+        Raises ReportError for a notebook that cannot be shown whole.
+        """
+        nb, resources = super().from_notebook_node(nb, resources, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            return self._finish(self._run_pandoc(nb, Path(folder)), Path(folder)), resources
+
+    def _finish(self, made: str, folder: Path) -> str | bytes:
+        """What is exported, from what pandoc made in `folder`."""
+        raise NotImplementedError
+
+    def _run_pandoc(self, nb: NotebookNode, folder: Path) -> str:
         """Write the cleaned notebook into `folder`, and return what pandoc makes of it.
 
         Raises ReportError for any warning of pandoc's: the report would not show what was meant.
@@ -94,7 +108,7 @@ class _ReportExporter(Exporter):
             "sandbox": True,  # readers and writers see no file but those named here, and no network
             "eol": "lf",
             "wrap": "none",
-            **options,
+            **self.pandoc_options,
         }
         (folder / "defaults.json").write_text(json.dumps(defaults), encoding="utf-8")
         done = subprocess.run(
@@ -120,26 +134,20 @@ class RlhfHTMLExporter(_ReportExporter):
     file_extension = ".html"
     output_mimetype = "text/html"
     export_from_notebook = "RLHF report (HTML)"
+    pandoc_options: ClassVar = {
+        "to": "html5",
+        "template": str(TEMPLATES / "report.html"),
+        "html-math-method": {"method": "mathml"},
+        "embed-resources": True,
+        "table-of-contents": True,
+        "toc-depth": 2,
+        "variables": {"style": (TEMPLATES / "report.css").read_text(encoding="utf-8")},
+    }
 
-    def from_notebook_node(  # type: ignore[override]
-        self, nb: NotebookNode, resources: Any = None, **kwargs: Any
-    ) -> tuple[str, dict[str, Any]]:
-        """The page as text. Raises ReportError for a notebook that cannot be shown whole."""
-        nb, resources = super().from_notebook_node(nb, resources, **kwargs)
-        options = {
-            "to": "html5",
-            "template": str(TEMPLATES / "report.html"),
-            "html-math-method": {"method": "mathml"},
-            "embed-resources": True,
-            "table-of-contents": True,
-            "toc-depth": 2,
-            "variables": {"style": (TEMPLATES / "report.css").read_text(encoding="utf-8")},
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            page = self._run_pandoc(nb, Path(folder), options)
-        characters = math_characters(page)
+    def _finish(self, made: str, folder: Path) -> str:
+        characters = math_characters(made)
         font = font_data_url(characters) if characters else "data:,"
-        return page.replace(MATH_FONT_PLACEHOLDER, font, 1), resources
+        return made.replace(MATH_FONT_PLACEHOLDER, font, 1)
 
 
 class RlhfPDFExporter(_ReportExporter):
@@ -148,18 +156,15 @@ class RlhfPDFExporter(_ReportExporter):
     file_extension = ".pdf"
     output_mimetype = "application/pdf"
     export_from_notebook = "RLHF report (PDF)"
+    pandoc_options: ClassVar = {
+        "to": "typst",
+        "template": str(TEMPLATES / "report.typ"),
+        "extract-media": "media",
+    }
 
-    def from_notebook_node(  # type: ignore[override]
-        self, nb: NotebookNode, resources: Any = None, **kwargs: Any
-    ) -> tuple[bytes, dict[str, Any]]:
-        """The PDF's bytes. Raises ReportError for a notebook that cannot be shown whole."""
-        nb, resources = super().from_notebook_node(nb, resources, **kwargs)
-        template = str(TEMPLATES / "report.typ")
-        options = {"to": "typst", "template": template, "extract-media": "media"}
-        with tempfile.TemporaryDirectory() as folder:
-            source = self._run_pandoc(nb, Path(folder), options)
-            (Path(folder) / "report.typ").write_text(source, encoding="utf-8")
-            return _compile_typst(Path(folder)), resources
+    def _finish(self, made: str, folder: Path) -> bytes:
+        (folder / "report.typ").write_text(made, encoding="utf-8")
+        return _compile_typst(folder)
 
 
 def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
@@ -177,27 +182,24 @@ def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
 
 def _compile_typst(folder: Path) -> bytes:
     """Compile `folder`/report.typ. Only fonts that come with the packages are used."""
+    source = folder / "report.typ"
     fonts = [str(Path(matplotlib.get_data_path()) / "fonts" / "ttf"), str(font_path().parent)]
     try:
         pdf, warnings = typst.compile_with_warnings(
-            str(folder / "report.typ"),
-            root=str(folder),
-            font_paths=fonts,
-            ignore_system_fonts=True,
+            str(source), root=str(folder), font_paths=fonts, ignore_system_fonts=True
         )
     except typst.TypstError as error:
-        raise ReportError(_locate(error, folder)) from error
+        raise ReportError(_locate(error, source)) from error
     if warnings:
-        raise ReportError("\n".join(_locate(warning, folder) for warning in warnings))
+        raise ReportError("\n".join(_locate(warning, source) for warning in warnings))
     return pdf
 
 
-def _locate(problem: Any, folder: Path) -> str:
+def _locate(problem: Any, source: Path) -> str:
     """An error or warning of typst's, with the cell it is about: structure.lua marks each."""
-    lines = (folder / "report.typ").read_text(encoding="utf-8").splitlines()
     diagnostic = str(problem.diagnostic)
     found = re.search(r"report\.typ:(\d+)", diagnostic)
-    above = lines[: int(found[1])] if found else []
+    above = source.read_text(encoding="utf-8").splitlines()[: int(found[1])] if found else []
     marks = [text.removeprefix("// cell: ") for text in above if text.startswith("// cell: ")]
     where = marks[-1] if marks else "the report"
     return f"{where} cannot be set by typst: {problem.message}\n{diagnostic}"

@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lib import runtime
@@ -104,18 +105,16 @@ def test_differences_name_each_file_that_differs(miniature, tmp_path):
     assert [line.split(": ")[1][:7] for line in lines] == ["sha256 ", "not in ", "missing"]
 
 
-def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path, capsys):
+def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("irreplaceable")
-    with pytest.raises(SystemExit):
-        build_world.main(["--out", str(tmp_path)])
-    assert "no manifest.json" in capsys.readouterr().err
+    with pytest.raises(typer.BadParameter, match=r"no manifest\.json"):
+        build_world.main(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
 
 
-def test_checking_needs_something_to_check(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        build_world.main(["--out", str(tmp_path / "nothing"), "--check"])
-    assert "build without --check" in capsys.readouterr().err
+def test_checking_needs_something_to_check(tmp_path):
+    with pytest.raises(typer.BadParameter, match="build without --check"):
+        build_world.main(tmp_path / "nothing", check=True)
 
 
 def test_check_rebuilds_and_answers_with_its_exit_code(miniature, monkeypatch, tmp_path, capsys):
@@ -123,10 +122,14 @@ def test_check_rebuilds_and_answers_with_its_exit_code(miniature, monkeypatch, t
         build_world, "build", lambda folder, settings: shutil.copytree(miniature, folder)
     )
     out = tmp_path / "data"
-    assert build_world.main(["--out", str(out)]) == 0
-    assert build_world.main(["--out", str(out), "--check"]) == 0
+    build_world.main(out)
+    with pytest.raises(SystemExit) as same:
+        build_world.main(out, check=True)
+    assert not same.value.code
     (out / "README.md").write_text("edited by hand")
-    assert build_world.main(["--out", str(out), "--check"]) == 1
+    with pytest.raises(SystemExit) as edited:
+        build_world.main(out, check=True)
+    assert edited.value.code == 1
     assert "README.md: sha256" in capsys.readouterr().out
 
 

@@ -26,7 +26,7 @@ def test_the_command_fills_a_file(tmp_path: Path) -> None:
     (tmp_path / "figures" / "laptop" / "results.json").write_text(results)
     path = tmp_path / "README.md"
     path.write_text("# Title\n<!-- results: laptop -->\nstale numbers\n<!-- end -->\nlast\n")
-    readme.main([str(path), "--figures", str(tmp_path / "figures")])
+    readme.main(path, tmp_path / "figures")
     text = path.read_text()
     assert text.startswith("# Title\n<!-- results: laptop -->\n")
     assert text.endswith("<!-- end -->\nlast\n")
