@@ -133,7 +133,7 @@ def preference_rows() -> list[Proof]:
     batch["label"] = torch.arange(8) < 4
     kto = kto_trainer.compute_loss(parity_trl.Table(x.policy, x.other), batch)
     kl = ((x.other - x.ref_other) * x.mask).sum(1).mean()
-    our_kto = preference.kto_loss(*x.sums, kl, BETA, *weights.values())
+    our_kto = preference.kto_loss(*x.sums, kl, BETA, **weights)
     # DPOTrainer has no conservative loss: its label_smoothing serves other ones
     doubtful = preference.dpo_loss(*x.sums, BETA, **smoothing), on_ratios("sigmoid", **smoothing)
     source = "CPOTrainer.cpo_loss on log-ratios, loss_type"
