@@ -29,5 +29,3 @@ from rlhf_lib.study.book import load_results
 from rlhf_lib.study.stages import Study, summarise
 from rlhf_lib.world.grammar import last_request
 from rlhf_lib.world.rewards import observe
-
-__all__ = [name for name in dir() if not name.startswith("_")]

@@ -74,11 +74,13 @@ def _loss_rows(on: Tensor, *rows: tuple[str, tuple, Tensor, str]) -> list[Proof]
     """Two losses each, and their gradients on the tensor that both come from; shown is the loss."""
     found = []
     for claim, (ours, *_), trl, source in rows:
-        tolerance, both = math.inf if " differs: " in claim else SAME_TENSORS, []
+        tolerance = math.inf if " differs: " in claim else SAME_TENSORS
+        with_gradient = []
         for loss in (ours, trl):
             gradient = torch.autograd.grad(loss, on, retain_graph=True)[0]
-            both.append(torch.cat((loss.detach().view(1), gradient.flatten())))
-        found.append(_row(claim, *both, source, tolerance, shown=0))
+            with_gradient.append(torch.cat((loss.detach().view(1), gradient.flatten())))
+        one, other = with_gradient
+        found.append(_row(claim, one, other, source, tolerance, shown=0))
     return found
 
 
@@ -152,8 +154,8 @@ def length_rows() -> list[Proof]:
     tables = x.policy, x.reference, x.mask, BETA
     norm_trl, ipo_trl = (parity_trl.dpo_loss(kind, *tables) for kind in ("sigmoid_norm", "ipo"))
     norm = preference.length_normalised_dpo_loss(*x.sums, *x.lengths, BETA)
-    means = [s / n for s, n in zip(x.sums, x.lengths * 2, strict=True)]
-    ipo_of_means, ipo = (preference.ipo_loss(*given, BETA) for given in (means, x.sums))
+    means = tuple(s / n for s, n in zip(x.sums, x.lengths * 2, strict=True))
+    ipo_of_means, ipo = preference.ipo_loss(*means, BETA), preference.ipo_loss(*x.sums, BETA)
 
     def cpo(trainer: Any, mask: Tensor) -> Tensor:
         return parity_trl.loss_of_logits(trainer, x.logits, parity_trl.pair_batch(x.ids, mask))
