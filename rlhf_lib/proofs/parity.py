@@ -155,7 +155,8 @@ def length_rows() -> list[Proof]:
     norm_trl, ipo_trl = (parity_trl.dpo_loss(kind, *tables) for kind in ("sigmoid_norm", "ipo"))
     norm = preference.length_normalised_dpo_loss(*x.sums, *x.lengths, BETA)
     means = tuple(s / n for s, n in zip(x.sums, x.lengths * 2, strict=True))
-    ipo_of_means, ipo = preference.ipo_loss(*means, BETA), preference.ipo_loss(*x.sums, BETA)
+    ipo_of_means = preference.ipo_loss(*means, BETA)  # type: ignore[call-arg]
+    ipo = preference.ipo_loss(*x.sums, BETA)
 
     def cpo(trainer: Any, mask: Tensor) -> Tensor:
         return parity_trl.loss_of_logits(trainer, x.logits, parity_trl.pair_batch(x.ids, mask))
