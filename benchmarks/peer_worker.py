@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 from benchmarks.job import Job, read_job
+from benchmarks.plain_ppo import load as load_ppo
+from benchmarks.plain_ppo import sample
 from benchmarks.protocol import Round, serve
 from benchmarks.roof import DTYPES
 from benchmarks.work import Work
@@ -25,14 +27,12 @@ from benchmarks.work import Work
 
 def load(stage: str, job: Job) -> Round:
     """Load models and rows of a stage; what comes back computes one round of it."""
-    from benchmarks import plain_ppo
-
     loaders = {
         "sft": _sft,
         "reward_model": _reward_model,
         "dpo": _dpo,
         "grpo": _grpo,
-        "ppo": plain_ppo.load,
+        "ppo": load_ppo,
         "generation": _generation,
     }
     return loaders[stage](job)
@@ -186,26 +186,6 @@ def _generation(job: Job) -> Round:
         return job.sample_work("generation", sum(map(len, prompts)), lengths)
 
     return run
-
-
-@torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
-    """`model.generate` on a batch padded on the left, from the unfiltered softmax."""
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    output = model.generate(
-        **padded.to(model.device),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    replies, end = output[:, padded["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
-    return [row[: row.index(end) + 1] if end in row else row for row in replies]
 
 
 if __name__ == "__main__":

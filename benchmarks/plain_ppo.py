@@ -23,8 +23,6 @@ from rlhf_lib.proofs import plain
 
 
 def load(job: Job) -> Round:
-    from benchmarks.peer_worker import sample
-
     device, low = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[job.precision]
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     fp32 = {"dtype": torch.float32}  # master weights
@@ -60,3 +58,23 @@ def load(job: Job) -> Round:
         return job.sample_work("ppo", sum(map(len, prompts)), lengths)
 
     return run
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """`model.generate` on a batch padded on the left, from the unfiltered softmax."""
+    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    output = model.generate(
+        **padded.to(model.device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    replies, end = output[:, padded["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
+    return [row[: row.index(end) + 1] if end in row else row for row in replies]

@@ -206,9 +206,9 @@ def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
     assert results["reward_model"].keys() == of_one_seed
     assert results["settings"] == as_dict(profile)
 
-    stages = sorted(path for path in (folder / "seed-0").iterdir() if path.is_dir())
-    assert {p.name.rsplit("-", 1)[0] for p in stages} == {*stage_names(profile), "ppo_shared"}
-    for path in stages:
+    done = sorted(path for path in (folder / "seed-0").iterdir() if path.is_dir())
+    assert {p.name.rsplit("-", 1)[0] for p in done} == {*stage_names(profile), "ppo_shared"}
+    for path in done:
         files = {file.name for file in path.iterdir()}
         assert {"DONE", "config.json", "env.json", "result.json"} <= files
         strict((path / "result.json").read_text())
