@@ -49,7 +49,11 @@ ALLOWED = [
     ("absent -> /settings/(ppo|grpo)/reward: ", ".*", "new setting: what a method is rewarded by"),
     (r"absent -> setting: (ppo|grpo)\.reward \|", ".*", "the same settings in the appendix"),
     (r"failure_modes\.json: .* -> absent", ".*", "it stands in results.json, which is compared"),
+    (r"probes/result\.json: /counts/.* -> absent", ".*", "nobody read them; the rows are compared"),
     ("report/.*quarter", WORDS, "Welch's degrees of freedom in place of pooled ones"),
+    (r"No outside judge was asked", r"(judge|endpoint)\.url", "the setting's name of today"),
+    (r"absent -> budget: |: budget: .* -> absent", ".*", "rows come in the catalogue's order"),
+    (r"group: enumeration .* error: .*e-16", r"[\d.]+e-16", "an error that is rounding alone"),
 ]
 
 
