@@ -380,6 +380,8 @@ add(
         runs="rlhf_lib.measure.opinions:measure",
         needs=("evaluate", "reward_model"),  # and the next seed's reward model
         sections=("evaluation",), exists=lambda profile, seed: profile.seeds > 1,
+        unread=("temperature", "best_of_n", "best_of_n_prompts", "heldout_texts",
+                "bootstrap_samples", "probe_prompts", "probe_samples"),
     ),
     # ---- what is no stage and no policy, and yet has a name and perhaps a colour
     Record("best_of_n_default", "best-of-n", "#333333"),
