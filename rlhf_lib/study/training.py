@@ -79,9 +79,11 @@ def _upstream(
 ) -> dict[str, str]:
     """What the stage reads: other stages, the data, the model, and files of the bundled world."""
     folder = bundled_folder()
+    # a stage that reads others knows the pretrained model by their hashes: it is large to read
+    model = {} if needed else {"model": fingerprint(run.profile.model.name)}
     return {
         "data": data.hash,
-        "model": fingerprint(run.profile.model.name),
+        **model,
         **{name: stage.hash for name, stage in needed.items()},
         **{name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in record.files},
     }
