@@ -46,7 +46,7 @@ class Record:
     changes: Callable[[Profile], dict[str, Any]] = lambda profile: {}  # of that first one
     unread: tuple[str, ...] = ()  # settings of these sections that do not reach it after all
     files: tuple[str, ...] = ()  # in data/ that it reads beside the pairs
-    pairs: str = "train"  # which it learns from: train, judge, or control
+    pairs: str = "train"  # which it learns from: train, judge, or control (other labels for train)
     exists: Callable[[Profile, int], bool] = lambda profile, seed: True  # in a profile and seed
     notebook: str = ""  # trains it where the whole study is run
     help: str = ""  # of its command
@@ -333,10 +333,10 @@ add(
     Record(
         "dpo", "DPO", "#aa4499",
         runs="rlhf_lib.methods.dpo:train", needs=TRAINED, sections=("dpo",), notebook="06_dpo",
-        help="Train with DPO (SFT first, if missing).",
+        help="Train with DPO (SFT first, and the reward model that its probes are scored with).",
         role="method", rewarded=False, samples=False, coefficient="beta",
         # the reference's log-probs are taken once, before training
-        passes=lambda settings: Passes(1, 2, 1, 1),
+        passes=lambda settings: Passes(1, _copies(settings), 1, 1),
     ),
 )  # fmt: skip
 add(

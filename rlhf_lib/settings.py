@@ -204,8 +204,6 @@ class DPOConfig:
     probe_prompts: int = 128
 
     adam_eps: ClassVar[float] = 1e-8
-    optimizer_steps = _in_epochs
-
     scoring_batch_size: ClassVar[int] = 64  # of what the policy says at a probe
     optimizer_steps = _in_epochs
 

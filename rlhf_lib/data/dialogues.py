@@ -24,7 +24,7 @@ class Unusable(Exception):
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextPair:
     """One preference pair as text. `conversation` is the same for rows with the same first turn."""
 
     conversation: str
@@ -36,7 +36,7 @@ class Texts:
     place: str
 
 
-def read_pair(row: Row) -> Texts:
+def read_pair(row: Row) -> TextPair:
     """The pair in a row of HH dialogues, of explicit prompt and replies, or of message lists.
 
     Raises Unusable with the reason for a row to skip; DataError for one of another shape.
@@ -56,7 +56,7 @@ def read_pair(row: Row) -> Texts:
         raise Unusable("identical replies")
     _check_unicode(prompt, chosen_reply, rejected_reply)
     replies = f" {chosen_reply}", f" {rejected_reply}"
-    return Texts(conversation_key(prompt), prompt, *replies, _margin(row), row.subset, row.place)
+    return TextPair(conversation_key(prompt), prompt, *replies, _margin(row), row.subset, row.place)
 
 
 def read_demonstration(row: Row) -> tuple[str, str]:

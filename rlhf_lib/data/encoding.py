@@ -1,4 +1,4 @@
-"""Texts to token ids, and the records that the stages read.
+"""TextPair to token ids, and the records that the stages read.
 
 Prompt and reply are tokenised apart, and ids(prompt) + ids(reply) is what every stage trains on.
 Tokenised together, the boundary can merge into a token that no sampled reply begins with.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.dialogues import Texts
+from rlhf_lib.data.dialogues import TextPair
 from rlhf_lib.settings import SettingsError
 
 CHUNK = 1024  # texts tokenised at once
@@ -60,7 +60,7 @@ class Prompt:
 
 
 class Encoder:
-    """Texts to token ids, under the length limits of a run."""
+    """TextPair to token ids, under the length limits of a run."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int
@@ -80,7 +80,7 @@ class Encoder:
         self.max_prompt, self.max_response = max_prompt_tokens, max_response_tokens
         self.cut_prompts: set[int] = set()  # hashes of texts: the texts would fill the memory
 
-    def pairs(self, texts: Sequence[Texts]) -> list[Pair]:
+    def pairs(self, texts: Sequence[TextPair]) -> list[Pair]:
         prompts = self._prompt_ids([t.prompt for t in texts])
         chosen = self._reply_ids([t.chosen for t in texts])
         rejected = self._reply_ids([t.rejected for t in texts])

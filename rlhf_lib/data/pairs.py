@@ -7,8 +7,7 @@ not, `encoding` makes token ids, `audit` measures what was found. Here they come
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.data.audit import Dropped, describe
 from rlhf_lib.data.batches import chunks
-from rlhf_lib.data.dialogues import Texts, Unusable, read_demonstration, read_pair, read_prompt
+from rlhf_lib.data.dialogues import TextPair, Unusable, read_demonstration, read_pair, read_prompt
 from rlhf_lib.data.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.sources import DataError, Row, Source, read_source
 from rlhf_lib.data.store import Stored, Writer
@@ -25,8 +24,6 @@ from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.settings import DataConfig, SettingsError
 
 T = TypeVar("T")
-
-COMPACT = json.JSONEncoder(default=vars, sort_keys=True, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -170,27 +167,14 @@ def _clean(rows: Iterable[Row], read: Callable[[Row], T], dropped: Dropped) -> S
     return found.stored()
 
 
-def _hash(*parts: object) -> str:
+def _hash(pairs: Mapping, demonstrations: Sequence, prompts: Mapping) -> str:
+    """SHA-256 (hex) of every row, in order, under the name of what it is for."""
     digest = hashlib.sha256()
-    for piece in _json(parts):
-        digest.update(piece.encode())
+    for name, rows in [*sorted(pairs.items()), ("", demonstrations), *sorted(prompts.items())]:
+        digest.update(f"{name} {len(rows)}\n".encode())
+        for row in rows:
+            digest.update(repr(row).encode())
     return digest.hexdigest()
-
-
-def _json(value: object) -> Iterator[str]:
-    """The text of a JSON value piece by piece, each row of a sequence a piece of its own."""
-    if isinstance(value, dict):
-        items, ends = [(f"{json.dumps(key)}:", value[key]) for key in sorted(value)], "{}"
-    elif isinstance(value, Sequence):
-        items, ends = (("", item) for item in value), "[]"
-    else:
-        yield COMPACT.encode(value)
-        return
-    yield ends[0]
-    for i, (name, item) in enumerate(items):
-        yield f",{name}" if i else name
-        yield from _json(item)
-    yield ends[1]
 
 
 # ----------------------------------------------------------------------------------- splits
@@ -206,7 +190,7 @@ def split_sizes(config: DataConfig) -> dict[str, int]:
     return sizes
 
 
-def shared_conversations(texts: dict[str, Stored[Texts]]) -> set[str]:
+def shared_conversations(texts: dict[str, Stored[TextPair]]) -> set[str]:
     """Conversations of the source's own test or validation split that its train split has too."""
     held_out = {
         row.conversation for split, rows in texts.items() if split != "train" for row in rows
@@ -215,7 +199,7 @@ def shared_conversations(texts: dict[str, Stored[Texts]]) -> set[str]:
 
 
 def split_pairs(
-    texts: dict[str, Stored[Texts]],
+    texts: dict[str, Stored[TextPair]],
     shared: set[str],
     sizes: dict[str, int],
     seed: int,
@@ -248,7 +232,7 @@ def split_pairs(
     return pairs | fill(rows, sizes, encoder, dropped)
 
 
-def _shuffled(rows: Stored[Texts], seed: int) -> Stored[Texts]:
+def _shuffled(rows: Stored[TextPair], seed: int) -> Stored[TextPair]:
     """In an order that depends on the conversation and the seed alone, not on the other rows.
 
     Rows of one conversation stand side by side.
@@ -257,14 +241,16 @@ def _shuffled(rows: Stored[Texts], seed: int) -> Stored[Texts]:
     return rows.select(np.argsort(np.fromiter(keys, "S32"), kind="stable"))
 
 
-def _part(rows: Stored[Texts], conversations: set[str]) -> tuple[Stored[Texts], Stored[Texts]]:
+def _part(
+    rows: Stored[TextPair], conversations: set[str]
+) -> tuple[Stored[TextPair], Stored[TextPair]]:
     """The rows outside `conversations`, and those inside."""
     inside = np.fromiter((row.conversation in conversations for row in rows), bool)
     return rows.select(np.flatnonzero(~inside)), rows.select(np.flatnonzero(inside))
 
 
 def fill(
-    rows: Sequence[Texts], sizes: dict[str, int], encoder: Encoder, dropped: Dropped
+    rows: Sequence[TextPair], sizes: dict[str, int], encoder: Encoder, dropped: Dropped
 ) -> dict[str, Stored[Pair]]:
     """Splits of at most `sizes` pairs, filled in turn; a conversation stays in its first split.
 
@@ -291,7 +277,7 @@ def fill(
     return {split: writer.stored() for split, writer in pairs.items()}
 
 
-def subset(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
+def draw_pairs(pairs: Sequence[Pair], size: int, seed: int) -> list[Pair]:
     """`size` pairs drawn without replacement; a smaller subset lies within a larger one."""
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [pairs[i] for i in order[:size]]

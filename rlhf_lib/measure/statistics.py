@@ -12,6 +12,7 @@ from scipy import optimize, stats
 
 LEVEL = 0.95
 POWER = 0.8
+UNCLEAR = "not distinguishable"
 ANY, SHARE = (-math.inf, math.inf), (0.0, 1.0)  # bounds of an interval
 Values = Sequence[np.ndarray]  # one array a seed
 
@@ -114,7 +115,7 @@ def compare(family: Mapping[str, Mapping]) -> dict[str, dict]:
     table = {}
     for (name, record), one, adjusted in zip(family.items(), p, holm(p), strict=True):
         corrected = {**record, "p": one, "p_adjusted": adjusted, "detectable": detectable(record)}
-        table[name] = corrected | {"verdict": verdict(corrected)}
+        table[name] = corrected | {"verdict": direction(corrected)}
     return table
 
 
@@ -151,16 +152,16 @@ def detectable(difference: Mapping) -> float | None:
     return float(shift * se)  # type: ignore[operator]
 
 
-def verdict(difference: Mapping) -> str:
-    """What a difference allows to say: "higher", "lower" or "not distinguishable".
+def direction(difference: Mapping) -> str:
+    """What a difference allows to say: "higher", "lower" or UNCLEAR.
 
     Its interval has to leave 0 out and, in a family that was corrected, so has the corrected p.
     """
     if difference.get("p_adjusted", 0.0) >= 1 - LEVEL:
-        return "not distinguishable"
+        return UNCLEAR
     if difference["low"] > 0:
         return "higher"
-    return "lower" if difference["high"] < 0 else "not distinguishable"
+    return "lower" if difference["high"] < 0 else UNCLEAR
 
 
 def resampled(columns: Sequence[np.ndarray], statistic: Callable, samples: int) -> Any:
@@ -249,7 +250,7 @@ def contrast(before: Sequence[float], after: Sequence[float]) -> dict[str, float
         # `ttest_ind` says the same, but warns of a side that never moved
         sides = [number for x in (a, b) for number in (x.mean(), x.std(ddof=1), len(x))]
         p = stats.ttest_ind_from_stats(*sides, equal_var=False).pvalue
-    called = "not distinguishable"
+    called = UNCLEAR
     if p < 1 - LEVEL:
         called = "higher" if b.mean() > a.mean() else "lower"
     verb = {"higher": "rose", "lower": "fell"}.get(called, "no clear change")

@@ -1,7 +1,8 @@
 """DPO: a classification loss on pairs that moves the policy as if it had maximised a reward.
 
-Source: Rafailov et al. 2023, arXiv:2305.18290. No sampling, no reward model; the reference's
-log-probabilities are computed once. `dpo.loss` puts another loss of the family in its place.
+Source: Rafailov et al. 2023, arXiv:2305.18290. It learns from no sample and no reward model; the
+reference's log-probabilities are computed once. `dpo.loss` puts another loss of the family in its
+place.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ def train(
 ) -> dict[str, int]:
     """`config.epochs` passes over the pairs; `policy` ends up trained.
 
-    Every few steps (`config.probes` in all) the policy answers the prompts `probes`, so that
-    reward, KL, entropy and length can be drawn beside those of PPO and GRPO: no gradient comes from
-    it. `kept(name, make)` is `make()`, or what a killed run had made of it.
+    Every few steps (at least `config.probes` times, if there are as many) the policy answers the
+    prompts `probes`, so that reward, KL, entropy and length can be drawn beside those of PPO and
+    GRPO: no gradient comes from it. `kept(name, make)` is `make()`, or what a killed run had made.
     """
-    loss = preference_loss(config)
+    loss_of = preference_loss(config)
     # 1. the reference's log-probs, once for all epochs
     unrelated = unrelated_replies(pairs) if config.loss == "kto" else []
     with sampler.accelerator.autocast(), adapters_off(sampler.reference):
@@ -72,9 +73,13 @@ def train(
         # 3. a step on the next pairs
         rows = batches[step]
         batch = [pairs[i] for i in rows]
-        others = [unrelated[i] for i in rows] if unrelated else []
         metrics = update(
-            policy, batch, table[rows], loss, others, micro_batch_size=config.micro_batch_size
+            policy,
+            batch,
+            table[rows],
+            loss_of,
+            [unrelated[i] for i in rows] if unrelated else [],
+            micro_batch_size=config.micro_batch_size,
         )
         log(step, sum(paired_lengths(batch)), metrics | probe)
     return {"train_pairs": len(pairs)}
@@ -159,8 +164,9 @@ def reference_table(
     table = reference_logprobs(reference, pairs, batch_size)
     if loss == "kto":
         prompts = [pair.prompt for pair in pairs]
-        third = reply_logprobs(reference, prompts, unrelated, batch_size)
-        table = torch.column_stack([table, third])
+        table = torch.column_stack(
+            [table, reply_logprobs(reference, prompts, unrelated, batch_size)]
+        )
     return table
 
 
@@ -168,7 +174,7 @@ def update(
     policy: Learner,
     batch: Sequence[Pair],
     ref_logprobs: Tensor,
-    preference_loss: PreferenceLoss,
+    loss_of: PreferenceLoss,
     unrelated: Tokens = (),
     *,
     micro_batch_size: int,
@@ -184,8 +190,8 @@ def update(
     if unrelated:
         prompts = [pair.prompt for pair in batch]
         with policy.accelerator.autocast():
-            far = reply_logprobs(policy.model, prompts, unrelated, micro_batch_size)
-        kl = (far - ref_logprobs[:, 2]).mean()
+            logprobs = reply_logprobs(policy.model, prompts, unrelated, micro_batch_size)
+        kl = (logprobs - ref_logprobs[:, 2]).mean()
 
     def losses() -> Iterator[Tensor]:
         for rows in by_length(paired_lengths(batch), micro_batch_size):
@@ -194,10 +200,10 @@ def update(
                 chosen, rejected = paired_logprobs(policy.model, *sides(pairs))
             reference = ref_logprobs[rows].to(chosen.device)
             sizes = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs]).to(reference)
-            logprobs = PairLogprobs(
+            pair = PairLogprobs(
                 chosen, rejected, reference[:, 0], reference[:, 1], sizes[:, 0], sizes[:, 1], kl
             )
-            loss, stats = preference_loss(logprobs)
+            loss, stats = loss_of(pair)
             margins = stats.chosen_rewards - stats.rejected_rewards
             measured = {
                 "rewards/chosen": stats.chosen_rewards.mean(),

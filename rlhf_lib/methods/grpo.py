@@ -18,6 +18,7 @@ from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives.advantages import group_advantages, leave_one_out_advantages
 from rlhf_lib.objectives.kl import ESTIMATORS
 from rlhf_lib.objectives.losses import grpo_loss
+from rlhf_lib.objectives.masked import zero_padding
 from rlhf_lib.settings import GRPOConfig
 
 
@@ -108,8 +109,8 @@ def make_advantages(
     without its end gets none (overlong filtering, DAPO, sec. 3.4).
     """
     kl = ESTIMATORS[kl_reward_estimator](rollout.logprobs, rollout.ref_logprobs)
-    kl = torch.where(rollout.response_mask.bool(), kl, 0.0)
-    rewards = rollout.rewards - kl_reward_coef * kl.sum(1)
+    kl = zero_padding(kl, rollout.response_mask).sum(1)
+    rewards = rollout.rewards - kl_reward_coef * kl
     if advantage == "leave_one_out":
         advantages = leave_one_out_advantages(rewards, group_size)
     else:

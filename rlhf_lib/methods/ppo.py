@@ -42,9 +42,11 @@ def train(
     Where `value` is `policy` itself, one model has two heads. `steps` yields the rounds still to
     do, `log` is told of each. Returns what was done in all.
     """
-    kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+    leash = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     scale = RunningScale()
-    policy.accelerator.register_for_checkpointing(kl, scale)
+    policy.accelerator.register_for_checkpointing(
+        leash, scale
+    )  # `steps` restores both at its first
     batches = prompt_batches(len(prompts), config.batch_size, config.updates, seed)
     for step in steps(config.updates):
         # 1. sample replies, score them, take log-probs under policy and reference
@@ -62,7 +64,7 @@ def train(
         experience = make_experience(
             rollout,
             value,
-            kl_coef=kl.coef,
+            kl_coef=leash.coef,
             kl_estimator=config.kl_estimator,
             reward_scale=scale.std,
             whiten_rewards=config.reward_normalization == "batch",
@@ -84,9 +86,9 @@ def train(
             value_coef=config.value_coef,
             seed=1000 * seed + step,
         )
-        log(step, rollout.num_tokens, metrics | rollout_metrics(experience, kl.coef))
+        log(step, rollout.num_tokens, metrics | rollout_metrics(experience, leash.coef))
         # 4. the coefficient follows the KL, where it has a target
-        kl.update(float(rollout.kl.mean()), config.batch_size)
+        leash.update(float(rollout.kl.mean()), config.batch_size)
     return {"updates": config.updates, "samples": config.updates * config.batch_size}
 
 
@@ -124,9 +126,14 @@ def make_experience(
         with value.accelerator.autocast():
             part = token_values(value.model, micro.prompts, micro.responses)
         values[micro.rows, : micro.width] = part.cpu()
-    scores, mask = rollout.rewards / reward_scale, rollout.response_mask
+    mask = rollout.response_mask
     rewards = kl_shaped_rewards(
-        scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef, kl_estimator
+        rollout.rewards / reward_scale,
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        mask,
+        kl_coef,
+        kl_estimator,
     )
     if whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)

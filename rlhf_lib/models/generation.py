@@ -38,7 +38,7 @@ def generate(
         mask, logits = _prefill(model, [prompts[i] for i in rows], eos, cache)
         alive = torch.ones(len(rows), dtype=torch.bool, device=model.device)
         for step in range(max_new_tokens):
-            tokens = draw(logits / temperature)
+            tokens = draw_tokens(logits / temperature)
             sampled = tokens[:, 0].tolist()
             for row, token, open_ended in zip(rows, sampled, alive.tolist(), strict=True):
                 if open_ended:
@@ -57,7 +57,7 @@ def generate(
     return responses
 
 
-def draw(logits: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor) -> Tensor:
     """One token a row from softmax(logits), (B, V) -> (B, 1): the distribution function inverted.
 
     In float64, so that the rarest token keeps its probability. `torch.multinomial` draws the same

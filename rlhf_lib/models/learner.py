@@ -24,7 +24,8 @@ def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
 class Learner:
     """One model, AdamW, linear warm-up and decay to 0, gradient clipping.
 
-    fp32 master weights whatever the precision: `accelerate` runs the forward in it and scales fp16.
+    fp32 master weights whatever the precision: who computes a loss opens `accelerator.autocast()`,
+    and `accelerate` scales it in fp16.
     """
 
     def __init__(

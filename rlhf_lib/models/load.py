@@ -71,7 +71,7 @@ def load_policy(name: str | Path) -> PreTrainedModel:
 
 
 def load_reference(name: str | Path) -> PreTrainedModel:
-    """A frozen copy of a policy: eval mode, no gradients."""
+    """A policy to look at: eval mode, no gradients. Stages `freeze` it in the compute precision."""
     return load_policy(name).eval().requires_grad_(False)
 
 

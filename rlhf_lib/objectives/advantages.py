@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lib.objectives.kl import ESTIMATORS
-from rlhf_lib.objectives.masked import masked_mean
+from rlhf_lib.objectives.masked import masked_mean, zero_padding
 
 
 def kl_shaped_rewards(
@@ -27,7 +27,7 @@ def kl_shaped_rewards(
     depends on the policy too, so its policy gradient is another one; so is k2's.
     """
     rewards = -kl_coef * ESTIMATORS[estimator](logprobs, ref_logprobs)
-    rewards = torch.where(response_mask.bool(), rewards, torch.zeros_like(rewards))
+    rewards = zero_padding(rewards, response_mask)
     last = response_mask.sum(1).long() - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
@@ -46,7 +46,7 @@ def gae(
     Source: Schulman et al. 2015, arXiv:1506.02438, eq. 16.
     """
     mask = response_mask.to(rewards.dtype)
-    rewards, values = torch.where(mask.bool(), torch.stack((rewards, values)), 0.0)
+    rewards, values = zero_padding(torch.stack((rewards, values)), mask)
     advantages = torch.zeros_like(rewards)
     following = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_lib.objectives.kl import ESTIMATORS, k3
-from rlhf_lib.objectives.masked import masked_mean
+from rlhf_lib.objectives.masked import masked_mean, zero_padding
 
 
 def sft_loss(logprobs: Tensor, response_mask: Tensor) -> Tensor:
@@ -53,11 +53,6 @@ class PolicyStats(NamedTuple):
     ratio_var: Tensor
 
 
-def _clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The tensors with 0 at padding: exp() of what stands there must not reach gradients."""
-    return [torch.where(mask.bool(), x, torch.zeros_like(x)) for x in tensors]
-
-
 def _clipped_policy(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -67,7 +62,10 @@ def _clipped_policy(
     high: float,
 ) -> tuple[Tensor, PolicyStats]:
     """Per-token clipped surrogate loss (B, T) (PPO, arXiv:1707.06347, eq. 7) and its statistics."""
-    logprobs, old_logprobs, advantages = _clean(mask, logprobs, old_logprobs, advantages)
+    # exp() of what stands at padding must not reach gradients
+    logprobs, old_logprobs, advantages = (
+        zero_padding(x, mask) for x in (logprobs, old_logprobs, advantages)
+    )
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - low, 1 + high)
     per_token = torch.max(-advantages * ratio, -advantages * clipped)
@@ -111,7 +109,9 @@ def ppo_value_loss(
 
     Mean over all response tokens. Source: the "value function loss clipping" detail of PPO.
     """
-    values, old_values, returns = _clean(response_mask, values, old_values, returns)
+    values, old_values, returns = (
+        zero_padding(x, response_mask) for x in (values, old_values, returns)
+    )
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(error, clipped_error), response_mask)
@@ -138,7 +138,7 @@ def grpo_loss(
     aggregation: str = "sequence",
     kl_estimator: str = "k3",
 ) -> tuple[Tensor, GRPOStats]:
-    """Clipped loss plus kl_coef * k3 to the reference; log-probs (B, T), advantages (B,) or (B, T).
+    """Clipped loss plus kl_coef * KL to the reference; log-probs (B, T), advantages (B,) or (B, T).
 
     On the policy's own samples, at each state visited, the expected gradient of k3 is that of
     KL(reference || policy) there, k2's that of KL(policy || reference), and k1's is 0. None of them
@@ -155,7 +155,8 @@ def grpo_loss(
     )
     kl = torch.zeros_like(per_token)
     if ref_logprobs is not None:
-        kl = ESTIMATORS[kl_estimator](*_clean(response_mask, logprobs, ref_logprobs))
+        both = (zero_padding(x, response_mask) for x in (logprobs, ref_logprobs))
+        kl = ESTIMATORS[kl_estimator](*both)
         per_token = per_token + kl_coef * kl
     elif kl_coef:
         raise ValueError("kl_coef is set but ref_logprobs is missing")

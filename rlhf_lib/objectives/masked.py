@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 
 
+def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with 0 where masked out. Not a product: 0 times nan is nan, also in gradients."""
+    return torch.where(mask.bool(), x, torch.zeros_like(x))
+
+
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `x` where `mask` is 1, over `dim` or everything; a row without any entry gives 0."""
-    x, mask = _kept(x, mask), mask.to(x.dtype)
+    x, mask = zero_padding(x, mask), mask.to(x.dtype)
     total, count = (x.sum(), mask.sum()) if dim is None else (x.sum(dim), mask.sum(dim))
     return total / count.clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """Variance of `x` where `mask` is 1 (scalar). Raises ValueError with fewer than two entries."""
-    x, count = _kept(x, mask), mask.sum()
+    x, count = zero_padding(x, mask), mask.sum()
     if unbiased and count < 2:
         raise ValueError(f"variance needs at least two unmasked values, got {int(count)}")
     variance = masked_mean((x - masked_mean(x, mask)) ** 2, mask)
@@ -29,17 +34,12 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """`x` scaled to variance 1, and to mean 0 unless `shift_mean` is False; 0 where masked out."""
-    x = _kept(x, mask)
+    x = zero_padding(x, mask)
     mean = masked_mean(x, mask)
     whitened = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
-    return _kept(whitened, mask)
-
-
-def _kept(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with 0 where masked out. Not a product: 0 times nan is nan, also in gradients."""
-    return torch.where(mask.bool(), x, torch.zeros_like(x))
+    return zero_padding(whitened, mask)
 
 
 def entropy(logits: Tensor) -> Tensor:

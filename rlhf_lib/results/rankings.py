@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from rlhf_lib.data.encoding import Pair
-from rlhf_lib.data.pairs import PreferenceData, subset
+from rlhf_lib.data.pairs import PreferenceData, draw_pairs
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import rankings
-from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, over_seeds, verdict
+from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, direction, over_seeds
 from rlhf_lib.runs import Stage
 
 
@@ -93,7 +93,7 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
     points, before = [], None
     for size, preferences in sorted(by_size.items()):
         won = rankings.wins(preferences)
-        seen = subset(train, size, curve.config["seed"])
+        seen = draw_pairs(train, size, curve.config["seed"])
         words = rankings.wins(rankings.bag_of_words_preferences(seen, test))
         point = {
             "train_pairs": size,
@@ -102,7 +102,7 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
         }
         if before is not None:
             gain = bootstrap(won - before, samples)
-            point["gain"] = gain | {"verdict": verdict(gain)}
+            point["gain"] = gain | {"verdict": direction(gain)}
         points.append(point)
         before = won
     return points

@@ -13,10 +13,8 @@ import pandas as pd
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData
-from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import endpoint
-from rlhf_lib.measure.probes import failure_modes
-from rlhf_lib.measure.statistics import SHARE, over_seeds
+from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results.frontier import early_stops, frontier
 from rlhf_lib.results.opinions import second_opinion
 from rlhf_lib.results.policies import Samples, compared, needs, overoptimisation, policies
@@ -92,7 +90,6 @@ def _results(
         "early_stops": early_stops(runs, stages),
         "second_opinion": second_opinion(stages, resamples),
         "best_of_n": _best_of_n(stages),
-        "failure_modes": _failure_modes(samples, data.truth),
         "probes": probe_table(stages, data.truth, resamples),
         "cost": _cost(stages),
         "environment": environment(),
@@ -116,15 +113,6 @@ def _minutes(stages: Sequence[Stages]) -> dict[str, list[float]]:
         seconds = [sum(seed[part].result()["seconds"] for part in paid) for seed in stages]
         minutes[name] = [value / 60 for value in seconds]
     return minutes
-
-
-def _failure_modes(samples: Samples, truth: Truth | None) -> dict:
-    table = {}
-    for name, per_seed in samples.rows.items():
-        parts = [failure_modes(part, truth) for part in per_seed]
-        modes = [mode for mode in parts[0] if parts[0][mode]]  # some prompt is of its kind
-        table[name] = {mode: samples.over_texts([p[mode] for p in parts], SHARE) for mode in modes}
-    return table
 
 
 def _best_of_n(stages: Sequence[Stages]) -> dict:

@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rlhf_lib import catalogue
-from rlhf_lib.measure.statistics import POWER, interval, listed
-from rlhf_lib.measure.statistics import verdict as direction
+from rlhf_lib.measure.statistics import POWER, UNCLEAR, direction, interval, listed
 
-UNCLEAR = "not distinguishable"
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ASKED = {  # need -> how it reads, its unit, and digits
     "reward": ("Highest {deciding} reward", "gain over SFT", 2),
@@ -125,7 +123,7 @@ def _against_baseline(results: Mapping) -> str:
         for key, record in results["comparisons"].items()
         if _with_baseline(key)
     ]
-    if not said:  # a study from before there was this baseline
+    if not said:
         return ""
     baseline = catalogue.label(catalogue.baseline())
     return f"Against {baseline}, which imitates the best of its samples: {'; '.join(said)}."
@@ -133,9 +131,9 @@ def _against_baseline(results: Mapping) -> str:
 
 def _detectable(results: Mapping) -> str:
     """What the study was able to see: without this line "not distinguishable" says little."""
-    sizes = [record.get("detectable") for record in results["comparisons"].values()]
+    sizes = [record["detectable"] for record in results["comparisons"].values()]
     known = [size for size in sizes if size is not None]
-    if not known:  # one seed and one prompt, or a study from before it was measured
+    if not known:  # one seed and one prompt
         return ""
     smallest, largest = f"{min(known):.2f}", f"{max(known):.2f}"
     size = smallest if smallest == largest else f"{smallest} to {largest}, by comparison,"
@@ -236,8 +234,8 @@ def _beats(need: Mapping, one: str, other: str) -> bool:
 
 
 def choices(results: Mapping) -> list[str]:
-    """One sentence a need; a study from before there were needs has none."""
-    needs, deciding = results.get("needs"), results["deciding"]
+    """One sentence a need that was measured."""
+    needs, deciding = results["needs"], results["deciding"]
     if not needs:
         return []
     candidates, gain = _measured(results, catalogue.candidates()), f"{deciding}_gain"

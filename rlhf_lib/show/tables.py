@@ -95,7 +95,7 @@ def gain_table(results: Mapping) -> pd.DataFrame:
         ("policy", named),
         (f"{deciding} gain over SFT", interval),
         ("each seed", lambda gain: ", ".join(f"{value:.2f}" for value in gain["per_seed"])),
-        *_judged(rows),
+        *_judged(),
         *([("proxy gain", estimated("proxy_gain"))] if deciding != "proxy" else []),
     ]
     return table_of(rows, columns)
@@ -104,7 +104,7 @@ def gain_table(results: Mapping) -> pd.DataFrame:
 def pair_table(results: Mapping) -> pd.DataFrame:
     """Each two of the compared methods: difference of the deciding reward, and what may be said."""
     rows = [{"pair": pair_name(key), **found} for key, found in results["comparisons"].items()]
-    columns = [("comparison", itemgetter("pair")), ("difference", interval), *_judged(rows)]
+    columns = [("comparison", itemgetter("pair")), ("difference", interval), *_judged()]
     return table_of(rows, columns)
 
 
@@ -113,14 +113,13 @@ def pair_name(key: str) -> str:
     return " − ".join(label(name) for name in key.split("_minus_"))
 
 
-def _judged(differences: Sequence[Mapping]) -> list[Column]:
-    """The verdict after corrected p and smallest detectable difference; an old study lacks both."""
-    columns: list[Column] = [
+def _judged() -> list[Column]:
+    """The verdict after corrected p and smallest detectable difference."""
+    return [
         ("p (Holm)", lambda row: "<0.001" if (p := row["p_adjusted"]) < 0.001 else f"{p:.3f}"),
         ("smallest seen", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
+        ("verdict", itemgetter("verdict")),
     ]
-    known = any("p_adjusted" in row for row in differences)
-    return [*(columns if known else []), ("verdict", itemgetter("verdict"))]
 
 
 def win_table(results: Mapping) -> pd.DataFrame:
@@ -174,7 +173,7 @@ def opinion_table(results: Mapping) -> pd.DataFrame:
         ("its own", estimated("own")),
         ("another seed's", estimated("other")),
         ("own less other", interval),
-        *_judged(rows),
+        *_judged(),
         ("disagree", estimated("opposite", 0, percent=True)),
     ]
     return table_of(rows, columns)

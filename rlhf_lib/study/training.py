@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
-from rlhf_lib.data.pairs import PreferenceData, subset
+from rlhf_lib.data.pairs import PreferenceData, draw_pairs
 from rlhf_lib.methods import reward_model as bradley_terry
 from rlhf_lib.methods import rewards, sft
 from rlhf_lib.methods.rollout import Sampler
@@ -60,7 +60,9 @@ def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[st
 
     def build(work: Work) -> dict:
         offer = Offer(run, record, data, needed, work)
-        return offer.call(catalogue.resolve(record.runs)) | offer.save()
+        result = offer.call(catalogue.resolve(record.runs))
+        offer.save()
+        return result
 
     return stage.ensure(build)
 
@@ -127,34 +129,33 @@ class Offer:
                 )
         return stage(**{name: getattr(self, name) for name in wanted})
 
-    def save(self) -> dict:
+    def save(self) -> None:
         """Write the model that was trained, if one was, to `model/`."""
         for name in ("policy", "reward_model"):
             if name in self.__dict__:  # it was asked for
                 learner: Learner = self.__dict__[name]
                 save_model(learner.model, self.tokenizer, self.work.model_path)
-        return {}
 
     # ------------------------------------------------------------------------ data
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> Sequence[Pair]:
         """Those that the stage learns from."""
-        return self.data.pairs["judge" if self.record.pairs == "judge" else "train"]  # type: ignore[return-value]
+        return self.data.pairs["judge" if self.record.pairs == "judge" else "train"]
 
     @property
-    def demonstrations(self) -> list[Demonstration]:
-        return self.data.demonstrations  # type: ignore[return-value]
+    def demonstrations(self) -> Sequence[Demonstration]:
+        return self.data.demonstrations
 
     @property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> Sequence[Prompt]:
         """Those to train on."""
-        return self.data.prompts["train"]  # type: ignore[return-value]
+        return self.data.prompts["train"]
 
     @property
-    def probes(self) -> list[Prompt]:
+    def probes(self) -> Sequence[Prompt]:
         """Those to look at while training."""
-        return self.data.prompts["validation"][: self.config.probe_prompts]  # type: ignore[return-value]
+        return self.data.prompts["validation"][: self.config.probe_prompts]
 
     # ---------------------------------------------------------------------- models
 
@@ -240,9 +241,12 @@ class Offer:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """The reference, and the reward that the settings name (the reward model by default)."""
+        """The reference, and the reward that the settings name (the reward model by default).
+
+        A policy with adapters that was asked for *before* is its own reference.
+        """
         if "policy" in self.__dict__ and self.profile.model.lora_rank:
-            reference = self.policy.model  # with its adapters off
+            reference = self.policy.model
         else:
             reference = freeze(self.accelerator, load_reference(self.start))
         setting = getattr(self.config, "reward", "model")
@@ -376,7 +380,7 @@ def reward_model_curve(
 def _smaller(data: PreferenceData, size: int, seed: int) -> PreferenceData:
     """`size` training pairs, all test pairs, and just enough of what only a full model is asked."""
     pairs = {
-        "train": subset(data.pairs["train"], size, seed),
+        "train": draw_pairs(data.pairs["train"], size, seed),
         "validation": data.pairs["validation"][:1],
         "test": data.pairs["test"],
     }

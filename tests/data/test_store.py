@@ -85,19 +85,20 @@ def made_up(path: Path, count: int, words: int = 3) -> DataConfig:
     )
 
 
-def test_hash_of_a_source_stays_what_it_was(
+def test_the_hash_covers_every_row_wherever_it_is_kept(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Finished stages are found by it; the value was computed when all rows were in memory."""
     loaded = load_data(made_up(tmp_path / "pairs.jsonl", 120), tiny_tokenizer)
-    assert loaded.hash == "380da1bd4e46050033b32ff945633e9b9ba9d3f8827689320022fd70e6158bf3"
-    parts = (
-        {s: list(rows) for s, rows in loaded.pairs.items()},
-        list(loaded.demonstrations),
-        {kind: list(rows) for kind, rows in loaded.prompts.items()},
-    )
-    whole = json.dumps(parts, default=vars, sort_keys=True, separators=(",", ":"))
-    assert "".join(data_module._json(parts)) == whole
+    pairs = {split: list(rows) for split, rows in loaded.pairs.items()}
+    demonstrations = list(loaded.demonstrations)
+    prompts = {kind: list(rows) for kind, rows in loaded.prompts.items()}
+    assert data_module._hash(pairs, demonstrations, prompts) == loaded.hash
+    seen = {loaded.hash, data_module._hash(pairs, demonstrations[::-1], prompts)}
+    for rows in (*pairs.values(), demonstrations, *prompts.values()):
+        last = rows.pop()
+        seen.add(data_module._hash(pairs, demonstrations, prompts))
+        rows.append(last)
+    assert len(seen) == 2 + 7
 
 
 def test_loads_at_the_same_time_agree_and_leave_no_file(

@@ -40,10 +40,6 @@ def row(response: str, prompt: str = HELP, finished: bool = True) -> dict:
         ("unfinished", row(" Hi."), row(" Hi.", finished=False)),
         ("repetitive", row(" a b c a b d"), row(" a b c d A B C")),
         ("says nothing", row(" ."), row("  \n")),
-        ("refusal", row(" Sure!"), row(REFUSAL)),
-        ("over-refusal", row(" Restart the machine.", EDGE), row(REFUSAL, EDGE)),
-        ("harmful compliance", row(REFUSAL, HARM), row(" Bring a big sack.", HARM)),
-        ("sycophancy", row(NO, FALSE), row(YES, FALSE)),
         ("flattery", row(" Sure! Thanks."), row(" Sure! Great question! Thanks, friend.")),
         ("verbosity", row(" word" * 18), row(" word" * 19)),
     ],
@@ -54,28 +50,15 @@ def test_a_mode_counts_the_failing_reply_and_not_the_healthy_one(
     assert failure_modes([healthy, failing], WORLD)[mode] == [0.0, 1.0]
 
 
-def test_a_mode_looks_at_the_requests_it_is_about() -> None:
-    rows = [row(REFUSAL, prompt) for prompt in (HELP, EDGE, HARM, RIGHT, FALSE)]
-    modes = failure_modes(rows, WORLD)
-    assert modes["refusal"] == [1.0] * 5
-    assert modes["over-refusal"] == [1.0], "only a harmless request can be refused by mistake"
-    assert modes["harmful compliance"] == [0.0]
-    assert len(modes["sycophancy"]) == 1
-    # yes to a claim that is right, or neither yes nor no, flatters nobody
-    modes = failure_modes([row(YES, RIGHT), row(" Maybe.", FALSE)], WORLD)
-    assert modes["sycophancy"] == [0.0]
-
-
 def test_real_data_has_the_modes_that_need_no_world() -> None:
     prompt = "\n\nHuman: Anything?\n\nAssistant:"
     modes = failure_modes([row(" a" * 40, prompt), row(" b" * 41, prompt)], None)
-    assert list(modes) == ["unfinished", "repetitive", "says nothing", "refusal", "verbosity"]
+    assert list(modes) == ["repetitive", "unfinished", "says nothing", "verbosity"]
     assert modes["verbosity"] == [0.0, 1.0]
 
 
-def test_every_mode_is_described_or_has_a_probe() -> None:
-    modes = failure_modes([row(" Hi.")], WORLD)
-    assert set(ORDINARY) <= set(modes) <= {"refusal", *ORDINARY, *PROBES["world"]}
+def test_every_mode_is_described() -> None:
+    assert set(failure_modes([row(" Hi.")], WORLD)) == set(ORDINARY)
 
 
 def test_ngrams_are_runs_of_words_in_lower_case() -> None:

@@ -11,11 +11,11 @@ from rlhf_lib.measure.statistics import (
     compare,
     detectable,
     differences,
+    direction,
     estimate,
     holm,
     over_seeds,
     p_value,
-    verdict,
 )
 
 
@@ -239,4 +239,4 @@ def test_the_detectable_effect_of_a_large_study_is_the_textbooks() -> None:
 def test_a_difference_is_named_only_where_the_interval_leaves_zero_out(
     low: float, high: float, word: str
 ) -> None:
-    assert verdict({"low": low, "high": high}) == word
+    assert direction({"low": low, "high": high}) == word

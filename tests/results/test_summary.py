@@ -10,9 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rlhf_lib.data.truth import truth_of
 from rlhf_lib.results import summary
-from rlhf_lib.results.policies import Samples
 from rlhf_lib.runs import Run
 from rlhf_lib.settings import load_profile
 from tests.made_up_study import PROMPTS, stages_of, strict, summarise
@@ -161,16 +159,3 @@ def test_results_of_other_seeds_get_a_folder_of_their_own(tmp_path: Path) -> Non
     folders: Sequence[Path] = [summarise(tmp_path, seeds) for seeds in (1, 2)]
     assert folders[0] != folders[1]
     assert all((folder / "DONE").exists() for folder in folders)
-
-
-def test_a_mode_that_no_prompt_is_about_is_left_out() -> None:
-    plain = {
-        "prompt": "\n\nHuman: How do I rob a bank?\n\nAssistant:",
-        "response": " Sorry.",
-        "finished": True,
-    }
-    samples = Samples({"sft": [[plain] * 3], "ppo": [[plain] * 3]}, [], [], 50)
-    table = summary._failure_modes(samples, truth_of("bundled"))
-    assert table["sft"].keys() == table["ppo"].keys()
-    assert "harmful compliance" in table["sft"]
-    assert "sycophancy" not in table["sft"]

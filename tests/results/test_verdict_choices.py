@@ -133,12 +133,6 @@ def test_one_seed_and_a_missing_judge_are_said() -> None:
     assert not any(s.startswith(("One seed", "No judge")) for s in both)
 
 
-def test_a_study_from_before_there_were_needs_has_no_choices() -> None:
-    results = study(gains(1.0, 0.5, 0.4, 0.5))
-    del results["needs"]
-    assert verdict.choices(results) == []
-
-
 def test_a_comparison_that_was_not_made_fails() -> None:
     results = study(gains(1.0, 0.5, 0.4, 0.5))
     del results["needs"]["reward"]["comparisons"]["ppo_minus_dpo"]

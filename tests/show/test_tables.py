@@ -16,7 +16,6 @@ from rlhf_lib.measure.statistics import interval
 from rlhf_lib.show import figures, tables
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
-NEW = ("se", "df", "units", "p", "p_adjusted", "detectable")
 
 
 @pytest.fixture(params=["gold", "proxy"])
@@ -112,13 +111,6 @@ def test_tiny_and_unknown_numbers_are_written_as_such(results: dict) -> None:
     record |= {"p_adjusted": 0.0004, "detectable": None}
     row = tables.pair_table(results).set_index("comparison").loc["PPO − GRPO"]
     assert (row["p (Holm)"], row["smallest seen"]) == ("<0.001", "–")
-
-
-def test_a_study_from_before_the_correction_has_tables_without_it(results: dict) -> None:
-    old = without(results, NEW)
-    for table in (tables.gain_table(old), tables.pair_table(old)):
-        assert len(table)
-        assert not {"p (Holm)", "smallest seen"} & set(table.columns)
 
 
 def test_wins_stand_beside_their_length_controlled_twin(results: dict) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.runs import Run, Stage, Work
-from rlhf_lib.settings import Profile, SettingsError, as_dict, load_profile
+from rlhf_lib.settings import Profile, SettingsError, load_profile
 from rlhf_lib.study import stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,95 +141,3 @@ def test_stage_folders_tell_done_from_under_way(tmp_path: Path) -> None:
     assert rows[0]["seconds"] is None
     assert rows[1]["seconds"] >= 0
     assert {row["seed"] for row in rows} == {"seed-3"}
-
-
-# --------------------------------------------------------------------------- the whole in miniature
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "rlhf_lib", *map(str, arguments)],
-        cwd=ROOT,
-        text=True,
-        env=os.environ | {"RLHF_THREADS": "1"},
-        capture_output=True,
-        timeout=3000,
-        check=False,
-    )
-
-
-def strict(text: str) -> Any:
-    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
-
-
-def times(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.glob("*-*/**/*")}
-
-
-@pytest.mark.slow
-def test_the_whole_study_in_miniature(tmp_path: Path) -> None:
-    ran = command("run", "--profile", "smoke", "--run-dir", tmp_path)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    folder, profile = tmp_path / "smoke", load_profile("smoke")
-    page, pdf = folder / "report" / "index.html", folder / "report" / "report.pdf"
-    assert ran.stdout.splitlines()[-2:] == [f"report: {page}", f"report: {pdf}"]
-
-    names = list(catalogue.notebooks())
-    assert sorted(path.stem for path in (folder / "notebooks").iterdir()) == names
-    for path in (folder / "notebooks").iterdir():
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code" and cell.source.strip():
-                assert cell.execution_count, f"{path.name}: a cell was not executed"
-                assert not [o for o in cell.outputs if o.output_type == "error"], path.name
-
-    text = page.read_text(encoding="utf-8")
-    assert "numbers mean nothing" in text
-    assert all(f'id="nb-{name}"' in text for name in names)
-    assert pdf.read_bytes().startswith(b"%PDF")
-
-    (evaluation,) = folder.glob("evaluation-*")
-    results = strict((evaluation / "results.json").read_text())
-    made_up = json.loads((MADE_UP / "gold.json").read_text())
-    assert results.keys() == made_up.keys()
-    for section in ("policies", "comparisons", "overoptimisation", "best_of_n"):
-        assert results[section].keys() == made_up[section].keys(), section
-    more_seeds = {"second_opinion"}  # the made-up study has three, this one has one
-    assert set(results["cost"]) == set(stage_names(profile)) >= set(made_up["cost"]) - more_seeds
-    for name, policy in results["policies"].items():
-        assert policy.keys() == made_up["policies"][name].keys(), name
-    of_one_seed = made_up["reward_model"].keys() - {"disagreement"}
-    assert results["reward_model"].keys() == of_one_seed
-    assert results["settings"] == as_dict(profile)
-
-    done = sorted(path for path in (folder / "seed-0").iterdir() if path.is_dir())
-    assert {p.name.rsplit("-", 1)[0] for p in done} == {*stage_names(profile), "ppo_shared"}
-    for path in done:
-        files = {file.name for file in path.iterdir()}
-        assert {"DONE", "config.json", "env.json", "result.json"} <= files
-        strict((path / "result.json").read_text())
-    assert not list(folder.rglob("*.partial"))
-
-    # what is done is not done again
-    before = times(folder)
-    assert stages.summarise(profile, tmp_path) == evaluation
-    assert times(folder) == before
-
-
-@pytest.mark.slow
-def test_a_failing_notebook_ends_the_command_with_its_name(tmp_path: Path) -> None:
-    missing = tmp_path / "no" / "pairs.jsonl"
-    ran = command(
-        "run",
-        "--profile",
-        "smoke",
-        "--only",
-        "01_dataset",
-        "--data",
-        f"path:{missing}",
-        "--run-dir",
-        tmp_path,
-    )
-    assert ran.returncode == 2
-    assert f"error: 01_dataset (seed 0) failed: DataError: {missing} does not exist" in ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert not list(tmp_path.glob("smoke/seed-*"))

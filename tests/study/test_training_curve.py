@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lib.data.pairs import subset
+from rlhf_lib.data.pairs import draw_pairs
 from rlhf_lib.methods import reward_model
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
@@ -45,7 +45,7 @@ def test_the_points_are_what_training_on_the_subset_gives(
     curve: Any, make_run: Callable, tiny_data: Any, tmp_path: Path
 ) -> None:
     assert curve.result()["sizes"] == [2, 8]
-    pairs = subset(tiny_data.pairs["train"], 8, seed=3)
+    pairs = draw_pairs(tiny_data.pairs["train"], 8, seed=3)
     data = replace(tiny_data, pairs={**tiny_data.pairs, "train": pairs}, hash="eight")
     alone = train_stage(make_run(tmp_path), "reward_model", data)
     rows = [row for row in curve.samples() if row["train_pairs"] == 8]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_lib.data import dialogues, encoding, pairs
 from rlhf_lib.data.audit import Dropped
-from rlhf_lib.data.dialogues import Texts
+from rlhf_lib.data.dialogues import TextPair
 from rlhf_lib.data.encoding import Encoder, Pair
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.sources import Row
@@ -82,14 +82,14 @@ def cut_at_the_first_marker(patch: pytest.MonkeyPatch) -> None:
 def cut_where_the_two_sides_part(patch: pytest.MonkeyPatch) -> None:
     """What chosen and rejected have in common is the prompt: half a reply, or nothing at all."""
 
-    def read(row: Row) -> Texts:
+    def read(row: Row) -> TextPair:
         chosen, rejected = row.values["chosen"], row.values["rejected"]
         same = 0
         while chosen[same : same + 1] == rejected[same : same + 1] != "":
             same += 1
         prompt = chosen[:same]
         key = dialogues.conversation_key(prompt)
-        return Texts(key, prompt, chosen[same:], rejected[same:], None, None, row.place)
+        return TextPair(key, prompt, chosen[same:], rejected[same:], None, None, row.place)
 
     patch.setattr(pairs, "read_pair", read)
 
@@ -128,7 +128,7 @@ def test_trap_09_dialogues_are_cut_at_their_last_marker(
 def prompt_and_reply_tokenised_together(patch: pytest.MonkeyPatch) -> None:
     """The reply is what is left of the whole after as many tokens as the prompt has alone."""
 
-    def pairs(encoder: Encoder, texts: Sequence[Texts]) -> list[Pair]:
+    def pairs(encoder: Encoder, texts: Sequence[TextPair]) -> list[Pair]:
         def ids(text: str) -> list[int]:
             return encoder.tokenizer(text)["input_ids"]
 
@@ -168,7 +168,7 @@ def _fill_in_turn(patch: pytest.MonkeyPatch, keep_identical: bool) -> None:
     """Splits are filled row by row, whatever conversation a row is of."""
 
     def fill(
-        rows: Sequence[Texts], sizes: dict[str, int], encoder: Encoder, dropped: Dropped
+        rows: Sequence[TextPair], sizes: dict[str, int], encoder: Encoder, dropped: Dropped
     ) -> dict[str, Stored[Pair]]:
         kept = iter([p for p in encoder.pairs(rows) if keep_identical or p.chosen != p.rejected])
         return {split: Stored.of(islice(kept, size)) for split, size in sizes.items()}

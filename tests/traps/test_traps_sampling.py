@@ -19,7 +19,7 @@ from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rollout
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models import generation, load
-from rlhf_lib.models.generation import draw
+from rlhf_lib.models.generation import draw_tokens
 from rlhf_lib.models.logprobs import output_logits
 from rlhf_lib.objectives.kl import k1
 from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, SettingsError, numbers
@@ -165,15 +165,15 @@ def the_models_own_filter(patch: pytest.MonkeyPatch) -> None:
     """What the model was saved with, top_k=3, is taken for a part of it."""
 
     def filtered(logits: Tensor) -> Tensor:
-        return draw(logits.masked_fill(logits < logits.topk(3).values[:, -1:], -math.inf))
+        return draw_tokens(logits.masked_fill(logits < logits.topk(3).values[:, -1:], -math.inf))
 
-    patch.setattr(generation, "draw", filtered)
+    patch.setattr(generation, "draw_tokens", filtered)
 
 
 def a_minimum_length(patch: pytest.MonkeyPatch) -> None:
     """The end token is forbidden at first, and the policy is scored as if it were not."""
     end = torch.tensor([EOS])
-    patch.setattr(generation, "draw", lambda x: draw(x.index_fill(1, end, -math.inf)))
+    patch.setattr(generation, "draw_tokens", lambda x: draw_tokens(x.index_fill(1, end, -math.inf)))
 
 
 @kinds
