@@ -151,7 +151,7 @@ def run_stage(
     from rlhf_lib.study.stages import Study
 
     overrides = _overrides(data, model, settings, None)
-    stage = Study.open(profile, seed, run_dir, overrides).stage(name)
+    stage = Study.open(profile, seed, run_dir, overrides).stage(name.replace("-", "_"))
     print(f"{name}: {stage.path}")
 
 

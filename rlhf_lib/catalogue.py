@@ -8,15 +8,13 @@ that is found when it is asked for.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 from rlhf_lib.settings import Profile, SettingsError, load_profile, unknown
+from rlhf_lib.user_code import resolve
 
 GREY = "#6b7785"  # of what has no colour of its own
 # Policies in the order of tables: what the others started from first, the methods in the middle.
@@ -86,45 +84,46 @@ def load(profile: str, overrides: str | Sequence[str] = ()) -> Profile:
 
 
 def extend(profile: Profile) -> None:
-    """Enter the records that the setting `methods` names: `package.module:RECORD`, by commas."""
+    """Enter the records that the setting `methods` names: `package.module:RECORD`, by commas.
+
+    Those of an earlier profile leave. Raises SettingsError for a record that cannot be run.
+    """
+    for name in [name for name in CATALOGUE if name not in LIBRARY]:
+        del CATALOGUE[name]
     for name in filter(None, (part.strip() for part in profile.methods.split(","))):
         record = resolve(name)
         if not isinstance(record, Record):
             raise SettingsError(f"methods={name}: it is no rlhf_lib.catalogue.Record")
+        if record.name in CATALOGUE:
+            raise SettingsError(f"methods={name}: there is a record {record.name!r} already")
         add(record)
+    for record in [CATALOGUE[name] for name in CATALOGUE if name not in LIBRARY]:
+        _check(record)
+    stages(profile)  # raises for stages that need each other
 
 
-def resolve(name: str) -> Any:
-    """The object behind `package.module:name` or `FILE.py:name`.
-
-    A file's folder is searched for what it imports. Raises SettingsError for what is not there.
-    """
-    module, colon, attribute = name.rpartition(":")
-    if not colon or not attribute:
-        raise SettingsError(f"{name!r}: name it as package.module:name or FILE.py:name")
-    path = user_file(module) if module.endswith(".py") else None
-    if path is not None:
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.parent))
-        module = path.stem
-    try:
-        found = importlib.import_module(module)
-        if path is not None and found.__file__ != str(path):
-            raise SettingsError(f"{name}: Python has another {module}; give the file another name")
-        return getattr(found, attribute)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"{name}: {error}") from error
-
-
-def user_file(name: str) -> Path:
-    """Where `FILE.py` is. Raises SettingsError if it is not there.
-
-    A study's workers and notebooks compute elsewhere: for them `RLHF_FOLDER` says where it began.
-    """
-    path = Path(os.environ.get("RLHF_FOLDER", ""), Path(name).expanduser()).resolve()
-    if not path.is_file():
-        raise SettingsError(f"{name}: there is no file {path}")
-    return path
+def _check(record: Record) -> None:
+    """Raises SettingsError for a field of a record of the user's that could mean nothing."""
+    sections = [field.name for field in fields(Profile) if is_dataclass(field.default_factory)]
+    words = {
+        "role": ([record.role], ("", *ROLES)),
+        "pairs": ([record.pairs], ("train", "judge", "control")),
+        "needs": (record.needs, ("policies", *CATALOGUE)),
+        "sections": (record.sections, sections),
+        "variant_of": ([record.variant_of], ("", *CATALOGUE)),
+    }
+    for field, (given, known) in words.items():
+        if not isinstance(given, (list, tuple)):
+            raise SettingsError(
+                f"record {record.name!r}: {field} is {given!r}, not a tuple of names"
+            )
+        for word in given:
+            if word not in known:
+                raise SettingsError(f"record {record.name!r}: {unknown(field, word, known)}")
+    if not re.fullmatch(r"[A-Za-z]\w*", record.name):
+        raise SettingsError(f"record {record.name!r}: a name has letters, digits and _ alone")
+    if record.runs.count(":") != bool(record.runs):
+        raise SettingsError(f"record {record.name!r}: runs={record.runs!r} is no module:function")
 
 
 # ------------------------------------------------------------------------------------ questions
@@ -147,14 +146,20 @@ def color(name: str) -> str:
 
 
 def stages(profile: Profile, seed: int = 0) -> list[Record]:
-    """The stages of one seed in the order of their records, but each after what it needs."""
+    """The stages of one seed in the order of their records, but each after what it needs.
+
+    Raises SettingsError for stages that need each other.
+    """
     present = {r.name: r for r in CATALOGUE.values() if r.runs and r.exists(profile, seed)}
     placed: dict[str, Record] = {}
 
-    def place(stage: Record) -> None:
+    def place(stage: Record, above: tuple[str, ...] = ()) -> None:
+        if stage.name in above:
+            circle = " needs ".join((*above, stage.name))
+            raise SettingsError(f"these stages can never be run: {circle}")
         for need in _expanded(stage):
             if need in present and need not in placed:  # a record that was added later
-                place(present[need])
+                place(present[need], (*above, stage.name))
         placed.setdefault(stage.name, stage)
 
     for stage in present.values():
@@ -392,3 +397,5 @@ add(
     Record("proxy", "proxy", "#b8860b"),
     Record("gold", "gold reward", "#1f4e79"),
 )  # fmt: skip
+
+LIBRARY = frozenset(CATALOGUE)  # names that are taken

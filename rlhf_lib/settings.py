@@ -52,7 +52,7 @@ class ModelConfig:
     """Which pretrained language model everything starts from."""
 
     name: str = "tiny"  # tiny | smollm2-135m | gpt2 | a hub id | a folder
-    precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # above 0: adapters are trained instead (learning rates about ten times up)
     lora_alpha: float = 16.0  # an adapter counts lora_alpha / lora_rank

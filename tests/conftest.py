@@ -287,15 +287,6 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def forget_sources() -> Iterator[Callable[[], None]]:
-    """What a hash reads is read anew after a call, as a new process would."""
-    from rlhf_lib.runs import _read_source
-
-    yield _read_source.cache_clear
-    _read_source.cache_clear()
-
-
-@pytest.fixture
 def check_resume(
     tmp_path: Path, make_run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE, ROLES, Record
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import PROFILES, SettingsError, as_dict, load_profile
+from rlhf_lib.user_code import resolve
 
 RECORDS = list(CATALOGUE.values())
 STAGES = [record for record in RECORDS if record.runs]
@@ -26,7 +26,7 @@ def named(records: list[Record]) -> list[str]:
 
 @pytest.mark.parametrize("record", STAGES, ids=named(STAGES))
 def test_what_runs_a_stage_is_there(record: Record) -> None:
-    assert callable(catalogue.resolve(record.runs))
+    assert callable(resolve(record.runs))
     assert record.module == record.runs.split(":")[0]
 
 
@@ -185,11 +185,37 @@ def test_a_record_that_the_settings_name_is_a_stage_and_a_method(toy_folder: Pat
     ), "the others stay in their order"
 
 
-def test_a_record_under_a_known_name_takes_its_place(toy_folder: Path) -> None:
-    before = list(catalogue.CATALOGUE)
-    catalogue.add(replace(CATALOGUE["dpo"], label="My DPO"))
-    assert catalogue.label("dpo") == "My DPO"
-    assert list(catalogue.CATALOGUE) == before
+def test_records_of_an_earlier_profile_leave(toy_folder: Path) -> None:
+    catalogue.load("smoke", [f"methods={toy_folder}/toy_records.py:TOY"])
+    assert "toy" in catalogue.CATALOGUE
+    catalogue.load("smoke")
+    assert list(catalogue.CATALOGUE) == list(CATALOGUE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("name='ppo'", "there is a record 'ppo' already"),
+        ("name='a/b'", "record 'a/b': a name has letters, digits and _ alone"),
+        ("name='../../evil'", "a name has letters"),
+        ("name=''", "a name has letters"),
+        ("role='metod'", "unknown role 'metod': did you mean 'method'"),
+        ("pairs='jugde'", "unknown pairs 'jugde': did you mean 'judge'"),
+        ("needs=('stf', 'reward_model')", "unknown needs 'stf': did you mean 'sft'"),
+        ("needs='sft'", "needs is 'sft', not a tuple of names"),
+        ("sections=('grpoo',)", "unknown sections 'grpoo': did you mean 'grpo'"),
+        ("variant_of='gpro'", "unknown variant_of 'gpro': did you mean 'grpo'"),
+        ("runs='somewhere'", "runs='somewhere' is no module:function"),
+        ("needs=('toy',)", "can never be run: .*toy needs toy"),
+        ("needs=('policies',)", "can never be run: .*toy needs toy"),
+    ],
+)
+def test_a_record_that_could_mean_nothing_is_refused(
+    toy_folder: Path, changes: str, message: str
+) -> None:
+    (toy_folder / "odd_records.py").write_text(f"{TOY}\nODD = replace(TOY, {changes})\n")
+    with pytest.raises(SettingsError, match=message):
+        catalogue.load("smoke", [f"methods={toy_folder}/odd_records.py:ODD"])
 
 
 @pytest.mark.parametrize(

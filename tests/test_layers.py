@@ -20,6 +20,7 @@ MAX_LINES, MAX_MODULES = 450, 8
 # A module may import from its own folder, and from those before it in this list.
 ORDER = (
     "settings",
+    "user_code",
     "catalogue",
     "runtime",
     "runs",

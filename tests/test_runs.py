@@ -15,6 +15,7 @@ import torch
 from rlhf_lib import runs
 from rlhf_lib.runs import Run, Stage, Work, read_jsonl, write_jsonl
 from rlhf_lib.settings import SettingsError
+from rlhf_lib.user_code import resolve
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     monkeypatch.setattr(runs, "PACKAGE", folder)
-    runs._read_source.cache_clear()
-    yield folder
-    runs._read_source.cache_clear()
+    return folder
 
 
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    runs._read_source.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +111,6 @@ def test_an_edited_source_changes_the_hash_of_what_runs_it(
     before = runs.source_hash("rlhf_lib.upper.top")
     with open(package / f"{edited}.py", "a") as source:
         source.write("EDITED = True\n")
-    runs._read_source.cache_clear()
     assert (runs.source_hash("rlhf_lib.upper.top") != before) is changes
 
 
@@ -157,17 +154,61 @@ def test_a_file_of_the_user_hides_no_module_of_the_same_name(package: Path, tmp_
     assert runs.source_hash(*modules) != before
 
 
-def test_a_file_of_the_user_that_python_has_run_otherwise_is_refused(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.py"
-    mine.write_text("WEIGHT = 1\n")
+def test_a_file_of_the_user_that_python_has_run_otherwise_is_refused(user_folder: Path) -> None:
+    mine, helper = user_folder / "mine_here.py", user_folder / "helper_here.py"
+    mine.write_text("from helper_here import WEIGHT\n")
+    helper.write_text("WEIGHT = 1\n")
     before = runs.source_hash(str(mine))
-    mine.write_text("WEIGHT = 2\n")
-    with pytest.raises(SettingsError, match=r"mine\.py has been edited: start Python anew"):
-        runs.source_hash(str(mine))
-    mine.write_text("WEIGHT = 1\n")
+    edit(helper, "1", "3")
+    assert runs.source_hash(str(mine)) != before, "nothing has run yet"
+    edit(helper, "3", "1")
+    assert resolve(f"{mine}:WEIGHT") == 1
+    for file, new in ((mine, "from helper_here import WEIGHT  # \n"), (helper, "WEIGHT = 2\n")):
+        old = file.read_text()
+        file.write_text(new)
+        with pytest.raises(SettingsError, match=rf"{file.name} has been edited: start Python anew"):
+            runs.source_hash(str(mine))
+        file.write_text(old)
     assert runs.source_hash(str(mine)) == before
     with pytest.raises(SettingsError, match=r"there is no file .*no\.py"):
-        runs.source_hash(str(tmp_path / "no.py"))
+        runs.source_hash(str(user_folder / "no.py"))
+
+
+def test_packages_beside_a_file_of_the_user_count_and_installed_ones_do_not(
+    tmp_path: Path,
+) -> None:
+    files = {
+        "mine.py": "import parts.core, numpy.random\nfrom parts import more\n",
+        "parts/__init__.py": "",
+        "parts/core.py": "from .deep import far\n",
+        "parts/more.py": "WEIGHT = 1\n",
+        "parts/deep/__init__.py": "",
+        "parts/deep/far.py": "WEIGHT = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text)
+    seen = {runs.source_hash(str(tmp_path / "mine.py"))}
+    for name in ("parts/more.py", "parts/deep/far.py", "parts/__init__.py"):
+        (tmp_path / name).write_text("WEIGHT = 2\n")
+        seen.add(runs.source_hash(str(tmp_path / "mine.py")))
+    assert len(seen) == 4
+    assert runs.source_file("numpy.random") is runs.source_file("json") is None
+
+
+def test_two_files_of_the_user_under_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"rule_{folder}.py").write_text("import helper_of_both\n")
+        (tmp_path / folder / "helper_of_both.py").write_text("WEIGHT = 1\n")
+    with pytest.raises(SettingsError, match="have one name: rename one of them"):
+        runs.source_hash(*(str(tmp_path / f / f"rule_{f}.py") for f in ("one", "two")))
+
+
+def test_a_file_of_the_user_that_is_no_python_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("WEIGHT = 1\ndef f(:\n")
+    with pytest.raises(SettingsError, match=r"mine\.py, line 2: invalid syntax"):
+        runs.source_hash(str(tmp_path / "mine.py"))
 
 
 def test_every_form_of_import_is_seen() -> None:
@@ -277,7 +318,7 @@ def test_nothing_is_published_when_the_build_fails(run: Run) -> None:
     with pytest.raises(RuntimeError, match="no luck"):
         stage.ensure(fail)
     assert not stage.done
-    assert not stage.path.exists()
+    assert not list(stage.path.parent.glob("sft-*[!k]")), "nothing half-written stays"
     stage.ensure(lambda work: {"answer": 2})
     assert stage.result()["answer"] == 2
 

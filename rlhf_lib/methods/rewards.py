@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib.catalogue import resolve
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.models.load import eos_id
@@ -25,6 +24,7 @@ from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.models.packing import Tokens, by_prompt
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import SettingsError, UserError
+from rlhf_lib.user_code import resolve
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,12 @@ def checked(
 ) -> Tensor:
     """What a reward says, (B,) float32. Raises RewardError unless it is a finite number a reply."""
     try:
-        found = torch.as_tensor(reward(prompts, replies), dtype=torch.float32).cpu()
-    except RewardError:
+        found = _numbers(reward, prompts, replies)
+    except (RewardError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         first = _first_failing(reward, prompts, replies)
-        raise RewardError(f"reward {name} failed: {error!r}; first on {_shown(first)}") from error
+        raise RewardError(f"reward {name} failed: {error!r}; first on {first}") from error
     if found.shape != (len(replies),):
         raise RewardError(
             f"reward {name} gave shape {tuple(found.shape)} for {len(replies)} replies, the first "
@@ -204,13 +204,22 @@ def checked(
     return found
 
 
-def _first_failing(reward: Reward, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Reply:
+def _numbers(reward: Reward, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+    """What a reward says of copies, which it may change or keep; a copy of its own, float32."""
+    asked = [replace(prompt, ids=list(prompt.ids)) for prompt in prompts]
+    found = torch.as_tensor(reward(asked, [replace(r, ids=list(r.ids)) for r in replies]))
+    if found.is_complex() or found.is_sparse:
+        raise TypeError("its numbers have to be real, and none left out")
+    return found.detach().to("cpu", torch.float32, copy=True)
+
+
+def _first_failing(reward: Reward, prompts: Sequence[Prompt], replies: Sequence[Reply]) -> str:
     for prompt, reply in zip(prompts, replies, strict=True):
         try:
-            reward([prompt], [reply])
+            _numbers(reward, [prompt], [reply])
         except Exception:
-            return reply
-    return replies[0]  # it fails on all of them together, and on none alone
+            return _shown(reply)
+    return f"all {len(replies)} replies together, and on none alone"
 
 
 def _shown(reply: Reply) -> str:

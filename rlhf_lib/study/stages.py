@@ -11,12 +11,13 @@ from pathlib import Path
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, load_data
+from rlhf_lib.data.truth import truth_of
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage, read_jsonl
 from rlhf_lib.runtime import set_up_process
 from rlhf_lib.settings import DataConfig, Profile, unknown
-from rlhf_lib.study.training import Offer, run_stage
+from rlhf_lib.study.training import Offer, check_stage, run_stage
 
 
 def next_seed(profile: Profile, seed: int) -> int:
@@ -56,6 +57,8 @@ class Study:
     def stage(self, name: str) -> Stage:
         """The finished stage `name`; missing ones are run first, in the order of their needs."""
         record = self._record(name)
+        profile = self.run.profile
+        check_stage(record, profile, truth_of(profile.data.source))
         return run_stage(self.run, record, self._data(record), self._needed(name))
 
     def variant(self, name: str, of: str, **changes: object) -> Stage:

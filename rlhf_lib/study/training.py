@@ -22,6 +22,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData, draw_pairs
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.methods import reward_model as bradley_terry
 from rlhf_lib.methods import rewards, sft
 from rlhf_lib.methods.rollout import Sampler
@@ -47,12 +48,13 @@ from rlhf_lib.settings import (
     RewardModelConfig,
     SettingsError,
     SFTConfig,
-    as_dict,
 )
+from rlhf_lib.user_code import resolve
 
 
 def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage]) -> Stage:
     """The stage of a record, done: found under its hash, or run with what it asks for."""
+    function = check_stage(record, run.profile, data.truth)
     stage = run.stage(
         record.name, _settings(run, record), _upstream(run, record, data, needed), __name__,
         *_modules(run, record),
@@ -60,20 +62,47 @@ def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[st
 
     def build(work: Work) -> dict:
         offer = Offer(run, record, data, needed, work)
-        result = offer.call(catalogue.resolve(record.runs))
+        result = offer.call(function)
         offer.save()
-        return result
+        return result or {}
 
     return stage.ensure(build)
 
 
+def check_stage(record: Record, profile: Profile, truth: Truth | None) -> Callable[..., Any]:
+    """The function of a stage.
+
+    Raises SettingsError where it, or a reward that it learns from, cannot be had: better now than
+    when all that comes before it has been trained.
+    """
+    function = resolve(record.runs)
+    offered = {n for n in dir(Offer) if not n.startswith("_")} | {*Offer._GIVEN, *Offer._OF_WORK}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty and name not in offered - {"call", "save"}:
+            raise SettingsError(
+                f"stage {record.name}: {record.runs} asks for {name!r}; offered are "
+                + ", ".join(sorted(offered - {"call", "save"}))
+            )
+    if reward := getattr(record.config(profile), "reward", ""):
+        rewards.named(reward, lambda: rewards.ended, truth)
+    return function
+
+
 def _settings(run: Run, record: Record) -> dict:
-    """Every setting that reaches the stage, as resolved."""
+    """Every setting that reaches the stage, as resolved, and what it is."""
     config, *others = record.sections or ("",)
-    found = as_dict(record.config(run.profile)) if config else {}
+    found = _constants(record.config(run.profile)) if config else {}
     for name in others:
-        found |= {f"{name}.{k}": v for k, v in as_dict(getattr(run.profile, name)).items()}
-    return {name: value for name, value in found.items() if name not in record.unread}
+        found |= {f"{name}.{k}": v for k, v in _constants(getattr(run.profile, name)).items()}
+    found = {name: value for name, value in found.items() if name not in record.unread}
+    return found | {"runs": record.runs, "pairs": record.pairs}
+
+
+def _constants(config: Any) -> dict:
+    """Fields of some settings, and what else their class says: constants, steps of 1,000 rows."""
+    known = {name: getattr(config, name) for name in dir(config) if not name.startswith("_")}
+    steps = known.pop("optimizer_steps", None)
+    return known | ({"optimizer_steps": steps(1000)} if steps else {})
 
 
 def _upstream(
@@ -117,17 +146,14 @@ class Offer:
         if work is not None:
             self.work, self.log, self.kept = work, work.log, work.kept
 
-    def call(self, stage: Callable[..., dict]) -> dict:
-        """Run a stage with what its parameters name. Raises SettingsError for another name."""
+    # what is set above: `check_stage` knows it without any data
+    _GIVEN = ("run", "record", "data", "needed", "profile", "seed", "truth", "config")
+    _OF_WORK = ("work", "log", "kept")
+
+    def call(self, stage: Callable[..., dict | None]) -> dict | None:
+        """Run a stage with what its parameters name; what has a default may be missing here."""
         wanted = inspect.signature(stage).parameters
-        offered = {name for name in dir(self) if not name.startswith("_")} - {"call", "save"}
-        for name in wanted:
-            if name not in offered:
-                raise SettingsError(
-                    f"stage {self.record.name}: {self.record.runs} asks for {name!r}; offered are "
-                    + ", ".join(sorted(offered))
-                )
-        return stage(**{name: getattr(self, name) for name in wanted})
+        return stage(**{name: getattr(self, name) for name in wanted if hasattr(self, name)})
 
     def save(self) -> None:
         """Write the model that was trained, if one was, to `model/`."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from rlhf_lib import user_code
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.methods import rewards
@@ -191,8 +194,15 @@ def test_what_the_setting_cannot_mean_is_refused(setting: str, message: str) -> 
         ),
         (
             lambda prompts, replies: [] if len(replies) == 1 else replies[7],
-            r"failed: IndexError.*; first on the reply 'a b c'",
+            r"failed: IndexError.*; first on all 3 replies together, and on none alone",
         ),
+        (lambda prompts, replies: [1.0, None, 1.0][: len(replies)], "failed: .*together"),
+        (
+            lambda prompts, replies: ["a" if r.text == "please" else 1.0 for r in replies],
+            "failed: .*; first on the reply 'please'",
+        ),
+        (lambda prompts, replies: np.full(len(replies), 1j), "failed: .*have to be real"),
+        (lambda prompts, replies: torch.eye(3).to_sparse()[0], "failed: .*none left out"),
     ],
 )
 def test_a_mistake_names_the_function_and_the_first_such_reply(
@@ -200,6 +210,35 @@ def test_a_mistake_names_the_function_and_the_first_such_reply(
 ) -> None:
     with pytest.raises(RewardError, match=f"^reward mine.py:polite {message}"):
         checked("mine.py:polite", found, PROMPTS, REPLIES)
+
+
+def test_a_reward_may_do_what_it_likes_with_what_it_is_given() -> None:
+    kept = torch.zeros(3)
+
+    def rude(prompts: list, replies: list) -> torch.Tensor:
+        replies.sort(key=lambda reply: reply.text)
+        replies[0].ids[:] = []
+        prompts[0].ids.clear()
+        replies.pop()
+        return kept
+
+    given = [Reply(r.text, list(r.ids), r.finished) for r in REPLIES]
+    found = rewards.checked("rude", rude, PROMPTS, given)
+    kept += 1
+    assert found.tolist() == [0, 0, 0]
+    assert given == REPLIES
+
+
+def test_out_of_memory_is_no_mistake_of_a_reply() -> None:
+    calls = []
+
+    def large(prompts: list, replies: list) -> list:
+        calls.append(len(replies))
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        rewards.checked("large", large, PROMPTS, REPLIES)
+    assert calls == [3], "asked once"
 
 
 def test_whoever_fails_among_several_is_named_once() -> None:
@@ -311,21 +350,27 @@ def test_a_stage_whose_reward_fails_is_not_done(
 
 @METHODS
 def test_another_reward_makes_another_stage(
-    method: str, train: Callable, user_folder: Path, unbuilt: None, forget_sources: Callable
+    method: str, train: Callable, user_folder: Path, unbuilt: None
 ) -> None:
     file = user_folder / "mine.py"
-    file.write_text("import words\ndef f(prompts, replies): return [1.0] * len(replies)\n")
+    file.write_text("import words\ndef f(prompts, replies): return [1.0] * len(replies)\ng = f\n")
+
+    def start_anew() -> None:
+        user_code.IMPORTED.clear()
+        for module in ("mine", "words"):
+            sys.modules.pop(module, None)
+
     (user_folder / "words.py").write_text("POLITE = ['please']\n")
     settings = ("model", "gold", "ended", "0.5*ended", f"{file}:f", f"{file}:g", f"2*{file}:f")
     hashes = [train(method, setting).hash for setting in settings]
     assert len(set(hashes)) == len(settings)
 
     file.write_text(file.read_text() + "# a comment changes nothing\n")
-    forget_sources()
+    start_anew()
     assert train(method, f"{file}:f").hash == hashes[4]
     for path, old, new in ((file, "1.0", "2.0"), (user_folder / "words.py", "please", "thanks")):
         path.write_text(path.read_text().replace(old, new))
-        forget_sources()
+        start_anew()
         hashes.append(train(method, f"{file}:f").hash)
     assert len(set(hashes)) == len(hashes)
     assert train(method).hash == hashes[0], "who does not name the file does not hang on it"

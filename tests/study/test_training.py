@@ -16,7 +16,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer
 from rlhf_lib.runs import Run
-from rlhf_lib.settings import SettingsError
+from rlhf_lib.settings import PPOConfig, SettingsError
 from rlhf_lib.study import training
 from rlhf_lib.study.training import run_stage
 from tests.conftest import train_stage
@@ -122,6 +122,14 @@ def test_a_name_that_is_not_offered_is_refused(toy: Callable) -> None:
         toy("seed, polcy", "return {}")
 
 
+def test_a_parameter_with_a_default_keeps_it(toy: Callable) -> None:
+    assert toy("seed, extra=7", "return {'seen': [seed, extra]}").result()["seen"] == [3, 7]
+
+
+def test_a_stage_may_return_nothing(toy: Callable) -> None:
+    assert toy("steps, log", "for step in steps(1): log(step, 1, {})").result()["num_tokens"] == 1
+
+
 @pytest.mark.parametrize("name", ["call", "save", "_learner", "kwargs"])
 def test_what_serves_the_offer_itself_is_not_offered(toy: Callable, name: str) -> None:
     with pytest.raises(SettingsError, match=f"asks for '{name}'; offered are"):
@@ -220,6 +228,27 @@ def test_every_setting_that_reaches_a_stage_is_in_its_hash_and_no_other(
             others = changed(others, section, *names)
     assert others.profile != run.profile
     assert hash_of(others) == before
+
+
+def test_constants_of_the_settings_and_what_the_record_runs_are_in_the_hash(
+    unbuilt: None, make_run: Callable, tiny_data: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    record, run = catalogue.record("ppo"), make_run(tmp_path)
+
+    def hash_of(**changes: str) -> str:
+        return run_stage(run, replace(record, **changes), tiny_data, {}).hash
+
+    seen = [hash_of(), hash_of(runs="rlhf_lib.methods.grpo:train"), hash_of(pairs="judge")]
+    for name, value in (
+        ("adam_eps", 1e-2),
+        ("scoring_batch_size", property(lambda config: 7)),
+        ("optimizer_steps", lambda config, rows: 7 * rows),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(PPOConfig, name, value)
+            seen.append(hash_of())
+    assert len(set(seen)) == 6
+    assert hash_of() == seen[0]
 
 
 def test_what_is_unread_is_a_setting() -> None:

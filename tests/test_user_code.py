@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lib.catalogue import resolve, user_file
 from rlhf_lib.objectives.kl import k1
 from rlhf_lib.settings import SettingsError
+from rlhf_lib.user_code import resolve, user_file
 
 
 def test_a_package_and_a_file_lead_to_what_they_define(user_folder: Path) -> None:
@@ -58,3 +58,27 @@ def test_a_file_is_looked_for_where_the_study_began(
     monkeypatch.delenv("RLHF_FOLDER")
     with pytest.raises(SettingsError, match=r"began\.py"):
         user_file("began.py")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+    ],
+)
+def test_a_module_that_fails_at_its_import_is_told_in_a_sentence(
+    user_folder: Path, code: str, message: str
+) -> None:
+    (user_folder / "fails_here.py").write_text(code)
+    with pytest.raises(SettingsError, match=rf"fails_here\.py:f: {message}"):
+        resolve(f"{user_folder}/fails_here.py:f")
+
+
+def test_a_package_is_looked_for_where_the_study_began(
+    monkeypatch: pytest.MonkeyPatch, user_folder: Path
+) -> None:
+    (user_folder / "package_there.py").write_text("WHERE = 'there'")
+    monkeypatch.setenv("RLHF_FOLDER", str(user_folder))
+    assert resolve("package_there:WHERE") == "there"

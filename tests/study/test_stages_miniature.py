@@ -204,7 +204,6 @@ def test_it_stands_on_the_frontier_with_the_way_there_and_in_the_report(study: A
 def test_its_hash_follows_its_source(tmp_path: Path) -> None:
     def stage_hash(text: str) -> str:
         (tmp_path / "reinforce.py").write_text(text)
-        runs._read_source.cache_clear()
         return runs.source_hash(str(tmp_path / "reinforce.py"), "rlhf_lib.methods.grpo")
 
     text = TOY.read_text()
