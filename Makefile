@@ -21,7 +21,7 @@ PIP_ARGS ?=
 PROFILE ?= laptop
 RUN_ARGS ?=
 BENCH_ARGS ?=
-TEST_ARGS ?= -n 2 --dist loadfile
+TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -222,6 +222,7 @@ def coefficients() -> dict[str, str]:
 # -------------------------------------------------------------------------------------- records
 
 TRAINED = ("sft", "reward_model")  # what a policy is trained from
+REPLIES = ("samples_per_prompt", "baseline_samples", "measured_prompts", "measured_samples")
 JUDGE_EPOCHS = 2  # for each of the reward model's: a judge sees fewer pairs
 
 
@@ -367,8 +368,7 @@ add(
         "probes", "probes",
         runs="rlhf_lib.measure.probes:measure", needs=("policies", "reward_model"),
         sections=("evaluation",), notebook="07_evaluation",
-        unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "heldout_texts",
-                "bootstrap_samples"),
+        unread=("best_of_n", "best_of_n_prompts", *REPLIES, "heldout_texts", "bootstrap_samples"),
         files=("probes/world.jsonl", "probes/english.jsonl"),
         help="Ask every policy of one seed the probes in data/probes.",
     ),
@@ -385,7 +385,7 @@ add(
         runs="rlhf_lib.measure.opinions:measure",
         needs=("evaluate", "reward_model"),  # and the next seed's reward model
         sections=("evaluation",), exists=lambda profile, seed: profile.seeds > 1,
-        unread=("temperature", "best_of_n", "best_of_n_prompts", "heldout_texts",
+        unread=("temperature", "best_of_n", "best_of_n_prompts", *REPLIES, "heldout_texts",
                 "bootstrap_samples", "probe_prompts", "probe_samples"),
     ),
     # ---- what is no stage and no policy, and yet has a name and perhaps a colour

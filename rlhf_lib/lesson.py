@@ -20,12 +20,12 @@ from rlhf_lib.models.load import (
     load_value_model,
     trainable,
 )
+from rlhf_lib.results.summary import load_results
 from rlhf_lib.runtime import choose_precision, make_accelerator, seed_everything
 from rlhf_lib.settings import numbers
 from rlhf_lib.show import figures, tables, widgets
 from rlhf_lib.show.display import say, show, source, table
 from rlhf_lib.show.exercises import check
-from rlhf_lib.study.book import load_results
 from rlhf_lib.study.stages import Study, summarise
 from rlhf_lib.world.grammar import last_request
 from rlhf_lib.world.rewards import observe

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock
@@ -194,7 +196,8 @@ class Work:
         self.num_tokens += num_tokens
         row = {
             "step": step,
-            **{key: float(value) for key, value in metrics.items()},
+            # JSON has no infinity and no number that is none
+            **{k: float(v) if math.isfinite(v) else None for k, v in metrics.items()},
             "step_time": duration,
             "num_tokens": self.num_tokens,
             "tokens_per_second": num_tokens / duration,
@@ -247,6 +250,14 @@ class Work:
             save_file({name: make()}, fresh)
             fresh.rename(path)
         return load_file(path)[name]
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, a JSON value, kept likewise."""
+        path = self.keep / f"{name}.json"
+        if not path.exists():
+            self.keep.mkdir(exist_ok=True)
+            write_json(path, make())
+        return json.loads(path.read_text())
 
     def write_samples(self, rows: Sequence[Mapping]) -> None:
         write_jsonl(self.path / "samples.jsonl", rows)
@@ -303,6 +314,8 @@ def source_hash(*modules: str) -> str:
             raise SettingsError(f"{path} has been edited: start Python anew to run it as it is now")
         seen[key], imported = _read_source(path, name, text)
         for other in imported:
+            if not own and other.partition(".")[0] != PACKAGE.name:
+                continue  # the library imports nothing of the user's
             beside = _root(name, path).joinpath(*other.split("."))
             found = [p for p in (beside.with_suffix(".py"), beside / "__init__.py") if p.is_file()]
             waiting.append((other, found[0] if own and found else source_file(other)))

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 import psutil
 import torch
 import transformers
@@ -79,7 +78,9 @@ def set_up_process(threads: int = 0) -> None:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # of `datasets`, which is slow to import
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     _keep_freed_memory()
     wanted = int(os.environ.get("RLHF_THREADS", 0)) or threads or psutil.cpu_count(logical=False)

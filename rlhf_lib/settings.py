@@ -42,7 +42,7 @@ class DataConfig:
     test_pairs: int = 2000
     demonstrations: int = 6000  # for SFT; real sources use the chosen replies of the train pairs
     rl_prompts: int = 6000
-    evaluation_prompts: int = 512  # each answered evaluation.samples_per_prompt times
+    evaluation_prompts: int = 1024  # each answered evaluation.samples_per_prompt times
     split_seed: int = 0  # which conversations go to which split; not the seed of a run
     judge_pairs: int = 0  # for a held-out judge, seen by nothing else; the bundled world has gold
 
@@ -222,7 +222,10 @@ class EvaluationConfig:
     temperature: float = 1.0
     best_of_n: int = 64  # largest n; smaller powers of two come from the same samples
     best_of_n_prompts: int = 128
-    samples_per_prompt: int = 2  # replies of each policy to each of data.evaluation_prompts
+    samples_per_prompt: int = 4  # replies of each policy to each of data.evaluation_prompts
+    baseline_samples: int = 8  # of SFT: the mean of them is what every gain is measured from
+    measured_prompts: int = 512  # whose first replies are measured in full: proxy, KL, entropy ...
+    measured_samples: int = 2  # of each of these; all other replies get the deciding reward alone
     heldout_texts: int = 256  # on which perplexity is measured
     bootstrap_samples: int = 2000
     probe_prompts: int = 24  # of each probe in data/probes
@@ -320,7 +323,7 @@ PROFILES = {
         evaluation.bootstrap_samples=200 evaluation.probe_prompts=8 evaluation.probe_samples=1
     """,
     # the tiny model's matrices are too small for two threads, or for bf16, to pay
-    "laptop": "seeds=3 jobs=3 threads=1 model.precision=fp32",
+    "laptop": "seeds=5 jobs=3 threads=1 model.precision=fp32",
     "offline": f"""{REAL_PAIRS}
         data.source=path:pairs.jsonl.gz model.name=smollm2-135m sweep.stronger=0
         data.max_prompt_tokens=128 data.train_pairs=1000 data.validation_pairs=100

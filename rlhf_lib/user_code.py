@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def user_file(name: str) -> Path:
     return path
 
 
+@cache
 def is_own(file: Path) -> bool:
     """Whether a file is the user's: neither Python's, nor an installed package's, nor ours."""
     places = [Path(place) for place in sysconfig.get_paths().values()]

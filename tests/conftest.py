@@ -53,6 +53,11 @@ from transformers import (
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole study in miniature takes longest: begun first, it has company to its end."""
+    items.sort(key=lambda item: "test_stages_miniature" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Seed every generator, so that a test's result does not hang on which tests ran before it."""

@@ -50,6 +50,7 @@ def sample_rows(policy: str, seed: int, gold: bool) -> list[dict]:
         hard = rng.gauss(0, 1)  # the same for every policy: differences are paired by prompt
         shift = 0.1 * seed if policy in ("ppo", "grpo", "ppo_low_kl", "base") else 0.0
         row = {
+            "reply": 0,
             "prompt": write_prompt(request, rng),
             "response": sample_reply(request, rng, 0.5),
             "proxy": hard + PROXY.get(policy, 0.0) + shift,
@@ -130,15 +131,23 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
         coefficient = 0.2 * (STRONG if name == "grpo_strong" else 1.0)
         settings = {catalogue.coefficients()[name]: coefficient}
         stages[name] = finish(name, {}, {"metrics.jsonl": steps}, settings)
-    curve = [{"n": n, "kl": 0.1 * n, "proxy": n + seed, "gold": 2.0 - n} for n in (1, 2)]
-    if not gold:
-        curve = [{k: v for k, v in row.items() if k != "gold"} for row in curve]
+    kinds = ("default", "control") if gold else ("default",)
+    points = [
+        {"picked_by": kind, "prompt": row["prompt"], "n": n, "kl": 0.1 * n, "proxy": n + seed}
+        | ({"gold": 2.0 - n + 0.1 * (i % 3)} if gold else {})
+        for kind in kinds
+        for n in (1, 2)
+        for i, row in enumerate(sample_rows("sft", seed, gold))
+    ]
+    shown = points[: 2 * PROMPTS : PROMPTS]
+    curve = [{k: v for k, v in r.items() if k not in ("picked_by", "prompt")} for r in shown]
     means = {
         name: {"reward": 1.0, "kl": 0.5 * i, **({"gold": 2.0} if gold else {})}
         for i, name in enumerate(POLICIES)
     }
-    curves = {"default": curve, "control": curve} if gold else {"default": curve}
+    curves = dict.fromkeys(kinds, curve)
     rows = {f"samples/{p}.jsonl": sample_rows(p, seed, gold) for p in POLICIES}
+    rows["best_of_n.jsonl"] = points
     rows["chosen.jsonl"] = chosen = sample_rows("sft", seed, gold)[:6]
     for row in chosen:  # a little better than SFT's own
         row |= {key: row[key] + 0.01 for key in ("proxy", "gold") if key in row}

@@ -22,11 +22,16 @@ import typer
 from benchmarks import text as benchmark_text
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.results import verdict
+from rlhf_lib.results.summary import FORMAT
 from rlhf_lib.show.display import markdown
 from rlhf_lib.show.tables import comparison_table, total_sentence
 
 BLOCK = re.compile(
-    r"(<!-- (results|benchmark): ([a-z0-9-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL
+    r"(<!-- (results|benchmark): ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL
+)
+EARLIER = (
+    "*These numbers and sentences are those of an earlier state of the code, whose statistics were "
+    "other ones (see CHANGELOG): they stand until the study has been measured again.*"
 )
 JUDGES = {
     "reward_model": "reward model",
@@ -45,9 +50,10 @@ def fill(text: str, figures: Path) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        start, kind, name, end = match.groups()
+        start, kind, name, old, end = match.groups()
         if kind == "results":
-            shown = summary(json.loads((figures / name / "results.json").read_text()))
+            results = json.loads((figures / name / "results.json").read_text())
+            shown = summary(results) if results.get("format") == FORMAT else kept(old)
         else:
             path = figures.parent / "benchmarks" / "results" / f"{name}.json"
             shown = f"Not measured yet: there is no `{path.name}` in `benchmarks/results`."
@@ -56,6 +62,11 @@ def fill(text: str, figures: Path) -> str:
         return f"{start}\n{shown}\n\n{end}"
 
     return BLOCK.sub(block, text)
+
+
+def kept(old: str) -> str:
+    """What a block said of a study that has not been measured again, marked as such."""
+    return f"{EARLIER}\n\n{old.strip().removeprefix(EARLIER).strip()}"
 
 
 def summary(results: Mapping) -> str:

@@ -48,9 +48,7 @@ class Answer(NamedTuple):
     cached: bool
 
 
-def win_rates(
-    config: EndpointConfig, rows: Mapping[str, Sequence[dict]], cache: Path, samples: int
-) -> dict:
+def win_rates(config: EndpointConfig, rows: Mapping[str, Sequence[dict]], cache: Path) -> dict:
     """Win rate of each policy's replies over SFT's to the same prompts, as the endpoint sees it.
 
     `rows`: policy -> rows of one seed. Each pair is asked in both orders and gets their mean, so
@@ -74,7 +72,7 @@ def win_rates(
                 units.append(prompt)
         policies[name] = {"unclear": len(pairs) - len(won)}
         if won:
-            policies[name]["win_rate_vs_sft"] = estimate([won], samples, [units], SHARE)
+            policies[name]["win_rate_vs_sft"] = estimate([won], [units], SHARE)
             policies[name]["same_in_both_orders"] = float(np.mean(agreed))
     return {
         "model": config.model,

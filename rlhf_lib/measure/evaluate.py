@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -21,8 +23,8 @@ from rlhf_lib.models.logprobs import reply_logprobs
 from rlhf_lib.objectives.kl import k3
 from rlhf_lib.objectives.masked import masked_mean
 from rlhf_lib.runs import Work, write_jsonl
-from rlhf_lib.runtime import progress, seed_everything
-from rlhf_lib.settings import EvaluationConfig
+from rlhf_lib.runtime import progress
+from rlhf_lib.settings import EvaluationConfig, content_hash
 
 REAL_TEXTS = "the chosen replies of the test pairs, given their prompts"
 
@@ -44,64 +46,115 @@ def measure(
     every reply beside the sampler's own reward, the proxy. `control`: a reward model trained on
     unbiased labels of the same pairs, for a second best-of-n curve.
 
-    Writes `samples/<policy>.jsonl`: `samples_per_prompt` rows a prompt, the whole list of prompts
-    once, then again; `samples/sft_again.jsonl`, a second draw from SFT: the null against which
-    every difference to SFT should be seen; `chosen.jsonl`, the dataset's chosen replies to the
-    prompts that a test pair shares; `heldout.jsonl`, each held-out text's -log p by each policy.
+    All policies reply with the same luck: the k-th reply to a prompt is drawn with the same random
+    numbers, so that policies are compared and not draws. `sft_again` is SFT with luck of its own:
+    the null against which every difference to SFT should be seen.
+
+    Writes `samples/<policy>.jsonl`, a row a reply: the first replies to all prompts, then the
+    second ones ...; `best_of_n.jsonl`, a row a prompt and n; `chosen.jsonl`, the dataset's chosen
+    replies to the prompts that a test pair shares; `heldout.jsonl`, each held-out text's -log p by
+    each policy.
     """
     texts, what = heldout_texts(data, encoder, config.heldout_texts)
-    prompts = list(data.prompts["evaluation"]) * config.samples_per_prompt
+    prompts = list(data.prompts["evaluation"])
     (work.path / "samples").mkdir(exist_ok=True)
-    means: dict[str, dict[str, float]] = {}
-    nlls: dict[str, list[float]] = {}
     draws = {**policies, "sft_again": policies["sft"]}
-    for name, policy in each_policy(draws, sampler.accelerator, 1000 * seed, "evaluate"):
-        rollout = sampler.sample(
-            policy,
-            prompts,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            exact_kl=True,
-        )
-        replies = read_replies(sampler.tokenizer, rollout.responses)
-        rated = {key: torch.as_tensor(rate(prompts, replies)) for key, rate in raters.items()}
-        rows = records(rollout, prompts, replies, rated)
+    samples = max(config.baseline_samples, config.samples_per_prompt)
+    shape = samples, len(prompts), sampler.max_new_tokens
+    common, own = (random_numbers(seed, use, shape) for use in ("policies", "sft_again"))
+
+    def ask(name: str) -> dict:
+        luck = own if name == "sft_again" else common
+        count = samples if name == "sft" else config.samples_per_prompt
+        policy = read_policy(draws[name], sampler.accelerator)
+        rows, means, tokens = replies_of(sampler, policy, prompts, luck[:count], raters, config)
         write_jsonl(work.path / "samples" / f"{name}.jsonl", rows)
-        kl = sum(row["kl"] for row in rows) / len(rows)
-        judged = {key: float(x.mean()) for key, x in rated.items() if key != "gold"}
-        means[name] = rollout.metrics() | {"kl": kl} | judged
-        work.num_tokens += rollout.num_tokens
-        if name in policies:
-            with sampler.accelerator.autocast():
-                nlls[name] = negative_logprobs(policy, texts, config.batch_size)
-        del policy  # before the next one is loaded
+        with sampler.accelerator.autocast():
+            nll = negative_logprobs(policy, texts, config.batch_size) if name in policies else []
+        return {"means": means, "tokens": tokens, "nll": nll}
+
+    # each policy's part is kept: a killed evaluation goes on with the next one
+    found = {name: work.part(name, partial(ask, name)) for name in progress(draws, "evaluate")}
+    means = {name: part["means"] for name, part in found.items()}
+    nlls = {name: found[name]["nll"] for name in policies}
+    work.num_tokens += sum(part["tokens"] for part in found.values())
     heldout = [
         {"tokens": len(text.response), "nll": {name: nll[i] for name, nll in nlls.items()}}
         for i, text in enumerate(texts)
     ]
     write_jsonl(work.path / "heldout.jsonl", heldout)
     write_jsonl(work.path / "chosen.jsonl", rate_chosen(sampler, raters, data))
-    seed_everything(1000 * seed + 999)
-    asked = data.prompts["evaluation"][: config.best_of_n_prompts]
-    repeated = [prompt for prompt in asked for _ in range(config.best_of_n)]
-    drawn = sampler.draw(sampler.reference, repeated, config.temperature)
-
-    def grid(reward: Reward) -> np.ndarray:
-        return torch.as_tensor(reward(repeated, drawn)).numpy().reshape(-1, config.best_of_n)
-
-    others = {key: grid(rate).astype(float) for key, rate in raters.items()}
     pickers = {"default": sampler.reward} | ({"control": control} if control else {})
-    curves = {name: best_of_n(grid(reward), others) for name, reward in pickers.items()}
-    return {"policies": means, "best_of_n": curves, "heldout": what}
+    curves = best_of_n_rows(
+        sampler, prompts[: config.best_of_n_prompts], pickers, raters, config, seed
+    )
+    write_jsonl(work.path / "best_of_n.jsonl", curves.to_dict("records"))
+    points = curves.drop(columns="prompt").groupby(["picked_by", "n"], sort=False).mean()
+    by_picker = {name: points.loc[name].reset_index().to_dict("records") for name in pickers}
+    return {"policies": means, "best_of_n": by_picker, "heldout": what}
 
 
-def each_policy(
-    policies: Mapping[str, str], accelerator: Accelerator, seed: int, title: str
-) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Every policy in turn, frozen, with a seed of its own: whatever it says is its own draw."""
-    for number, (name, path) in enumerate(progress(list(policies.items()), title)):
-        seed_everything(seed + number)
-        yield name, freeze(accelerator, load_reference(path))
+def random_numbers(seed: int, use: str, shape: tuple[int, ...]) -> Tensor:
+    """Uniform on [0, 1), float64: what `use` of a seed is drawn with, wherever and in any order."""
+    state = int(content_hash([seed, use])[:15], 16)
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(state))
+
+
+def replies_of(
+    sampler: Sampler,
+    policy: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    luck: Tensor,
+    raters: Mapping[str, Reward],
+    config: EvaluationConfig,
+) -> tuple[list[dict], dict[str, float], int]:
+    """One policy's replies with this luck (replies, prompts, tokens): rows, means, and tokens.
+
+    The first replies to the first prompts are measured in full, all by the deciding reward.
+    """
+    places = list(product(range(luck.shape[0]), range(luck.shape[1])))
+    first = [
+        (k, i) for k, i in places if k < config.measured_samples and i < config.measured_prompts
+    ]
+    rest = [place for place in places if place not in set(first)]
+    rows: dict[tuple[int, int], dict] = {}
+    asked = [prompts[i] for _, i in first]
+    rollout = sampler.sample(
+        policy,
+        asked,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+        exact_kl=True,
+        uniforms=torch.stack([luck[place] for place in first]),
+    )
+    replies = read_replies(sampler.tokenizer, rollout.responses)
+    rated = {key: torch.as_tensor(rate(asked, replies)) for key, rate in raters.items()}
+    rows |= zip(first, records(rollout, asked, replies, rated), strict=True)
+    tokens = rollout.num_tokens
+    if rest:
+        asked = [prompts[i] for _, i in rest]
+        numbers = torch.stack([luck[place] for place in rest])
+        replies = sampler.draw(policy, asked, config.temperature, numbers)
+        columns = {
+            "prompt": [prompt.text for prompt in asked],
+            "response": [reply.text for reply in replies],
+            "length": [len(reply.ids) for reply in replies],
+            "finished": [reply.finished for reply in replies],
+            **{key: torch.as_tensor(rate(asked, replies)).tolist() for key, rate in raters.items()},
+        }
+        if not raters:
+            columns["proxy"] = sampler.score(asked, replies)[0].tolist()
+        rows |= zip(rest, pd.DataFrame(columns).to_dict("records"), strict=True)
+        tokens += sum(len(p.ids) + len(r.ids) for p, r in zip(asked, replies, strict=True))
+    ordered = [{"reply": k, **rows[k, i]} for k, i in places]
+    exact = float(rollout.exact_kl.sum(1).mean())  # type: ignore[union-attr]
+    rated_means = {key: float(np.mean([row[key] for row in ordered])) for key in raters}
+    return ordered, rollout.metrics() | {"kl": exact} | rated_means, tokens
+
+
+def read_policy(path: str, accelerator: Accelerator) -> PreTrainedModel:
+    """A policy that is only read."""
+    return freeze(accelerator, load_reference(path))
 
 
 def records(
@@ -191,20 +244,46 @@ def rate_chosen(sampler: Sampler, raters: Mapping[str, Reward], data: Preference
     return pd.DataFrame(columns).to_dict("records")
 
 
-def best_of_n(proxy: np.ndarray, others: Mapping[str, np.ndarray]) -> list[dict]:
-    """Take the best of n samples by proxy reward, for n = 1, 2, 4, ...
+def best_of_n_rows(
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    pickers: Mapping[str, Reward],
+    raters: Mapping[str, Reward],
+    config: EvaluationConfig,
+    seed: int,
+) -> pd.DataFrame:
+    """SFT's best of n samples to each prompt, by each picker: picked_by, prompt, n, kl, rewards."""
+    asked = [prompt for prompt in prompts for _ in range(config.best_of_n)]
+    numbers = random_numbers(seed, "best of n", (len(asked), sampler.max_new_tokens))
+    drawn = sampler.draw(sampler.reference, asked, config.temperature, numbers)
+
+    def grid(reward: Reward) -> np.ndarray:
+        found = torch.as_tensor(reward(asked, drawn)).numpy()
+        return found.astype(float).reshape(-1, config.best_of_n)
+
+    others = {key: grid(rate) for key, rate in raters.items()}
+    names = [prompt.text for prompt in prompts]
+    parts = [
+        best_of_n(grid(reward), others).assign(picked_by=name) for name, reward in pickers.items()
+    ]
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(prompt=[names[i] for i in found["prompt"]])
+
+
+def best_of_n(proxy: np.ndarray, others: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Take the best of n samples by proxy reward, for n = 1, 2, 4, ...: prompt, n, kl, rewards.
 
     `proxy` and each of `others` (gold or judged rewards of the same samples): (prompts, samples).
-    Each prompt's samples are cut into blocks of n, and the winners of all blocks are averaged. KL
+    Each prompt's samples are cut into blocks of n, and the winners of its blocks are averaged. KL
     is the analytic log n - (n - 1) / n, an upper bound (Beirami et al. 2024, arXiv:2401.01879).
     """
-    rows, prompts = [], len(proxy)
+    parts, prompts = [], len(proxy)
     for power in range(int(math.log2(proxy.shape[1])) + 1):
         n = 2**power
         winner = proxy.reshape(prompts, -1, n).argmax(-1)[..., None]
-        row = {"n": n, "kl": math.log(n) - (n - 1) / n}
+        part = {"prompt": range(prompts), "n": n, "kl": math.log(n) - (n - 1) / n}
         for key, rewards in {"proxy": proxy, **others}.items():
             taken = np.take_along_axis(rewards.reshape(prompts, -1, n), winner, -1)
-            row[key] = float(taken.mean())
-        rows.append(row)
-    return rows
+            part[key] = taken.mean((1, 2))
+        parts.append(pd.DataFrame(part))
+    return pd.concat(parts, ignore_index=True)

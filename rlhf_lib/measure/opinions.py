@@ -17,7 +17,6 @@ from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Encoder, Prompt
 from rlhf_lib.methods.rewards import Reward, read_replies
 from rlhf_lib.runs import Stage, Work, read_jsonl
-from rlhf_lib.settings import EvaluationConfig
 
 
 def measure(
@@ -26,7 +25,6 @@ def measure(
     rater: Callable[[str], Reward],
     tokenizer: PreTrainedTokenizerBase,
     encoder: Encoder,
-    config: EvaluationConfig,
 ) -> dict:
     """Score the replies of the stage `evaluate`, one a prompt, by two reward models.
 
@@ -38,7 +36,7 @@ def measure(
     rows = []
     for policy in watched():
         sampled = read_jsonl(needed["evaluate"].path / "samples" / f"{policy}.jsonl")
-        sampled = sampled[: len(sampled) // config.samples_per_prompt]
+        sampled = [row for row in sampled if row["reply"] == 0 and "proxy" in row]
         texts = encoder.demonstrations([(row["prompt"], row["response"]) for row in sampled])
         prompts = [Prompt(text.prompt_text, text.prompt) for text in texts]
         replies = read_replies(tokenizer, [text.response for text in texts])

@@ -13,16 +13,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rlhf_lib.data.batches import by_length
 from rlhf_lib.data.encoding import Encoder
 from rlhf_lib.data.truth import Truth
-from rlhf_lib.measure.evaluate import each_policy
+from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.rankings import refuses
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.runs import Work, read_jsonl, write_jsonl
-from rlhf_lib.runtime import bundled_folder
+from rlhf_lib.runtime import bundled_folder, progress
 from rlhf_lib.settings import EvaluationConfig
 from rlhf_lib.world.rewards import FREE_WORDS, observe
 
@@ -243,21 +244,25 @@ def measure(
 ) -> dict:
     """Sample each policy on the first `probe_prompts` of every probe, `probe_samples` times each.
 
-    `policies`: name -> model folder or name.
-    Writes `samples/<policy>.jsonl`, a row per reply: the probe's own columns (id, probe, prompt,
-    rule, ...), `response`, `finished`, `proxy` (the sampler's reward) and `failure`, 0 or 1.
+    `policies`: name -> model folder or name. All reply with the same luck, as in
+    `evaluate`. Writes `samples/<policy>.jsonl`, a row per reply: the probe's own columns (id,
+    probe, prompt, rule, ...), `response`, `finished`, `proxy` (the sampler's reward) and
+    `failure`, 0 or 1.
     """
     probes = load_probes(truth, config.probe_prompts) * config.probe_samples
     prompts = encoder.prompts([probe["prompt"] for probe in probes])
     (work.path / "samples").mkdir(exist_ok=True)
-    for name, policy in each_policy(policies, sampler.accelerator, 1000 * seed + 500, "probes"):
+    luck = random_numbers(seed, "probes", (len(prompts), sampler.max_new_tokens))
+
+    def ask(name: str) -> int:
+        policy, tokens = read_policy(policies[name], sampler.accelerator), 0
         rows: list[dict] = [{} for _ in probes]
         # some probes are very long: apart from the short ones, they pad only each other
         for places in by_length([len(p.ids) for p in prompts], 4 * config.batch_size):
             batch = [prompts[i] for i in places]
-            replies = sampler.draw(policy, batch, config.temperature)
+            replies = sampler.draw(policy, batch, config.temperature, luck[places])
             proxy, _ = sampler.score(batch, replies)
-            work.num_tokens += sum(len(r.ids) for r in replies) + sum(len(p.ids) for p in batch)
+            tokens += sum(len(r.ids) for r in replies) + sum(len(p.ids) for p in batch)
             for i, reply, value in zip(places, replies, proxy.tolist(), strict=True):
                 rows[i] = probes[i] | {
                     "response": reply.text,
@@ -266,4 +271,9 @@ def measure(
                     "failure": int(fails(probes[i], reply.text, truth)),
                 }
         write_jsonl(work.path / "samples" / f"{name}.jsonl", rows)
+        return tokens
+
+    # kept one by one: killed probes go on with the next policy
+    for name in progress(policies, "probes"):
+        work.num_tokens += work.part(name, partial(ask, name))
     return {}

@@ -13,8 +13,6 @@ import numpy as np
 from scipy import optimize, stats
 from scipy.sparse import csr_matrix, diags_array
 from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from rlhf_lib.data.dialogues import turns
 from rlhf_lib.data.encoding import Pair
@@ -37,6 +35,9 @@ def length_preferences(pairs: Sequence[Pair]) -> np.ndarray:
 
 def bag_of_words_preferences(train: Sequence[Pair], test: Sequence[Pair]) -> np.ndarray:
     """TF-IDF of words and word pairs, logistic regression on the difference of the two replies."""
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+    from sklearn.linear_model import LogisticRegression
+
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     vectorizer.fit([text for p in train for text in (p.chosen_text, p.rejected_text)])
 

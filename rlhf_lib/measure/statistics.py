@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
+from rlhf_lib.measure.two_errors import error_variances, quantile, tail, total
+
 LEVEL = 0.95
 POWER = 0.8
 UNCLEAR = "not distinguishable"
@@ -41,7 +43,6 @@ def over_seeds(means: Sequence[float]) -> dict:
 
 def estimate(
     per_seed: Sequence[ArrayLike],
-    samples: int = 2000,
     units: Sequence[ArrayLike] | None = None,
     bounds: tuple[float, float] = ANY,
 ) -> dict:
@@ -50,40 +51,33 @@ def estimate(
     `per_seed`: one array of values a seed. `units`: which prompt each value belongs to; equal ones
     are one unit, in all seeds (default: a value's place in its seed). `bounds`: of the interval.
 
-    Two errors are added as variances: between seeds, s²/S of the seeds' means; between prompts, a
-    bootstrap that resamples whole prompts, the same ones in every seed. The interval is Student's t
-    with Satterthwaite's degrees of freedom (Biometrics Bulletin 2, 1946). Why no bootstrap of the
-    seeds: three of them give ten different resamples, with a spread that is too small by √(2/3).
-    Why not seeds alone: all of them answer the same prompts, whose luck the seeds' spread does not
-    show. What is in both (the luck of single replies) counts twice, so the interval is a little
-    wide rather than narrow. With one seed it is over prompts alone, and `over` says so.
+    The error has two parts (`two_errors`): seeds, with S - 1 degrees of freedom, and prompts. Why
+    not seeds alone: all of them answer the same prompts, whose luck the seeds' spread does not
+    show. With one seed the interval is over prompts alone, and `over` says so.
 
-    Besides `mean`, `low`, `high`: standard error `se` and its degrees of freedom `df`, 0 where one
-    seed and one unit leave them unknown.
+    Besides `mean`, `low`, `high`: the standard error `se` and its parts, `errors`, each with its
+    degrees of freedom; none where one seed and one unit leave them unknown.
     """
     arrays = [np.asarray(values, dtype=float) for values in per_seed]
-    means = np.array([array.mean() for array in arrays])
-    seeds, mean = len(arrays), float(means.mean())
+    means = [float(array.mean()) for array in arrays]
+    mean, seeds = float(np.mean(means)), len(arrays)
     places = [np.arange(len(a)) for a in arrays] if units is None else units
-    _, codes = np.unique(np.concatenate([np.asarray(p) for p in places]), return_inverse=True)
-    # what each prompt adds to the mean's error: one sum for each prompt, over all seeds
-    shares = [(a - m) / (len(a) * seeds) for a, m in zip(arrays, means, strict=True)]
-    sums = np.bincount(codes, weights=np.concatenate(shares))
-    between_prompts = 0.0
-    if np.ptp(sums) > 1e-12 * max(1.0, abs(mean)) / len(sums):  # below: rounding
-        error = resampled((sums,), np.mean, samples).standard_error
-        between_prompts = (len(sums) * float(error)) ** 2
-    between_seeds = float(means.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    variance = between_prompts + between_seeds
-    weights = between_seeds**2 / max(1, seeds - 1) + between_prompts**2 / max(1, len(sums) - 1)
-    fallback = float(seeds - 1 or len(sums) - 1)
-    df = variance**2 / weights if weights > 0 else fallback
-    se = math.sqrt(variance)
-    half = se * float(stats.t.ppf((1 + LEVEL) / 2, df)) if variance else 0.0
+    names, codes = np.unique(np.concatenate([np.asarray(p) for p in places]), return_inverse=True)
+    starts = np.cumsum([len(array) for array in arrays])[:-1]
+    added = np.stack([
+        np.bincount(code, weights=(array - array.mean()) / len(array), minlength=len(names))
+        for array, code in zip(arrays, np.split(codes, starts), strict=True)
+    ])  # fmt: skip
+    added[np.abs(added) < 1e-12 * max(1.0, abs(mean)) / len(names)] = 0.0  # rounding is no spread
+    between = np.sqrt(error_variances(np.array(means), added))
+    freedom = seeds - 1, len(names) - 1
+    errors = [[float(e), float(df)] for e, df in zip(between, freedom, strict=True) if df]
+    half = quantile((1 + LEVEL) / 2, errors)
     low, high = max(mean - half, bounds[0]), min(mean + half, bounds[1])
     over = "seeds and prompts" if seeds > 1 else "prompts"
-    record = _record(mean, low, high, seeds if seeds > 1 else len(sums), over)
-    return record | {"per_seed": means.tolist(), "se": se, "df": df, "units": len(sums)}
+    record = _record(mean, low, high, seeds if seeds > 1 else len(names), over)
+    known = {"se": total(errors), "errors": errors, "units": len(names)}
+    return record | {"per_seed": means} | known
 
 
 def minus(one: Values, other: Values) -> list[np.ndarray]:
@@ -120,12 +114,12 @@ def compare(family: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def p_value(difference: Mapping) -> float:
-    """Two-sided p of "no difference" by Student's t; 1 where nothing is known of the error."""
-    if difference["df"] == 0 or difference["mean"] == 0:
+    """Two-sided p of "no difference"; 1 where nothing is known of the error."""
+    if not difference["errors"] or difference["mean"] == 0:
         return 1.0
     if difference["se"] == 0:
         return 0.0
-    return float(2 * stats.t.sf(abs(difference["mean"]) / difference["se"], difference["df"]))
+    return 2 * tail(abs(difference["mean"]), difference["errors"])
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -139,15 +133,17 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def detectable(difference: Mapping) -> float | None:
     """The minimum detectable effect: the true difference that a study like this one would call one
-    in 80 of 100 repetitions, at a two-sided 5 % (noncentral t, correction not counted).
+    in 80 of 100 repetitions, at a two-sided 5 % (correction for their number not counted).
 
     None where the error is unknown.
     """
-    se, df = difference["se"], difference["df"]
-    if df == 0:
-        return None
-    critical = stats.t.ppf((1 + LEVEL) / 2, df)
-    # far out, t with its centre moved by x is above the critical value almost surely
+    errors, se = difference["errors"], difference["se"]
+    if not errors or se == 0:
+        return 0.0 if errors else None
+    critical = quantile((1 + LEVEL) / 2, errors) / se
+    # the one t with the same critical value says how much the error itself may be off
+    few = min(df for error, df in errors if error > 0)
+    df = optimize.brentq(lambda df: stats.t.ppf((1 + LEVEL) / 2, df) - critical, 0.9 * few, 1e7)
     shift = optimize.brentq(lambda x: stats.nct.sf(critical, df, x) - POWER, 0.0, 5.0 * critical)
     return float(shift * se)  # type: ignore[operator]
 

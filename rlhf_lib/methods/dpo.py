@@ -217,6 +217,6 @@ def update(
             yield loss * len(pairs) / len(batch)
 
     loss, grad_norm = policy.step(losses())
-    step = {"loss": loss, "grad_norm": grad_norm, "learning_rate": policy.learning_rate}
+    step = {"loss": loss, "grad_norm": grad_norm, **policy.logged()}
     # below 0 the loss takes the KL for 0
     return step | averages.means() | ({"kto/kl": float(kl)} if unrelated else {})

@@ -177,7 +177,7 @@ def update(
     return {
         "loss": averages["loss"],
         "grad_norm": averages["grad_norm"],
-        "learning_rate": policy.learning_rate,
+        **policy.logged(),
         "clip_ratio/region_mean": averages["clip_fraction"],
         "policy/approxkl_avg": averages["approx_kl"],
         "val/ratio": averages["ratio_mean"],

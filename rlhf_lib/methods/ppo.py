@@ -207,7 +207,7 @@ def update(
         "loss": averages["policy_loss"] + averages["value_loss"],
         "grad_norm": averages["policy_norm"],
         "value_grad_norm": averages["value_norm"],
-        "learning_rate": policy.learning_rate,
+        **policy.logged(),
         "loss/policy_avg": averages["policy_loss"],
         "loss/value_avg": averages["value_loss"],
         "policy/approxkl_avg": averages["approx_kl"],

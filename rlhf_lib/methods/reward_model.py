@@ -70,7 +70,7 @@ def update(
     return {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": reward_model.learning_rate,
+        **reward_model.logged(),
         "accuracy": float(stats.accuracy),
         "margin": float(stats.margin),
         "min_reward": float(both.min()),

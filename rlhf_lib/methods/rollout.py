@@ -132,12 +132,18 @@ class Sampler:
 
     @torch.no_grad()
     def draw(
-        self, policy: PreTrainedModel, prompts: Sequence[Prompt], temperature: float = 1.0
+        self,
+        policy: PreTrainedModel,
+        prompts: Sequence[Prompt],
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
     ) -> list[Reply]:
-        """One reply to each prompt."""
-        ids = [p.ids for p in prompts]
+        """One reply to each prompt; `uniforms`: their luck, as `generate` takes it."""
+        ids, longest = [p.ids for p in prompts], self.max_new_tokens
         with self.accelerator.autocast():
-            responses = generate(policy, self.tokenizer, ids, self.max_new_tokens, temperature)
+            responses = generate(
+                policy, self.tokenizer, ids, longest, temperature, uniforms=uniforms
+            )
         return read_replies(self.tokenizer, responses)
 
     def score(
@@ -160,12 +166,13 @@ class Sampler:
         reward_clip: float = math.inf,
         missing_eos_penalty: float = 0.0,
         exact_kl: bool = False,
+        uniforms: Tensor | None = None,
     ) -> Rollout:
         """Sample one reply per prompt, score it, take log-probs under policy and reference.
 
         `batch_size`: replies whose log-probs are taken at once.
         """
-        ids, replies = [p.ids for p in prompts], self.draw(policy, prompts, temperature)
+        ids, replies = [p.ids for p in prompts], self.draw(policy, prompts, temperature, uniforms)
         responses = [reply.ids for reply in replies]
         scores, parts = self.score(prompts, replies)
         mask = length_mask([len(r) for r in responses])

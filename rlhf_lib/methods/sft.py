@@ -61,7 +61,7 @@ def update(
     return {
         "loss": loss,
         "grad_norm": grad_norm,
-        "learning_rate": policy.learning_rate,
+        **policy.logged(),
         "entropy": float(torch.stack(entropies).sum()) / tokens,
         "mean_length": tokens / len(batch),
     }

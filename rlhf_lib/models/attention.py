@@ -21,9 +21,14 @@ def attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, **settings: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls: (B, H, L, D) and key and value (B, G, L, D) -> (B, L, H, D)."""
-    training = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
-    if training and query.device.type == "cpu" and dropout == 0.0:
+    """What transformers calls: (B, H, L, D) and key and value (B, G, L, D) -> (B, L, H, D).
+
+    What is read without gradients is rounded as where it is learnt, so that a ratio of two equal
+    policies is 1; only the steps of generation, which have a cache, are left to torch.
+    """
+    whole = query.shape[2] == key.shape[2] and (mask is None or mask.shape[-2] == mask.shape[-1])
+    rounds = query.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if rounds and whole and dropout == 0.0:
         return by_products(query, key, value, mask, scaling).transpose(1, 2), None
     return sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, **settings

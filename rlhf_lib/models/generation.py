@@ -24,21 +24,29 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 256,
+    uniforms: Tensor | None = None,
 ) -> list[list[int]]:
     """One response to each prompt, sampled from the unfiltered softmax at `temperature`.
+
+    `uniforms` (prompts, max_new_tokens), float64 in [0, 1): the luck of each token. Two policies
+    that are given the same differ by no more than they differ (common random numbers); by default
+    it is drawn anew, on the CPU whatever the device.
 
     A response ends with the end-of-sequence token unless `max_new_tokens` cut it off. No top-k,
     top-p or minimum length: a filtered sample is not one of the policy (KL goes negative). Equal
     prompts of a batch are computed once; a row that has ended leaves its batch.
     """
+    if uniforms is None:
+        uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64)
     responses: list[list[int]] = [[] for _ in prompts]
     eos = eos_id(tokenizer)
     for rows in by_length([len(p) for p in prompts], batch_size):
         cache = _roomy_cache(model, max_new_tokens)
         mask, logits = _prefill(model, [prompts[i] for i in rows], eos, cache)
         alive = torch.ones(len(rows), dtype=torch.bool, device=model.device)
+        luck = uniforms[rows].to(model.device)
         for step in range(max_new_tokens):
-            tokens = draw_tokens(logits / temperature)
+            tokens = draw_tokens(logits / temperature, luck[:, step : step + 1])
             sampled = tokens[:, 0].tolist()
             for row, token, open_ended in zip(rows, sampled, alive.tolist(), strict=True):
                 if open_ended:
@@ -51,21 +59,22 @@ def generate(
                 places = alive.nonzero()[:, 0]
                 rows = [rows[i] for i in places.tolist()]
                 cache.batch_select_indices(places)
-                mask, tokens, alive = mask[places], tokens[places], alive[places]
+                mask, tokens, alive, luck = (x[places] for x in (mask, tokens, alive, luck))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             logits = _step(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
     return responses
 
 
-def draw_tokens(logits: Tensor) -> Tensor:
+def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     """One token a row from softmax(logits), (B, V) -> (B, 1): the distribution function inverted.
+
+    `uniforms` (B, 1) in [0, 1): where.
 
     In float64, so that the rarest token keeps its probability. `torch.multinomial` draws the same
     distribution, but V random numbers for each token.
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    place = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    tokens = torch.searchsorted(cumulative, place * cumulative[:, -1:])
+    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:])
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 

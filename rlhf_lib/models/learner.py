@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -24,6 +25,9 @@ def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
 class Learner:
     """One model, AdamW, linear warm-up and decay to 0, gradient clipping.
 
+    `skipped`: optimizer steps that fp16 could not take, because a gradient overflowed; they leave
+    weights and schedule where they were, and the next loss is scaled by less.
+
     fp32 master weights whatever the precision: who computes a loss opens `accelerator.autocast()`,
     and `accelerate` scales it in fp16.
     """
@@ -44,17 +48,19 @@ class Learner:
             [p for p in model.parameters() if p.requires_grad], lr=learning_rate,
             betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True,
         )  # fmt: skip
-        schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
+        self.schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.learning_rate = 0.0  # nothing has been learnt yet
-        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.skipped = 0
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(self)
 
     @phase("update")
     def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
         """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time).
 
-        Returns (loss, gradient norm before clipping). Raises FloatingPointError when the loss is
-        not finite.
+        Returns (loss, gradient norm before clipping, 0 for a step that was skipped). Raises
+        FloatingPointError when loss or norm is not finite: nothing has been changed then.
         """
         total = 0.0
         # gradient checkpointing works in train mode only, the generation cache best in eval mode
@@ -63,17 +69,41 @@ class Learner:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         self.model.eval()
-        if not torch.isfinite(torch.tensor(total)):
-            raise FloatingPointError(
-                f"the loss is {total}: lower the learning rate or use model.precision=fp32; "
-                "the last checkpoint of this stage is intact"
-            )
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.learning_rate = self.schedule.get_last_lr()[0]  # of this step, for the log
-        self.schedule.step()
+        self._check("loss", total)
+        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        norm, scaler = float(clipped), self.accelerator.scaler  # type: ignore[arg-type]
+        overflow = scaler is not None and not math.isfinite(norm)
+        if not overflow:
+            self._check("gradient's norm", norm)
+        self.optimizer.step()  # with a scaler it leaves the weights alone after an overflow
         self.optimizer.zero_grad()
-        return total, float(norm)  # type: ignore[arg-type]
+        if overflow:
+            self.skipped += 1
+            return total, 0.0
+        self.learning_rate = self.schedule.get_last_lr()[0]  # of this step, for the log
+        # not `prepare`d: accelerate would step it, or not, by what it believes of the optimizer
+        self.schedule.step()
+        return total, norm
+
+    def _check(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"the {what} is {value}: lower the learning rate or use model.precision=fp32; "
+                "the weights are those of the last step"
+            )
+
+    def logged(self) -> dict[str, float]:
+        """What every method logs of the last step."""
+        return {"learning_rate": self.learning_rate, "skipped": float(self.skipped)}
+
+    def state_dict(self) -> dict:
+        """Of what accelerate does not keep: the schedule, and how many steps were skipped."""
+        return {"schedule": self.schedule.state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.schedule.load_state_dict(state["schedule"])
+        self.skipped = state["skipped"]
 
 
 class Averages:

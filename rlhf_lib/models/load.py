@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from rlhf_lib import runtime
@@ -76,13 +77,25 @@ def load_reference(name: str | Path) -> PreTrainedModel:
 
 
 def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
-    """Place a model that is only read: no gradients, and weights in the compute precision."""
+    """Place a model that is only read: no gradients, and what it multiplies by in half precision.
+
+    Its numbers stay those of a model that trains: under autocast, matrix products round their
+    weights, and everything else (embeddings, norms, the sums between layers) is fp32. So the
+    products' weights are rounded once, here, and nothing else is; a weight that is an embedding as
+    well is rounded in a copy. A scalar head stays fp32, for it is read outside autocast.
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     model = model.requires_grad_(False).eval().to(accelerator.device)  # type: ignore[arg-type]
-    if dtype is not None:
-        model = model.to(dtype=dtype)  # type: ignore[call-arg]
-        if hasattr(model, "score"):
-            model.score.float()  # type: ignore[operator]
+    if dtype is None:
+        return model
+    embedding = model.get_input_embeddings().weight
+    for name, module in model.named_modules():
+        if not isinstance(module, (torch.nn.Linear, Conv1D)) or name == "score":
+            continue
+        if module.weight is embedding:
+            module.weight = torch.nn.Parameter(embedding.to(dtype), requires_grad=False)
+        else:
+            module.to(dtype)
     return model
 
 

@@ -6,11 +6,11 @@ adapters off is the model it started from: the reference, without a second copy 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> None:
 
     Adds alpha / rank * B A x to each layer's output. A scalar head stays trainable as a whole.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and seldom asked for
+
     body = {id(module) for module in model.base_model.modules()}
     layers = {
         name: module
@@ -56,5 +58,9 @@ def merge_lora(model: nn.Module) -> None:
         model.set_submodule(name, layer.get_base_layer())
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    if "peft" not in sys.modules:  # then nothing can have an adapter
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [(n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]

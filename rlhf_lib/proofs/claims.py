@@ -1,10 +1,13 @@
-"""A claim about the library, what was measured, and whether it holds."""
+"""A claim about the library, what was measured, whether it holds, and all of them in a table."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ class Proof(NamedTuple):
     tolerance: float  # infinite for a figure, which is shown and not judged
     source: str  # paper and equation
     unit: str = "absolute"  # of error and tolerance: "standard errors", "degrees", ...
-    group: str = "enumeration"  # or "parity"
+    group: str = "enumeration"  # or "parity", "simulation"
 
     @property
     def holds(self) -> bool:
@@ -56,3 +59,42 @@ def angle(claim: str, measured: Tensor, expected: Tensor, source: str) -> Proof:
     """How far a biased gradient points away from the exact one, whatever their lengths."""
     cosine = torch.cosine_similarity(measured.flatten(), expected.flatten(), dim=0).clamp(-1, 1)
     return figure(claim, math.degrees(math.acos(cosine.item())), 0.0, source, "degrees")
+
+
+def table(proofs: Sequence[Proof]) -> pd.DataFrame:
+    """One row a claim, every column as text; the error carries its unit."""
+    return pd.DataFrame(
+        {
+            "group": proof.group,
+            "claim": proof.claim,
+            "measured": f"{proof.measured:.6g}",
+            "expected": f"{proof.expected:.6g}",
+            "error": f"{proof.error:.3g} {proof.unit}".removesuffix(" absolute"),
+            "tolerance": "–" if proof.tolerance == math.inf else f"{proof.tolerance:g}",
+            "verdict": proof.verdict,
+            "source": proof.source,
+        }
+        for proof in proofs
+    )
+
+
+def as_text(proofs: Sequence[Proof]) -> str:
+    """The table for a terminal, without sources, and a line that counts the verdicts."""
+    frame = table(proofs).drop(columns="source")
+    width = frame["claim"].str.len().max()
+    lines = frame.to_string(index=False, formatters={"claim": f"{{:<{width}}}".format})
+    counts = Counter(proof.verdict for proof in proofs)
+    return (
+        f"{lines}\n\n{counts['holds']} claims hold, {counts['DOES NOT HOLD']} do not; "
+        f"{counts['measured']} figures are measured and not judged"
+    )
+
+
+def as_records(proofs: Sequence[Proof]) -> list[dict]:
+    """The proofs for JSON, which has no infinity: a figure's tolerance is None."""
+    return [
+        proof._asdict()
+        | {"tolerance": None if proof.tolerance == math.inf else proof.tolerance}
+        | {"verdict": proof.verdict}
+        for proof in proofs
+    ]

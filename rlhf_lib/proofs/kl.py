@@ -118,7 +118,7 @@ def kl_in_reward() -> list[Proof]:
 def best_of_n() -> list[Proof]:
     """KL(best of n samples || policy), from the distribution of the best, and its bound."""
     n, count = 8, 100_000
-    bound = evaluate.best_of_n(np.zeros((1, n)), {})[-1]["kl"]
+    bound = evaluate.best_of_n(np.zeros((1, n)), {})["kl"].tolist()[-1]
     given = example()
     few = kl_of_best(given.weights[given.rewards.argsort()], n)
     many = kl_of_best(torch.full((count,), 1 / count, dtype=torch.float64), n)

@@ -9,6 +9,7 @@ why. TRL has no PPO any more: that is compared with `plain` in `tests/methods`.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logprobs, token_logprobs
 from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives import advantages, losses, preference
-from rlhf_lib.proofs import parity_trl, plain
+from rlhf_lib.proofs import errors, kl, parity_trl, plain, policy
 from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.parity_trl import VERSION, caught_gradients
 from rlhf_lib.settings import DPOConfig
@@ -39,6 +40,40 @@ from rlhf_lib.settings import DPOConfig
 SAME_TENSORS, SAME_BATCH = 1e-5, 1e-4
 BETA, CENTER_COEF = 0.3, 0.02
 LENGTHS = [4, 7, 1, 3, 6, 5, 2, 7]  # of responses; as pairs, the first four are the chosen ones
+
+
+NO_TRL = (
+    "TRL is not installed, so parity was not checked: pip install -e '.[parity]' (Python 3.11 on)"
+)
+PROOFS = (
+    kl.kl_values,
+    kl.kl_gradients,
+    kl.single_token,
+    kl.kl_in_reward,
+    policy.gae_by_definition,
+    policy.ppo,
+    policy.groups,
+    policy.sampled,
+    policy.identities,
+    policy.dpo,
+    kl.best_of_n,
+)
+
+
+def all_proofs() -> list[Proof]:
+    """All proofs by enumeration, always the same; some seconds on one thread."""
+    return [proof for prove in PROOFS for proof in prove()]
+
+
+def with_parity(simulated: bool = False) -> tuple[list[Proof], str]:
+    """All proofs and the comparisons with TRL; where it is missing, a sentence that says so.
+
+    `simulated`: with the error rates of comparisons as well, which takes a minute or two.
+    """
+    rows = all_proofs() + (errors.error_rates() if simulated else [])
+    if importlib.util.find_spec("trl") is None:
+        return rows, NO_TRL
+    return rows + parity_table(), ""
 
 
 def parity_table() -> list[Proof]:

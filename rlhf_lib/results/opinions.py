@@ -11,7 +11,7 @@ from rlhf_lib.results.policies import Samples
 from rlhf_lib.runs import Stage
 
 
-def second_opinion(stages: Sequence[Mapping[str, Stage]], resamples: int) -> dict | None:
+def second_opinion(stages: Sequence[Mapping[str, Stage]]) -> dict | None:
     """What each policy gained over SFT by both reward models; None for one seed.
 
     `own`, `other`: gains over SFT's reply to the same prompt, in standard deviations of
@@ -23,16 +23,16 @@ def second_opinion(stages: Sequence[Mapping[str, Stage]], resamples: int) -> dic
     seeds = [seed["second_opinion"].samples() for seed in stages]
     policies = list(dict.fromkeys(row["policy"] for row in seeds[0]))
     rows = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
-    samples = Samples(rows, [], [], resamples)
+    samples = Samples(rows, [], [])
     table = {}
     for policy in (p for p in policies if p != "sft"):
         own, other = (samples.difference(policy, "sft", key) for key in ("own", "other"))
         opposite = [np.sign(a) != np.sign(b) for a, b in zip(own, other, strict=True)]
         table[policy] = {
-            "own": samples.estimate(own),
-            "other": samples.estimate(other),
-            "opposite": samples.estimate(opposite, SHARE),
-            "excess": samples.estimate(minus(own, other)),
+            "own": samples.estimate(own, key="own"),
+            "other": samples.estimate(other, key="own"),
+            "opposite": samples.estimate(opposite, SHARE, "own"),
+            "excess": samples.estimate(minus(own, other), key="own"),
         }
     excess = compare({policy: record["excess"] for policy, record in table.items()})
     return {policy: record | {"excess": excess[policy]} for policy, record in table.items()}

@@ -5,8 +5,9 @@ Differences are paired: each policy's k-th reply to a prompt with the other's k-
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -33,7 +34,6 @@ class Samples:
     rows: Mapping[str, Rows]
     chosen: Rows
     heldout: Rows
-    bootstrap: int  # resamples
 
     @property
     def deciding(self) -> str:
@@ -45,26 +45,39 @@ class Samples:
         """Those of these policies that there are."""
         return [name for name in names if name in self.rows]
 
+    def prompts(self, key: str) -> list[str]:
+        """Those whose replies have this measure: a prompt that was asked twice stands twice."""
+        return [r["prompt"] for r in self.rows["sft"][0] if r.get("reply", 0) == 0 and key in r]
+
+    def replies(self, policy: str, key: str) -> list[np.ndarray]:
+        """One measure of a policy's replies, of each seed (replies, prompts)."""
+        shape = -1, len(self.prompts(key))
+        seeds = self.rows[policy]
+        return [
+            np.array([r[key] for r in rows if key in r], float).reshape(shape) for rows in seeds
+        ]
+
     def column(self, policy: str, key: str) -> list[np.ndarray]:
-        rows = self.rows[policy]
-        return [np.array([row[key] for row in seed], dtype=float) for seed in rows]
+        """The same, averaged over the replies to a prompt."""
+        return [values.mean(0) for values in self.replies(policy, key)]
 
     def difference(self, one: str, other: str, key: str) -> list[np.ndarray]:
+        """Prompt by prompt; of SFT all that it was asked to say, so that no one draw decides."""
         return minus(self.column(one, key), self.column(other, key))
 
-    def estimate(self, per_seed: Values, bounds: tuple[float, float] = ANY) -> dict:
-        """One value a reply, in the rows' order; replies to equal prompts are one unit."""
-        units = [[row["prompt"] for row in seed] for seed in self.rows["sft"]]
-        return estimate(per_seed, self.bootstrap, units, bounds)
+    def estimate(self, per_seed: Values, bounds: tuple[float, float] = ANY, key: str = "") -> dict:
+        """Of one value a prompt that has this measure (default: the deciding one)."""
+        units = self.prompts(key or self.deciding)
+        return estimate(per_seed, [units] * len(per_seed), bounds)
 
     def over_texts(self, per_seed: Sequence, bounds: tuple[float, float] = ANY) -> dict:
         """One value a text, or block of texts, each a unit."""
-        return estimate(per_seed, self.bootstrap, bounds=bounds)
+        return estimate(per_seed, bounds=bounds)
 
     def compare(self, pairs: Mapping[str, tuple[str, str]], key: str) -> dict[str, dict]:
         """One measure of two policies, for each of these pairs; one family."""
         values = {name: self.column(name, key) for pair in pairs.values() for name in pair}
-        return differences(values, pairs, self.estimate)
+        return differences(values, pairs, partial(self.estimate, key=key))
 
 
 def rewards(deciding: str) -> list[str]:
@@ -73,20 +86,20 @@ def rewards(deciding: str) -> list[str]:
 
 
 def policies(samples: Samples) -> dict[str, dict]:
-    """All measures of every policy; gains over SFT with one family's correction a measure."""
+    """All measures of every policy, and its gains over SFT; families of gains: FAMILIES."""
     table = {}
-    chosen = _beside_chosen(samples)
+    chosen = _chosen(samples)
     for name in samples.rows:
         table[name] = _measures(samples, name)
         for other in ("sft", "base"):
             if name != other:
-                table[name] |= _wins(samples, name, other)
+                rival = [samples.replies(other, key) for key in (samples.deciding, "length")]
+                table[name] |= _wins(samples, name, other, *rival)
         if chosen and name not in catalogue.policies("null"):
-            table[name] |= _wins(chosen, name, "chosen")
-    # differences to SFT; one family: the policies trained on top of it; the others alone
-    untrained = samples.measured(catalogue.policies("base", "reference", "null"))
-    families = [[name for name in samples.rows if name not in untrained]]
-    families += [[name] for name in untrained]
+            table[name] |= _wins(samples, name, "chosen", *chosen)
+    # the candidates are one family; every other policy is a demonstration, and alone
+    candidates = samples.measured(catalogue.candidates())
+    families = [candidates, *([name] for name in samples.rows if name not in candidates)]
     for key, family in product(rewards(samples.deciding), families):
         for name, gain in samples.compare({n: (n, "sft") for n in family}, key).items():
             table[name][f"{key}_gain"] = gain
@@ -104,17 +117,20 @@ def policies(samples: Samples) -> dict[str, dict]:
 
 
 def _measures(samples: Samples, name: str) -> dict:
-    rows = samples.rows[name]
+    first = samples.rows[name][0][0]
     record = {
-        key: samples.estimate(samples.column(name, key), SHARE if key == "finished" else ANY)
+        key: samples.estimate(samples.column(name, key), SHARE if key == "finished" else ANY, key)
         for key in MEASURES
-        if key in rows[0][0]
+        if key in first
     }
-    replies = [[row["response"] for row in seed] for seed in rows]
-    repeated = [np.array([repetition(reply) for reply in seed]) for seed in replies]
-    record["repetition"] = samples.estimate(repeated, SHARE)
+    whole = [[row["response"] for row in seed if "proxy" in row] for seed in samples.rows[name]]
+    repeated = [
+        np.reshape([repetition(reply) for reply in seed], (-1, len(samples.prompts("proxy"))))
+        for seed in whole
+    ]
+    record["repetition"] = samples.estimate([r.mean(0) for r in repeated], SHARE, "proxy")
     for n in (1, 2):
-        record[f"distinct_{n}"] = samples.over_texts([distinct(r, n) for r in replies], SHARE)
+        record[f"distinct_{n}"] = samples.over_texts([distinct(r, n) for r in whole], SHARE)
     return record
 
 
@@ -132,30 +148,38 @@ def distinct(texts: Sequence[str], n: int, block: int = BLOCK) -> list[float]:
     return values
 
 
-def _beside_chosen(samples: Samples) -> Samples | None:
-    """The prompts that have a chosen reply, which is one more "policy" there: "chosen"."""
+def _chosen(samples: Samples) -> list[list[np.ndarray]]:
+    """The deciding reward and the length of the dataset's chosen reply to each prompt, of each
+    seed (1, prompts): not a number where it has none; empty where no prompt has one.
+    """
+    if not samples.chosen or not all(samples.chosen):
+        return []
+    asked = samples.prompts(samples.deciding)
     found = [{row["prompt"]: row for row in seed} for seed in samples.chosen]
-    rows = {
-        name: [
-            [row for row in seed if row["prompt"] in known]
-            for seed, known in zip(seeds, found, strict=True)
-        ]
-        for name, seeds in samples.rows.items()
-    }
-    if not all(rows["sft"]):
-        return None
-    asked = zip(rows["sft"], found, strict=True)
-    rows["chosen"] = [[known[row["prompt"]] for row in seed] for seed, known in asked]
-    return Samples(rows, samples.chosen, samples.heldout, samples.bootstrap)
+    return [
+        [np.array([[float(known.get(p, {}).get(key, np.nan)) for p in asked]]) for known in found]
+        for key in (samples.deciding, "length")
+    ]
 
 
-def _wins(samples: Samples, name: str, other: str) -> dict:
-    won = [rankings.wins(gap) for gap in samples.difference(name, other, samples.deciding)]
-    longer = samples.difference(name, other, "length")
-    controlled = [length_controlled(w, gap) for w, gap in zip(won, longer, strict=True)]
+def _wins(
+    samples: Samples, name: str, other: str, rewards: Values, lengths: Values
+) -> dict[str, dict]:
+    """Wins against `other`, whose replies have these rewards and lengths: (replies, prompts)."""
+    won, controlled = [], []
+    own = samples.replies(name, samples.deciding), samples.replies(name, "length")
+    for reward, length, rival, rival_length in zip(*own, rewards, lengths, strict=True):
+        count = min(len(reward), len(rival)) if len(rival) > 1 else len(reward)
+        gap, longer = reward[:count] - rival[:count], length[:count] - rival_length[:count]
+        known = ~np.isnan(gap[0])
+        raw = rankings.wins(gap[:, known])
+        flat = length_controlled(raw.ravel(), longer[:, known].ravel()).reshape(raw.shape)
+        for means, values in ((won, raw), (controlled, flat)):
+            means.append(values.mean(0))
+    units = np.array(samples.prompts(samples.deciding))[known]
     return {
-        f"win_rate_vs_{other}": samples.estimate(won, SHARE),
-        f"length_controlled_vs_{other}": samples.estimate(controlled, SHARE),
+        f"win_rate_vs_{other}": estimate(won, [units] * len(won), SHARE),
+        f"length_controlled_vs_{other}": estimate(controlled, [units] * len(won), SHARE),
     }
 
 
@@ -190,33 +214,59 @@ def _nats(samples: Samples) -> dict[str, list[np.ndarray]]:
     return values
 
 
-def compared(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Each two of the methods among these candidates, and each method and the baseline."""
+def compared(names: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
+    """The families of comparisons between candidates, fixed before anything is measured.
+
+    `among`: each two of the methods. `baseline`: each method and best-of-n SFT. (Those against SFT
+    are in `policies`.) A family's differences are corrected for their number; the demonstrations,
+    SFT's second draw and the runs of a sweep, are in none.
+    """
     methods = [name for name in names if name != catalogue.baseline()]
-    pairs = list(combinations(methods, 2))
+    families = {"among": list(combinations(methods, 2))}
     if catalogue.baseline() in names:
-        pairs += [(method, catalogue.baseline()) for method in methods]
-    return {f"{one}_minus_{other}": (one, other) for one, other in pairs}
+        families["baseline"] = [(method, catalogue.baseline()) for method in methods]
+    return {
+        family: {f"{one}_minus_{other}": (one, other) for one, other in pairs}
+        for family, pairs in families.items()
+    }
 
 
-def needs(samples: Samples, minutes: Mapping[str, Sequence[float]]) -> dict[str, dict]:
+def comparisons(
+    values: Mapping[str, Values], average: Callable[[list[np.ndarray]], dict]
+) -> dict[str, dict]:
+    """All differences between candidates, each corrected within its family."""
+    return {
+        key: record | {"family": family}
+        for family, pairs in compared(list(values)).items()
+        for key, record in differences(values, pairs, average).items()
+    }
+
+
+def needs(
+    samples: Samples, minutes: Mapping[str, float], tokens: Mapping[str, float]
+) -> dict[str, dict]:
     """What a user may ask for, measured of each candidate and compared between them.
 
-    `minutes`: of each candidate's training in each seed, the reward model included where the method
-    learns from it. `better`: which direction is.
+    `minutes`, `tokens` (millions): what each candidate's training takes, the reward model included
+    where the method learns from it: means over the seeds, for the load of a machine is no luck of a
+    seed. `better`: which direction is.
     """
     names = samples.measured(catalogue.candidates())
     gains = {name: samples.difference(name, "sft", samples.deciding) for name in names}
-    per_minute = {
-        name: [gain / spent for gain, spent in zip(gains[name], minutes[name], strict=True)]
-        for name in names
-    }
-    kl = {name: samples.column(name, "kl") for name in names}
+
+    def per(price: Mapping[str, float]) -> dict[str, list[np.ndarray]]:
+        return {name: [gain / price[name] for gain in gains[name]] for name in names}
+
+    kl, over_kl = (
+        {name: samples.column(name, "kl") for name in names},
+        partial(samples.estimate, key="kl"),
+    )
     nats = _nats(samples)
     asked = {
         "reward": (gains, samples.estimate, "higher"),
-        "per_minute": (per_minute, samples.estimate, "higher"),
-        "kl": (kl, samples.estimate, "lower"),
+        "per_token": (per(tokens), samples.estimate, "higher"),
+        "per_minute": (per(minutes), samples.estimate, "higher"),
+        "kl": (kl, over_kl, "lower"),
     }
     if nats:
         known = {name: nats[name] for name in names}
@@ -224,7 +274,7 @@ def needs(samples: Samples, minutes: Mapping[str, Sequence[float]]) -> dict[str,
     return {
         need: {
             "policies": {name: average(per_seed) for name, per_seed in values.items()},
-            "comparisons": differences(values, compared(values), average),
+            "comparisons": comparisons(values, average),
             "better": better,
         }
         for need, (values, average, better) in asked.items()

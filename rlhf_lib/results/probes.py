@@ -24,9 +24,7 @@ from rlhf_lib.runs import Stage, read_jsonl
 Replies = Sequence[Mapping[str, list[float]]]  # of each seed: prompt -> a value for each reply
 
 
-def probe_table(
-    stages: Sequence[Mapping[str, Stage]], truth: Truth | None, samples: int = 2000
-) -> dict:
+def probe_table(stages: Sequence[Mapping[str, Stage]], truth: Truth | None) -> dict:
     """Failures and scores of every policy, from the stages "probes" and "evaluate" of each seed.
 
     `failures`, `scores`: measure -> policy -> `estimate`, with the difference to SFT, paired by
@@ -44,13 +42,13 @@ def probe_table(
             measured.setdefault(measure, {})[policy] = [seed[measure] for seed in seeds]
 
     def estimates(measures: Iterable[str], share: bool) -> dict[str, dict]:
-        return {m: _estimates(measured[m], samples, share) for m in measures if m in measured}
+        return {m: _estimates(measured[m], share) for m in measures if m in measured}
 
     return {
         "failures": estimates([*PROBES[which], *ORDINARY], share=True),
         "scores": estimates(SCORES[which], share=not truth),
         "definitions": PROBES[which] | ORDINARY | SCORES[which],
-        "proxy": {policy: _proxy(per_seed, samples) for policy, per_seed in probed.items()},
+        "proxy": {policy: _proxy(per_seed) for policy, per_seed in probed.items()},
         "rules": None if truth else error_rates(),
     }
 
@@ -76,26 +74,26 @@ def _values(
     return values
 
 
-def _estimates(policies: Mapping[str, Replies], samples: int, share: bool) -> dict[str, dict]:
+def _estimates(policies: Mapping[str, Replies], share: bool) -> dict[str, dict]:
     """policy -> estimate, and how it differs from SFT at the same prompts."""
     asked = [list(seed) for seed in policies["sft"]]
     means, records = {}, {}
     for policy, per_seed in policies.items():
         places = zip(per_seed, asked, strict=True)
         means[policy] = [np.array([np.mean(seed[p]) for p in prompts]) for seed, prompts in places]
-        records[policy] = _estimate(per_seed, samples, share)
+        records[policy] = _estimate(per_seed, share)
     pairs = {policy: (policy, "sft") for policy in policies if policy != "sft"}
-    changes = differences(means, pairs, lambda values: estimate(values, samples, asked))
+    changes = differences(means, pairs, lambda values: estimate(values, asked))
     for policy, change in changes.items():
         records[policy]["change"] = change
     return records
 
 
-def _estimate(per_seed: Replies, samples: int, share: bool) -> dict:
+def _estimate(per_seed: Replies, share: bool) -> dict:
     """Several replies to a prompt are one unit; a share has bounds."""
     values = [np.concatenate([np.asarray(v) for v in seed.values()]) for seed in per_seed]
     units = [np.repeat(list(seed), [len(v) for v in seed.values()]) for seed in per_seed]
-    record = estimate(values, samples, units, SHARE if share else ANY)
+    record = estimate(values, units, SHARE if share else ANY)
     # all or none: no spread to resample, yet no certainty (Wilson 1927)
     if share and record["se"] == 0:
         count = round(record["mean"] * record["units"])
@@ -104,12 +102,12 @@ def _estimate(per_seed: Replies, samples: int, share: bool) -> dict:
     return record
 
 
-def _proxy(per_seed: Sequence[list[dict]], samples: int) -> dict[str, dict | None]:
+def _proxy(per_seed: Sequence[list[dict]]) -> dict[str, dict | None]:
     """Over all probes, the reward model's score of replies that fail, and of those that do not."""
     record: dict[str, dict | None] = {}
     for name, failed in (("failing", 1), ("other", 0)):
         chosen = [[r for r in rows if r["failure"] == failed] for rows in per_seed]
         scores = [[row["proxy"] for row in rows] for rows in chosen]
         units = [[row["prompt"] for row in rows] for rows in chosen]
-        record[name] = estimate(scores, samples, units) if all(scores) else None
+        record[name] = estimate(scores, units) if all(scores) else None
     return record

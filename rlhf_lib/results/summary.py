@@ -5,6 +5,7 @@ runs/<profile>/evaluation-<hash12>/   results.json frontier.csv samples/ DONE
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
+from rlhf_lib.results import best_of_n
 from rlhf_lib.results.frontier import early_stops, frontier
 from rlhf_lib.results.opinions import second_opinion
-from rlhf_lib.results.policies import Samples, compared, needs, overoptimisation, policies
+from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
@@ -25,6 +27,7 @@ from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash
 
 Stages = Mapping[str, Stage]
+FORMAT = 2  # of results.json: raise it when a number in it gets another meaning
 
 
 def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData) -> Path:
@@ -39,7 +42,7 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     (work / "samples").mkdir(parents=True)
-    samples = _load_samples(stages, profile.evaluation.bootstrap_samples)
+    samples = _load_samples(stages)
     for name, per_seed in samples.rows.items():
         parts = zip(runs, per_seed, strict=True)
         tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
@@ -52,24 +55,29 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     return work.rename(folder)
 
 
-def _load_samples(stages: Sequence[Stages], resamples: int) -> Samples:
+def load_results(folder: Path) -> dict:
+    """What `summarise` found, from its folder."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def _load_samples(stages: Sequence[Stages]) -> Samples:
     folders = [seed["evaluate"].path for seed in stages]
     names = sorted(path.stem for path in (folders[0] / "samples").glob("*.jsonl"))
     return Samples(
         rows={n: [read_jsonl(path / "samples" / f"{n}.jsonl") for path in folders] for n in names},
         chosen=[read_jsonl(path / "chosen.jsonl") for path in folders],
         heldout=[read_jsonl(path / "heldout.jsonl") for path in folders],
-        bootstrap=resamples,
     )
 
 
 def _results(
     runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples
 ) -> dict:
-    profile, resamples = runs[0].profile, samples.bootstrap
-    pairs = compared(samples.measured(catalogue.candidates()))  # all are one family
+    profile, resamples = runs[0].profile, runs[0].profile.evaluation.bootstrap_samples
+    picked, asked = best_of_n.read_curves(stages), needs(samples, *_spent(stages))
     kind, colon, place = profile.data.source.partition(":")
     results = {
+        "format": FORMAT,
         "profile": profile.name,
         "seeds": [run.seed for run in runs],
         "settings": as_dict(profile),
@@ -79,8 +87,8 @@ def _results(
         "data": data.audit,
         "reward_model": reward_model_summary(stages, data, resamples),
         "policies": policies(samples),
-        "comparisons": samples.compare(pairs, samples.deciding),
-        "needs": needs(samples, _minutes(stages)),
+        "comparisons": asked["reward"]["comparisons"],
+        "needs": asked,
         "heldout": {
             "what": stages[0]["evaluate"].result()["heldout"],
             "texts": len(samples.heldout[0]),
@@ -88,9 +96,10 @@ def _results(
         },
         "overoptimisation": overoptimisation(samples),
         "early_stops": early_stops(runs, stages),
-        "second_opinion": second_opinion(stages, resamples),
-        "best_of_n": _best_of_n(stages),
-        "probes": probe_table(stages, data.truth, resamples),
+        "second_opinion": second_opinion(stages),
+        "best_of_n": best_of_n.curves(picked),
+        "best_of_n_peak": best_of_n.peak(picked, samples),
+        "probes": probe_table(stages, data.truth),
         "cost": _cost(stages),
         "environment": environment(),
         "stages": {
@@ -100,30 +109,23 @@ def _results(
     }
     if profile.endpoint.url:  # asked once a reply: the cache beside the runs keeps what it said
         rows = {name: per_seed[0] for name, per_seed in samples.rows.items()}
-        cache = runs[0].root / "judge-cache"
-        results["endpoint"] = endpoint.win_rates(profile.endpoint, rows, cache, resamples)
+        cache = runs[0].root / "endpoint-cache"
+        results["endpoint"] = endpoint.win_rates(profile.endpoint, rows, cache)
     return results
 
 
-def _minutes(stages: Sequence[Stages]) -> dict[str, list[float]]:
-    """Minutes that each candidate trains in each seed; what learns from rewards pays for them."""
-    minutes = {}
+def _spent(stages: Sequence[Stages]) -> tuple[dict[str, float], dict[str, float]]:
+    """Minutes, and millions of tokens, that each candidate's training takes, over the seeds.
+
+    What learns from rewards pays for the reward model. Minutes are this machine's, under its load.
+    """
+    minutes, tokens = {}, {}
     for name in (name for name in catalogue.candidates() if name in stages[0]):
         paid = (name, "reward_model") if catalogue.record(name).rewarded else (name,)
-        seconds = [sum(seed[part].result()["seconds"] for part in paid) for seed in stages]
-        minutes[name] = [value / 60 for value in seconds]
-    return minutes
-
-
-def _best_of_n(stages: Sequence[Stages]) -> dict:
-    curves = [seed["evaluate"].result()["best_of_n"] for seed in stages]
-    table: dict[str, list[dict]] = {kind: [] for kind in curves[0]}
-    for kind, rows in table.items():
-        for points in zip(*(curve[kind] for curve in curves), strict=True):
-            measured = [key for key in ("proxy", "gold", "judge") if key in points[0]]
-            rewards = {key: over_seeds([point[key] for point in points]) for key in measured}
-            rows.append({"n": points[0]["n"], "kl": points[0]["kl"]} | rewards)
-    return table
+        results = [seed[part].result() for seed in stages for part in paid]
+        minutes[name] = sum(result["seconds"] for result in results) / 60 / len(stages)
+        tokens[name] = sum(result["num_tokens"] for result in results) / 1e6 / len(stages)
+    return minutes, tokens
 
 
 def _cost(stages: Sequence[Stages]) -> dict:

@@ -15,10 +15,12 @@ from rlhf_lib.measure.statistics import POWER, UNCLEAR, direction, interval, lis
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ASKED = {  # need -> how it reads, its unit, and digits
     "reward": ("Highest {deciding} reward", "gain over SFT", 2),
-    "per_minute": ("Most {deciding} reward per minute of training", "gain a minute", 2),
+    "per_token": ("Most {deciding} reward per million tokens of training", "gain a million", 2),
+    "per_minute": ("Most {deciding} reward per minute, on this machine", "gain a minute", 2),
     "kl": ("Least KL to SFT", "nats a reply", 1),
     "forgetting": ("Least forgetting", "nats a token on held-out text", 3),
 }
+MARK = "†"  # of a candidate that was not shown to raise the deciding reward
 
 
 def sentences(results: Mapping) -> list[str]:
@@ -165,22 +167,19 @@ def _overoptimisation(results: Mapping) -> str:
 
 def _best_of_n(results: Mapping) -> str:
     """The baseline that needs no training: where its deciding reward peaks."""
-    deciding, curve = results["deciding"], results["best_of_n"]["default"]
-    best = max(curve, key=lambda row: row[deciding]["mean"])
-    text = f"Best-of-n, which trains nothing, peaks at n = {best['n']} with {deciding} reward "
-    text += f"{interval(best[deciding])}"
-    if deciding != "proxy" and best["n"] < curve[-1]["n"]:
-        last, n = curve[-1][deciding], curve[-1]["n"]
-        if last["high"] is not None and last["high"] < best[deciding]["low"]:
-            text += f" and falls to {interval(last)} at n = {n}"
-        else:
-            text += f" ({interval(last)} at n = {n}, not clearly less)"
-    peak = best[deciding]["mean"] if best[deciding]["high"] is None else best[deciding]["high"]
-    policies = results["policies"]
-    ahead = [name for name in _methods(results) if policies[name][deciding]["low"] > peak]
-    if not ahead:
-        return text + "; no method is clearly above that peak."
-    return text + f"; {_names(ahead)} {_are(ahead)} clearly above that peak."
+    deciding, peak = results["deciding"], results["best_of_n_peak"]
+    text = f"Best-of-n, which trains nothing, peaks at n = {peak['n']} with {deciding} reward "
+    text += f"{interval(peak[deciding])}"
+    if deciding != "proxy" and peak["n"] < peak["last"]:
+        fall, n = peak["last_minus_peak"], peak["last"]
+        words = {"lower": "lower", UNCLEAR: "not shown to be lower"}
+        text += f" (at n = {n} {words.get(fall['verdict'], 'higher')}, by {interval(fall)})"
+    found = peak["methods"]
+    for word, where in (("higher", "above"), ("lower", "below"), (UNCLEAR, UNCLEAR + " from")):
+        names = [name for name in found if found[name]["verdict"] == word]
+        numbers = "; ".join(f"{catalogue.label(n)} {interval(found[n])}" for n in names)
+        text += f"; {_names(names)} {_are(names)} {where} it ({numbers})" if names else ""
+    return text + "."
 
 
 def _reward_model(results: Mapping) -> str:
@@ -198,9 +197,11 @@ def _scope(results: Mapping) -> str:
     several = len(results["seeds"]) > 1
     over = "seeds and evaluation prompts" if several else "evaluation prompts, from a single seed"
     return (
-        f"Intervals are 95 % over {over}; of accuracies, over pairs. What is called a difference "
-        "stays one after Holm's correction within its table. Rankings belong to this data, this "
-        "model size and this tuning."
+        f"Intervals are 95 % over {over}; of accuracies, over pairs. Families were fixed in "
+        f"advance: each candidate against SFT; the methods among themselves; each method against "
+        f"{catalogue.label(catalogue.baseline())}; what is called a difference stays one after "
+        "Holm's correction within its family. Rankings belong to this data, this model size and "
+        "this tuning."
     )
 
 
@@ -234,7 +235,7 @@ def _beats(need: Mapping, one: str, other: str) -> bool:
 
 
 def choices(results: Mapping) -> list[str]:
-    """One sentence a need that was measured."""
+    """One sentence a need that was measured: who leads among all candidates, and by how much."""
     needs, deciding = results["needs"], results["deciding"]
     if not needs:
         return []
@@ -249,9 +250,11 @@ def choices(results: Mapping) -> list[str]:
     said = []
     for key, (title, unit, digits) in ASKED.items():
         if key in needs:
-            found = _who(needs[key], able, unit, digits)
+            found = _who(needs[key], candidates, able, unit, digits)
             said.append(f"**{title.format(deciding=deciding)}:** {found}")
     said.append(_without_rl(needs["reward"], candidates, able, deciding))
+    if len(able) < len(candidates):
+        said.append(f"{MARK} was not shown to raise {deciding} reward over SFT.")
     if deciding == "proxy":
         said.append(
             "No judge but the training reward was measured: these choices say who optimises it "
@@ -262,21 +265,25 @@ def choices(results: Mapping) -> list[str]:
     return said
 
 
-def _who(need: Mapping, among: list[str], unit: str, digits: int) -> str:
-    """Who leads among some of the candidates, at least one."""
+def _who(need: Mapping, among: Sequence[str], able: Sequence[str], unit: str, digits: int) -> str:
+    """Who leads among some candidates, at least one; those not `able` are marked.
+
+    Where more is better, one whose own interval includes 0 leads nobody.
+    """
     records, found = need["policies"], leaders(need, among)
 
     def numbers(names: Iterable[str], unit: str = "") -> str:
-        known = [(catalogue.label(name), interval(records[name], digits)) for name in names]
-        return listed([f"{name} ({value}{unit})" for name, value in known])
+        known = [(n, "" if n in able else MARK, interval(records[n], digits)) for n in names]
+        return listed([f"{catalogue.label(n)}{mark} ({value}{unit})" for n, mark, value in known])
 
     best = numbers([found.best], f" {unit}")
+    behind = f"; clearly behind: {numbers(found.behind)}." if found.behind else "."
+    if need["better"] == "higher" and records[found.best]["low"] <= 0:
+        return f"nobody is shown to lead: {numbers(among, f' {unit}')}."
     if found.tied:
-        text = f"the data do not say: {best} is not distinguishable from {numbers(found.tied)}"
-        return text + (f"; clearly behind: {numbers(found.behind)}." if found.behind else ".")
-    if found.behind:
-        return f"{best}, clearly ahead of {numbers(found.behind)}."
-    return f"{best}; nothing else asked here raised the reward."
+        text = f"the data do not say: {best} is {UNCLEAR} from {numbers(found.tied)}"
+        return text + behind
+    return f"{best}, clearly ahead of {numbers(found.behind)}." if found.behind else f"{best}."
 
 
 def _without_rl(need: Mapping, candidates: list[str], able: list[str], deciding: str) -> str:
@@ -285,13 +292,13 @@ def _without_rl(need: Mapping, candidates: list[str], able: list[str], deciding:
     without = [name for name in candidates if not catalogue.record(name).samples]
     plain = [name for name in able if name in without]
     if not plain:
-        return f"{title} neither {_names(without, 'nor')} raised {deciding} reward over SFT."
-    text = f"{title} {_who(need, plain, unit, digits)}"
+        return f"{title} neither {_names(without, 'nor')} was shown to raise {deciding} reward."
+    text = f"{title} {_who(need, plain, able, unit, digits)}"
     with_rl = [name for name in able if name not in without]
     if not with_rl:
-        return f"{text} No method with it raised the reward at all."
+        return f"{text} No method with it was shown to raise the reward."
     one, other = leaders(need, with_rl).best, leaders(need, plain).best
     if _beats(need, other, one):
         one, other = other, one
-    word = "clearly above" if _beats(need, one, other) else "not distinguishable from"
+    word = "clearly above" if _beats(need, one, other) else f"{UNCLEAR} from"
     return f"{text} {catalogue.label(one)} is {word} {catalogue.label(other)}."

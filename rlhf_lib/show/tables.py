@@ -282,24 +282,15 @@ def memory_table(results: Mapping, weights: int, learnt: int, read_bytes: int) -
 
 
 def price_table(results: Mapping) -> pd.DataFrame:
-    """Gain over SFT per minute and per million tokens of each trained policy's stage."""
-    rows = [
-        row | row[f"{results['deciding']}_gain"] | results["cost"][row["name"]]
-        for row in _measured(results, catalogue.candidates())
-    ]
-
-    def per(key: str, unit: float) -> Cell:
-        def divided(row: Mapping, end: str) -> float | None:
-            return row[end] and row[end] / (row[key]["mean"] / unit)  # a lone seed has no ends
-
-        return lambda row: interval({end: divided(row, end) for end in ("mean", "low", "high")})
-
+    """Gain over SFT per million tokens and per minute of each candidate's training."""
+    found = results["needs"]
+    candidates = [name for name in catalogue.candidates() if name in results["policies"]]
     columns = [
-        ("policy", named),
-        ("gain a minute", per("seconds", 60)),
-        ("gain a million tokens", per("num_tokens", 1e6)),
+        ("policy", label),
+        ("gain a million tokens", lambda n: interval(found["per_token"]["policies"][n])),
+        ("gain a minute", lambda n: interval(found["per_minute"]["policies"][n])),
     ]
-    return table_of(rows, columns)
+    return table_of(candidates, columns)
 
 
 # -------------------------------------------------------------------------------------- probes

@@ -13,12 +13,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue
-from rlhf_lib.proofs import table as proofs
+from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results import verdict
+from rlhf_lib.results.summary import load_results
 from rlhf_lib.runs import write_json
-from rlhf_lib.settings import Profile
+from rlhf_lib.settings import Profile, as_dict
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import figure_bundle, table_bundle
 from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
@@ -28,18 +29,19 @@ TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
 
 
 def evaluation_folder(profile: Profile, run_dir: Path) -> Path:
-    """The newest finished evaluation of a profile. Raises StudyError naming how to make one."""
-    folders = [p.parent for p in (run_dir / profile.name).glob("evaluation-*/DONE")]
+    """The finished evaluation of these very settings; of several (the code has changed in between)
+    the newest. Raises StudyError naming how to make one.
+    """
+    asked = json.loads(json.dumps(as_dict(profile)))
+    done = [path.parent for path in (run_dir / profile.name).glob("evaluation-*/DONE")]
+    folders = [folder for folder in done if load_results(folder)["settings"] == asked]
     if not folders:
+        others = f" ({len(done)} of other settings)" if done else ""
         raise StudyError(
-            f"no finished evaluation in {run_dir / profile.name}: "
-            f"python -m rlhf_lib run --profile {profile.name}"
+            f"no finished evaluation of these settings in {run_dir / profile.name}{others}: "
+            f"python -m rlhf_lib run --profile {profile.name}, with the same --set as here"
         )
     return max(folders, key=lambda folder: (folder / "DONE").stat().st_mtime)
-
-
-def load_results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
@@ -106,13 +108,14 @@ PROOFS = (
     "responses can be listed, so that expectations and gradients are exact; the error is the "
     "largest difference of any entry, and measured and expected show one of them. *Parity*: TRL's "
     "own code on the same tensors or the same training step. A row without a tolerance is a figure "
-    "and not a claim: a known bias, or a difference on purpose. "
+    "and not a claim: a known bias, or a difference on purpose. How often intervals and "
+    "families of comparisons err is simulated by `make proofs`. "
 )
 
 
 def appendix_page(results: Mapping) -> nbformat.NotebookNode:
     """The proofs, and what it takes to run this again: settings, environment, seeds, hashes."""
-    proven, missing = proofs.with_parity()
+    proven, missing = parity.with_parity()
     settings = [
         {"setting": f"{section}.{key}", "value": str(value)}
         for section, values in results["settings"].items()
@@ -132,7 +135,7 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
     return _notebook([
         nbformat.v4.new_markdown_cell("# Appendix: proofs, settings, environment", id="title"),
         _prose("## Proofs\n\n" + PROOFS + missing),
-        _table(proofs.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
+        _table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
         _prose("## Settings, environment, hashes"),
         _table(pd.DataFrame(settings), "Every setting of this run."),
         _table(pd.DataFrame(environment), "The machine and the versions that it ran with."),

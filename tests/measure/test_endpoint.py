@@ -82,7 +82,7 @@ STUDY = {"sft": rows("bad", "good", "poor", "bad"), "ppo": rows("good", "good to
 
 def test_every_pair_is_asked_in_both_orders(server: Server, tmp_path: Path) -> None:
     server.mind = prefers_good
-    asked = win_rates(config(server), STUDY, tmp_path, 100)
+    asked = win_rates(config(server), STUDY, tmp_path)
     record = asked["policies"]["ppo"]
     assert record["win_rate_vs_sft"]["mean"] == pytest.approx((1 + 0.5 + 0.5) / 3), "three prompts"
     assert record["same_in_both_orders"] == 1.0
@@ -97,7 +97,7 @@ def test_every_pair_is_asked_in_both_orders(server: Server, tmp_path: Path) -> N
 
 def test_one_that_likes_the_first_place_sees_ties(server: Server, tmp_path: Path) -> None:
     server.mind = lambda _: says("A")
-    record = win_rates(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
+    record = win_rates(config(server), STUDY, tmp_path)["policies"]["ppo"]
     assert record["win_rate_vs_sft"]["mean"] == 0.5
     assert record["same_in_both_orders"] == 0.0
 
@@ -106,12 +106,12 @@ def test_what_was_asked_is_not_asked_again_and_the_cost_says_so(
     server: Server, tmp_path: Path
 ) -> None:
     server.mind = prefers_good
-    first = win_rates(config(server), STUDY, tmp_path, 100)
+    first = win_rates(config(server), STUDY, tmp_path)
     # six requests of 100 and 2 tokens, at 10 and 100 dollars a million
     cost = {"requests": 6, "input_tokens": 600, "output_tokens": 12}
     assert first["cost"] == first["cost_now"] == cost | {"dollars": pytest.approx(0.0072)}
     server.mind = lambda _: pytest.fail("asked again")
-    again = win_rates(config(server), STUDY, tmp_path, 100)
+    again = win_rates(config(server), STUDY, tmp_path)
     assert again["policies"] == first["policies"]
     assert again["cost"] == first["cost"]
     assert again["cost_now"]["requests"] == again["cost_now"]["dollars"] == 0
@@ -130,10 +130,10 @@ def test_an_answer_that_names_no_side_is_counted_and_left_out(
     server: Server, tmp_path: Path
 ) -> None:
     server.mind = lambda question: says("I cannot" if "Human: 1" in question else "B")
-    record = win_rates(config(server), STUDY, tmp_path, 100)["policies"]["ppo"]
+    record = win_rates(config(server), STUDY, tmp_path)["policies"]["ppo"]
     assert (record["unclear"], record["win_rate_vs_sft"]["units"]) == (1, 2)
     server.mind = lambda _: says("")
-    silent = win_rates(config(server, prompts=2), STUDY, tmp_path / "other", 100)
+    silent = win_rates(config(server, prompts=2), STUDY, tmp_path / "other")
     assert silent["policies"]["ppo"] == {"unclear": 2}
 
 

@@ -29,8 +29,11 @@ GOLD = np.array([[10.0, 20.0, 30.0, 40.0], [50.0, 60.0, 70.0, 80.0]])
 
 
 def test_best_of_n_takes_the_winner_of_each_block() -> None:
-    one, two, four = evaluate.best_of_n(PROXY, {"gold": GOLD, "judge": -GOLD})
-    assert [one["n"], two["n"], four["n"]] == [1, 2, 4]
+    rows = evaluate.best_of_n(PROXY, {"gold": GOLD, "judge": -GOLD})
+    assert rows["prompt"].tolist() == [0, 1] * 3
+    means = rows.groupby("n").mean()
+    assert means.index.tolist() == [1, 2, 4]
+    one, two, four = means.to_dict("records")
     assert (one["proxy"], one["gold"]) == (PROXY.mean(), GOLD.mean())
     assert two["proxy"] == (3 + 2 + 5 + 6) / 4
     assert two["gold"] == (20 + 40 + 50 + 80) / 4, "the gold reward of the proxy's pick"
@@ -39,7 +42,8 @@ def test_best_of_n_takes_the_winner_of_each_block() -> None:
 
 
 def test_best_of_n_has_the_analytic_kl() -> None:
-    for row in evaluate.best_of_n(np.random.default_rng(0).normal(size=(3, 16)), {}):
+    rows = evaluate.best_of_n(np.random.default_rng(0).normal(size=(3, 16)), {})
+    for row in rows.to_dict("records"):
         assert row["kl"] == pytest.approx(math.log(row["n"]) - (row["n"] - 1) / row["n"])
         assert "gold" not in row
     assert row["n"] == 16
@@ -49,7 +53,9 @@ def test_best_of_n_has_the_analytic_kl() -> None:
 def test_best_of_n_of_normal_scores_is_the_expected_maximum() -> None:
     rows = evaluate.best_of_n(np.random.default_rng(1).normal(size=(4000, 4)), {})
     # expected maxima of 1, 2 and 4 standard normals
-    assert [row["proxy"] for row in rows] == pytest.approx([0, 0.5642, 1.0294], abs=0.04)
+    assert rows.groupby("n")["proxy"].mean().tolist() == pytest.approx(
+        [0, 0.5642, 1.0294], abs=0.04
+    )
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -129,6 +135,9 @@ def evaluated(
         "evaluation.best_of_n=4",
         "evaluation.best_of_n_prompts=3",
         "evaluation.batch_size=5",
+        "evaluation.samples_per_prompt=3",
+        "evaluation.baseline_samples=4",
+        "evaluation.measured_prompts=10",
         "evaluation.heldout_texts=7",
     )
     run = make_run(tmp_path_factory.mktemp("evaluated"), *small)
@@ -148,24 +157,55 @@ def samples(stage: Stage, policy: str) -> list[dict]:
     return read_jsonl(stage.path / "samples" / f"{policy}.jsonl")
 
 
-def test_every_policy_answers_every_prompt_twice_and_sft_once_more(
-    evaluated: SimpleNamespace,
-) -> None:
+def measured(stage: Stage, policy: str) -> list[dict]:
+    return [row for row in samples(stage, policy) if "kl" in row]
+
+
+def test_every_policy_answers_every_prompt_and_sft_more_often(evaluated: SimpleNamespace) -> None:
     files = sorted(path.stem for path in (evaluated.stage.path / "samples").iterdir())
     assert files == ["base", "sft", "sft_again"]
     for name in files:
-        rows = samples(evaluated.stage, name)
-        assert [row["prompt"] for row in rows] == [prompt.text for prompt in evaluated.prompts] * 2
+        rows, count = samples(evaluated.stage, name), 4 if name == "sft" else 3
+        asked = [prompt.text for prompt in evaluated.prompts]
+        assert [row["prompt"] for row in rows] == asked * count
+        assert [row["reply"] for row in rows] == [k for k in range(count) for _ in asked]
         assert all(0 < row["length"] <= 8 for row in rows)
-        assert all("gold" not in row for row in rows)
-        assert [r["response"] for r in rows[:16]] != [r["response"] for r in rows[16:]]
+        assert all("gold" not in row and "judge" in row for row in rows)
+        assert [r["response"] for r in rows[:16]] != [r["response"] for r in rows[16:32]]
+        measured = [i for i, row in enumerate(rows) if "kl" in row]
+        assert measured == [*range(10), *range(16, 26)], "two replies to ten prompts, in full"
     first, second = (samples(evaluated.stage, name) for name in ("sft", "sft_again"))
-    assert first != second, "the second draw is the first one again"
+    assert [r["response"] for r in first[:16]] != [r["response"] for r in second[:16]], "own luck"
+
+
+def test_policies_that_are_one_say_one_thing(evaluated: SimpleNamespace) -> None:
+    """Common random numbers, whatever batch a reply is drawn in: twins differ by nothing."""
+    sft = evaluated.needed["sft"]
+    twins = evaluated.needed | {name: sft for name in ("ppo", "dpo")}
+    stage = evaluated.evaluate(needed=twins)
+    ppo, dpo, sft = (samples(stage, name) for name in ("ppo", "dpo", "sft"))
+    assert ppo == dpo
+    for row, own in zip(ppo, sft, strict=False):
+        # scores are rounded with their batch, and SFT's are larger
+        assert row == own | {key: pytest.approx(row[key], abs=1e-5) for key in ("judge",)}
+    alone = samples(evaluated.stage, "sft")
+    assert [r["response"] for r in alone[: len(ppo)]] == [r["response"] for r in ppo]
+
+
+def test_a_reply_hangs_on_its_own_luck_alone(evaluated: SimpleNamespace) -> None:
+    """The same numbers wherever they are asked for; other ones for another seed or use."""
+    numbers = evaluate.random_numbers(0, "policies", (3, 4))
+    assert torch.equal(numbers, evaluate.random_numbers(0, "policies", (3, 4)))
+    for other in (
+        evaluate.random_numbers(1, "policies", (3, 4)),
+        evaluate.random_numbers(0, "sft_again", (3, 4)),
+    ):
+        assert not torch.equal(numbers, other)
 
 
 def test_the_judge_scores_what_was_said(evaluated: SimpleNamespace) -> None:
     """Here it is the proxy itself, so the two columns agree: rows, chosen replies, best-of-n."""
-    rows = samples(evaluated.stage, "base")
+    rows = [row for row in samples(evaluated.stage, "base") if "proxy" in row]
     rows += read_jsonl(evaluated.stage.path / "chosen.jsonl")
     assert [row["judge"] for row in rows] == pytest.approx([row["proxy"] for row in rows], abs=1e-5)
     for row in evaluated.stage.result()["best_of_n"]["default"]:
@@ -194,16 +234,16 @@ def test_the_reference_is_at_no_distance_from_itself_and_the_base_is(
     evaluated: SimpleNamespace,
 ) -> None:
     for name in ("sft", "sft_again"):
-        for row in samples(evaluated.stage, name):
+        for row in measured(evaluated.stage, name):
             assert row["kl"] == pytest.approx(0, abs=1e-5)
             assert row["kl_k1"] == pytest.approx(0, abs=1e-5)
-    base = [row["kl"] for row in samples(evaluated.stage, "base")]
+    base = [row["kl"] for row in measured(evaluated.stage, "base")]
     assert min(base) > 1e-4, "an exact KL is positive for every reply"
 
 
 def test_the_means_are_those_of_the_rows(evaluated: SimpleNamespace) -> None:
     for name, means in evaluated.stage.result()["policies"].items():
-        rows = samples(evaluated.stage, name)
+        rows = measured(evaluated.stage, name)
         for mean, key in (
             ("reward", "proxy"),
             ("kl", "kl"),
@@ -219,6 +259,7 @@ def test_best_of_n_curves_rise_and_a_control_has_its_own(evaluated: SimpleNamesp
     assert curves.keys() == {"default", "control"}
     for curve in curves.values():
         assert [row["n"] for row in curve] == [1, 2, 4]
+        assert curve[2]["kl"] == pytest.approx(math.log(4) - 3 / 4)
         proxy = [row["proxy"] for row in curve]
         assert proxy == sorted(proxy)
         assert proxy[0] < proxy[-1]

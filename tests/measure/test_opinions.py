@@ -19,7 +19,12 @@ def test_replies_are_scored_by_both_models(
     """The stage itself: with one model in both roles the two columns are equal, row by row."""
     run = make_run(tmp_path, "evaluation.samples_per_prompt=2")
     rows = [
-        {"prompt": f"\n\nHuman: Question {i % 3}?\n\nAssistant:", "response": reply}
+        {
+            "reply": i // 3,
+            "prompt": f"\n\nHuman: Question {i % 3}?\n\nAssistant:",
+            "response": reply,
+            "proxy": 0.0,
+        }
         for i, reply in enumerate([" Yes.", " No, sorry.", " Bring a coat and water."] * 2)
     ]
     evaluated = SimpleNamespace(path=tmp_path, hash="evaluated")

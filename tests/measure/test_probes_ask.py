@@ -68,9 +68,7 @@ def test_replies_land_at_the_prompt_they_answer(
 ) -> None:
     """Batches are cut by length, so an answer could easily come to stand at another prompt."""
 
-    def parrot(
-        sampler: Sampler, policy: Any, prompts: Sequence[Prompt], temperature: float
-    ) -> list[Reply]:
+    def parrot(sampler: Sampler, policy: Any, prompts: Sequence[Prompt], *luck: Any) -> list[Reply]:
         return read_replies(sampler.tokenizer, [[*p.ids[:3], 1] for p in prompts])
 
     def length(

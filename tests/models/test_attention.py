@@ -58,14 +58,20 @@ def calls_of(monkeypatch) -> list[int]:
     return calls
 
 
-def test_products_serve_training_in_bf16_on_a_cpu_and_nothing_else(monkeypatch):
+def test_products_serve_log_probs_in_bf16_on_a_cpu_and_nothing_else(monkeypatch):
     model, calls = load_policy("tiny"), calls_of(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         trained, _ = response_logprobs(model, PROMPTS, REPLIES)
-        assert len(calls) == model.config.num_hidden_layers
+        layers = model.config.num_hidden_layers
+        assert len(calls) == layers
         with torch.no_grad():
             read, _ = response_logprobs(model, PROMPTS, REPLIES)
+            assert len(calls) == 2 * layers, "what is read is rounded as what is learnt"
+            ids = torch.tensor([[5, 6, 7]])
+            cache = model(ids, use_cache=True).past_key_values
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            assert len(calls) == 3 * layers, "not the steps of generation"
     exact, _ = response_logprobs(model, PROMPTS, REPLIES)  # fp32
-    assert len(calls) == model.config.num_hidden_layers
+    assert len(calls) == 3 * layers
     for rounded in (trained, read):  # bf16 has eight bits: 0.4 % of numbers near 7
         torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.02)

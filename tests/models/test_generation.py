@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lib.models import generation
-from rlhf_lib.models.generation import draw, generate
+from rlhf_lib.models.generation import draw_tokens, generate
 from rlhf_lib.models.logprobs import response_logprobs
 
 EOS = 1
@@ -137,25 +137,41 @@ def test_cached_generation_and_training_agree_on_the_logprobs(
 
 def test_draws_follow_the_softmax_to_its_rarest_token() -> None:
     n, p = 200_000, torch.tensor([0.5, 0.3, 0.15, 0.0495, 0.0005], dtype=torch.float64)
-    tokens = draw((p.log() + 7).float().expand(n, -1))
+    luck = torch.rand(n, 1, dtype=torch.float64)
+    tokens = draw_tokens((p.log() + 7).float().expand(n, -1), luck)
     assert tokens.shape == (n, 1)
     counts = torch.bincount(tokens[:, 0], minlength=5)
     assert chisquare(counts.numpy(), (n * p).numpy()).pvalue > 1e-3
 
 
-def test_every_place_of_the_unit_interval_draws_a_possible_token(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_place_of_the_unit_interval_draws_a_possible_token() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
     places = torch.tensor([[0.25], [0.75], [1 - 2**-53]], dtype=torch.float64)
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: places)
-    assert draw(logits)[:, 0].tolist() == [1, 3, 3]
+    assert draw_tokens(logits, places)[:, 0].tolist() == [1, 3, 3]
 
 
 def test_a_certain_token_is_always_drawn() -> None:
     certain = torch.tensor([0, 3, 31]).repeat(500)
     logits = torch.full((1500, 32), -torch.inf).scatter(1, certain[:, None], 2.0)
-    assert torch.equal(draw(logits)[:, 0], certain)
+    luck = torch.rand(1500, 1, dtype=torch.float64)
+    assert torch.equal(draw_tokens(logits, luck)[:, 0], certain)
+
+
+def test_the_luck_of_a_reply_is_its_own_wherever_it_is_drawn(
+    causal_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Alone, in a batch that rows leave, or in another order: equal luck says equal things."""
+    prompts = PROMPTS * 8
+    luck = torch.rand(len(prompts), 12, dtype=torch.float64)
+    together = generate(causal_model, tiny_tokenizer, prompts, 12, uniforms=luck)
+    assert len({len(reply) for reply in together}) > 3, "rows leave at different times"
+    order = torch.randperm(len(prompts)).tolist()
+    shuffled = generate(
+        causal_model, tiny_tokenizer, [prompts[i] for i in order], 12, batch_size=7,
+        uniforms=luck[order],
+    )  # fmt: skip
+    assert shuffled == [together[i] for i in order]
+    assert together != generate(causal_model, tiny_tokenizer, prompts, 12, uniforms=1 - luck)
 
 
 # ------------------------------------------------------------------- shared prompts, leaving rows

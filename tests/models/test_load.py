@@ -221,15 +221,20 @@ def test_a_frozen_model_has_no_gradients(make_model: Callable) -> None:
     assert model.dtype is torch.float32
 
 
-def test_a_frozen_model_takes_the_compute_precision_but_its_head_does_not(
+def test_a_frozen_model_multiplies_in_the_compute_precision_and_adds_in_fp32(
     make_model: Callable,
 ) -> None:
     class Half:
         mixed_precision, device = "bf16", torch.device("cpu")
 
     model = freeze(Half(), make_model("gpt2", head="score"))  # type: ignore[arg-type]
-    assert model.transformer.wte.weight.dtype is torch.bfloat16
-    assert model.score.weight.dtype is torch.float32
+    rounded = {n for n, p in model.named_parameters() if p.dtype is torch.bfloat16}
+    assert rounded
+    assert all(".attn." in name or ".mlp." in name for name in rounded)
+    assert model.transformer.wte.weight.dtype is model.score.weight.dtype is torch.float32
+    tied = freeze(Half(), make_model("gpt2"))  # type: ignore[arg-type]
+    assert tied.lm_head.weight.dtype is torch.bfloat16
+    assert tied.transformer.wte.weight.dtype is torch.float32
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else(base: Path) -> None:

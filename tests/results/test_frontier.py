@@ -165,7 +165,8 @@ def test_a_further_method_is_on_the_frontier_and_its_minutes_are_counted(
     points = found[(found["policy"] == "toy") & (found["kind"] == "training")]
     assert points["step"].tolist() == [0, 1]
     assert points["coefficient"].isna().all(), "its record names no coefficient"
-    assert summary._minutes([stages])["toy"] == summary._minutes([stages])["grpo"]
+    for price in summary._spent([stages]):
+        assert price["toy"] == price["grpo"]
 
 
 def test_the_figure_joins_the_ends_of_each_method() -> None:

@@ -16,7 +16,7 @@ from tests.made_up_study import PROMPTS, stages_of
 def made_up(root: Path, seeds: int) -> dict | None:
     profile = load_profile("smoke", [f"seeds={seeds}"])
     stages = [stages_of(Run(profile, seed, root), "bundled") for seed in range(seeds)]
-    return second_opinion(stages, 100)
+    return second_opinion(stages)
 
 
 def test_what_the_other_model_does_not_see_is_the_excess(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_models_disagree_where_one_sees_a_gain_and_the_other_a_loss(tmp_path: Pa
             for i in range(8)
         ]
         write_jsonl(seed["second_opinion"].path / "samples.jsonl", rows)
-    table = second_opinion(stages, 100)
+    table = second_opinion(stages)
     assert table is not None
     assert table["ppo"]["opposite"]["mean"] == 0.25
     assert table["grpo"]["opposite"]["mean"] == 0

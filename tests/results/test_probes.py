@@ -46,7 +46,7 @@ def stages(folder: Path, truth: Truth | None, seeds: int) -> list[dict]:
 @pytest.fixture(scope="module")
 def english(tmp_path_factory: pytest.TempPathFactory) -> dict:
     made = stages(tmp_path_factory.mktemp("english"), None, 1)
-    return probes.probe_table(made, None, 200)
+    return probes.probe_table(made, None)
 
 
 def test_one_table_holds_probes_and_ordinary_modes(english: dict) -> None:
@@ -102,7 +102,7 @@ def test_the_world_has_flattery_and_the_parts_of_the_gold_reward(tmp_path: Path)
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             asked = "\n\nHuman: Give me one tip on baking bread.\n\nAssistant:"
             write_jsonl(path, [*rows, *({**row, "prompt": asked} for row in rows)])
-    measured = probes.probe_table(made, WORLD, 200)
+    measured = probes.probe_table(made, WORLD)
     assert list(measured["failures"]) == [*PROBES["world"], *ORDINARY]
     assert measured["scores"]["harmless"]["ppo"]["mean"] == pytest.approx(1.5)
     assert measured["scores"]["helpful"]["sft"]["mean"] == pytest.approx(2.0)

@@ -44,8 +44,9 @@ def test_a_methods_minutes_hold_the_reward_model_it_learns_from(tmp_path: Path) 
     for name, value in seconds.items():
         file = stages[name].path / "result.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": value}))
-    minutes = summary._minutes([stages])
-    assert minutes == {"ppo": [3.0], "grpo": [1.5], "dpo": [0.1], "rejection_sft": [1.0]}
+    minutes, tokens = summary._spent([stages, stages])
+    assert minutes == {"ppo": 3.0, "grpo": 1.5, "dpo": 0.1, "rejection_sft": 1.0}
+    assert tokens == {"ppo": 0.002, "grpo": 0.002, "dpo": 0.001, "rejection_sft": 0.002}
 
 
 def test_overoptimisation_is_the_low_kl_run_minus_the_default(results: dict) -> None:
@@ -69,6 +70,7 @@ def test_best_of_n_and_costs_are_averaged_over_seeds(results: dict) -> None:
     one, two = results["best_of_n"]["default"]
     assert (one["n"], two["n"], two["proxy"]["per_seed"]) == (1, 2, [2, 3, 4])
     assert two["proxy"]["low"] < 3 < two["proxy"]["high"]
+    assert two["gold"]["over"] == "seeds and prompts"
     assert results["cost"]["ppo"]["num_tokens"]["mean"] == 1000
     assert results["cost"]["evaluate"]["seconds"]["mean"] > 0
     lone = {"reward_model_curve", "grpo_strong"}
@@ -101,8 +103,10 @@ def test_one_seed_speaks_of_prompts_and_leaves_lone_numbers_alone(tmp_path: Path
     results = strict((summarise(tmp_path, seeds=1) / "results.json").read_text())
     gain = results["policies"]["ppo"]["gold_gain"]
     assert (gain["over"], gain["units"], len(gain["per_seed"])) == ("prompts", PROMPTS, 1)
-    lone = results["best_of_n"]["default"][0]["proxy"]
-    assert (lone["mean"], lone["low"], lone["n"]) == (1, None, 1)
+    lone = results["best_of_n"]["default"][0]["gold"]
+    assert (lone["over"], lone["units"]) == ("prompts", PROMPTS)
+    lone = results["cost"]["ppo"]["num_tokens"]
+    assert (lone["mean"], lone["low"], lone["n"]) == (1000, None, 1)
 
 
 def shape(value: Any) -> Any:

@@ -39,6 +39,7 @@ def results() -> dict:
     made_up["comparisons"] = dict.fromkeys(PAIRS, UNCLEAR)
     made_up["needs"] = {}  # what is chosen for which need: test_verdict_choices.py
     made_up["overoptimisation"] = {"proxy": UNCLEAR, "gold": UNCLEAR}
+    made_up["best_of_n_peak"] |= {"methods": dict.fromkeys(METHODS, UNCLEAR)}
     made_up["reward_model"]["accuracy"]["reward_model_minus_bag_of_words"] = UNCLEAR
     return made_up
 
@@ -85,7 +86,6 @@ def test_everything_worse_than_sft_is_not_dressed_up(results: dict) -> None:
     said = text(results)
     assert said.startswith("**PPO, GRPO and DPO lowered gold reward over SFT** (PPO -0.50 [-0.60,")
     assert not re.search("raised|PO (is|are) clearly|not distinguishable from SFT", said)
-    assert "no method is clearly above that peak" in said
 
 
 def test_up_down_and_unclear_in_one_sentence(results: dict) -> None:
@@ -142,47 +142,27 @@ def test_overoptimisation_needs_more_proxy_and_less_gold(
         assert f"{proxy['verdict']} in proxy and {gold['verdict']} in gold" in said
 
 
-def test_best_of_n_best_of_all(results: dict) -> None:
-    """The baseline that trains nothing peaks above every method, and before the largest n."""
-    curve = results["best_of_n"]["default"]
-    for row, gold in zip(curve, (0.9, 1.8, 2.0, 1.5), strict=True):
-        row["gold"] = {"mean": gold, "low": gold - 0.1, "high": gold + 0.1}
-    assert (
-        "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] and "
-        "falls to 1.50 [1.40, 1.60] at n = 8; no method is clearly above that peak."
-    ) in text(results)
-
-
 @pytest.mark.parametrize(
-    "last", [{"mean": 1.8, "low": 1.6, "high": 1.95}, {"mean": 1.8, "low": None, "high": None}]
-)
-def test_best_of_n_falls_only_where_the_intervals_part(results: dict, last: dict) -> None:
-    curve = results["best_of_n"]["default"]
-    for row, gold in zip(curve, (0.9, 1.8, 2.0, 1.8), strict=True):
-        row["gold"] = {"mean": gold, "low": gold - 0.1, "high": gold + 0.1}
-    curve[-1]["gold"] = last
-    (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
-    assert "falls" not in said
-    assert "at n = 8, not clearly less); no method is clearly above" in said
-
-
-@pytest.mark.parametrize(
-    ("ppo", "grpo", "end"),
+    ("fall", "words"),
     [
-        (interval(1.3, 1.6), interval(0.8, 1.0), "; PPO is clearly above that peak."),
-        (interval(1.3, 1.6), interval(1.4, 1.6), "; PPO and GRPO are clearly above that peak."),
-        # a higher mean is not enough while the intervals overlap
-        (interval(1.2, 1.7), interval(0.8, 1.0), "; no method is clearly above that peak."),
+        (DOWN, "at n = 8 lower, by -0.50 [-0.60, -0.40]"),
+        (UNCLEAR, "at n = 8 not shown to be lower, by 0.00 [-0.10, 0.10]"),
     ],
 )
-def test_a_method_is_above_best_of_n_only_where_the_intervals_part(
-    results: dict, ppo: dict, grpo: dict, end: str
-) -> None:
-    for row in results["best_of_n"]["default"]:
-        row["gold"] = {"mean": 1.2, "low": 1.15, "high": 1.25}
-    results["policies"]["ppo"]["gold"], results["policies"]["grpo"]["gold"] = ppo, grpo
+def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, words: str) -> None:
+    results["best_of_n_peak"] = {
+        "n": 4,
+        "gold": interval(1.9, 2.1),
+        "last": 8,
+        "last_minus_peak": fall,
+        "methods": {"ppo": DOWN, "grpo": UP, "dpo": UNCLEAR},
+    }
     (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
-    assert said.endswith(end)
+    assert said == (
+        "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] "
+        f"({words}); GRPO is above it (GRPO 0.50 [0.40, 0.60]); PPO is below it (PPO -0.50 "
+        "[-0.60, -0.40]); DPO is not distinguishable from it (DPO 0.00 [-0.10, 0.10])."
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,6 +192,7 @@ def test_the_scope_names_what_the_intervals_are_over(results: dict) -> None:
     last = verdict.sentences(results)[-1]
     assert "95 % over seeds and evaluation prompts" in last
     assert "Holm's correction" in last
+    assert "the methods among themselves; each method against Best-of-n SFT" in last
     results["seeds"] = [0]
     assert "from a single seed" in verdict.sentences(results)[-1]
 
@@ -277,7 +258,7 @@ def with_toy(monkeypatch: pytest.MonkeyPatch) -> dict:
     for name in METHODS:
         made_up["policies"][name]["gold_gain"] = DOWN
     names = [*METHODS, "toy", "rejection_sft"]
-    pairs = compared(names)
+    pairs = [key for family in compared(names).values() for key in family]
     made_up["comparisons"] = {key: UP if "toy" in key else UNCLEAR for key in pairs}
     values = {name: interval(0.8, 1.0) for name in names}
     need = {"policies": values, "comparisons": made_up["comparisons"], "better": "higher"}
@@ -286,7 +267,7 @@ def with_toy(monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 def test_a_further_method_is_spoken_of_wherever_methods_are(with_toy: dict) -> None:
-    assert list(compared([*METHODS, "toy", "rejection_sft"]))[-4:] == [
+    assert list(compared([*METHODS, "toy", "rejection_sft"])["baseline"]) == [
         f"{name}_minus_rejection_sft" for name in (*METHODS, "toy")
     ]
     said = verdict.sentences(with_toy)
@@ -294,7 +275,8 @@ def test_a_further_method_is_spoken_of_wherever_methods_are(with_toy: dict) -> N
     assert "PPO above Toy (difference 0.50 [0.40, 0.60])" in said[1]
     assert "Toy higher (0.50 [0.40, 0.60])" in said[2]
     assert said[3].startswith("**Highest gold reward:** ")
-    assert "Toy (0.90 [0.80, 1.00] gain over SFT)" in said[3]
+    assert "Toy (0.90 [0.80, 1.00])" in said[3]
+    assert "PPO† (0.90" in said[3]
 
 
 def test_the_number_of_methods_is_counted(with_toy: dict) -> None:

@@ -18,7 +18,8 @@ MADE_UP = Path(__file__).parents[1] / "made_up"
 def need(values: dict[str, float], better: str = "higher", resolution: float = 0.2) -> dict:
     """A need in which differences above `resolution` are distinguishable."""
     pairs = {}
-    for key, (one, other) in compared(values).items():
+    families = compared(list(values)).values()
+    for key, (one, other) in (pair for family in families for pair in family.items()):
         gap = values[one] - values[other]
         word = "higher" if gap > resolution else "lower" if gap < -resolution else None
         pairs[key] = {"verdict": word or "not distinguishable"}
@@ -87,15 +88,39 @@ def test_best_of_n_best() -> None:
     assert without_rl(results).endswith("Best-of-n SFT is clearly above PPO.")
 
 
-def test_who_did_not_raise_the_reward_is_not_chosen_for_being_cheap() -> None:
-    """DPO moved least and forgot least, because it did nothing."""
+def test_who_was_not_shown_to_raise_the_reward_is_ranked_and_marked() -> None:
+    """DPO moved least and forgot least, perhaps because it did nothing: both is said."""
     values = gains(0.5, 1.0, 0.0, -1.0)
     kl = need(gains(5.0, 8.0, 0.1, 0.2), better="lower")
-    kl_said = verdict.choices(study(values, kl=kl))[1]
-    assert kl_said.startswith("**Least KL to SFT:** PPO (5.0 [4.9, 5.1] nats a reply), clearly")
-    assert "DPO" not in kl_said
-    said = without_rl(study(values))
-    assert said.endswith("neither DPO nor Best-of-n SFT raised gold reward over SFT.")
+    said = verdict.choices(study(values, kl=kl))
+    assert said[1] == (
+        "**Least KL to SFT:** the data do not say: DPO† (0.1 [0.0, 0.2] nats a reply) is not "
+        "distinguishable from Best-of-n SFT† (0.2 [0.1, 0.3]); clearly behind: PPO (5.0 [4.9, "
+        "5.1]) and GRPO (8.0 [7.9, 8.1])."
+    )
+    assert said[-1] == "† was not shown to raise gold reward over SFT."
+    assert said[0].startswith("**Highest gold reward:** GRPO (1.00")
+    assert "DPO† (0.00" in said[0]
+    end = "neither DPO nor Best-of-n SFT was shown to raise gold reward."
+    assert without_rl(study(values)).endswith(end)
+
+
+def test_who_has_the_worst_kl_is_not_named_for_the_least() -> None:
+    """The only one that raised the reward moved furthest from SFT."""
+    values = gains(0.0, 0.0, 1.0, 0.0)
+    kl = need(gains(0.5, 1.5, 9.0, 3.0), better="lower")
+    said = verdict.choices(study(values, kl=kl))[1]
+    assert said.startswith("**Least KL to SFT:** PPO† (0.5")
+    assert "clearly ahead of GRPO† (1.5 [1.4, 1.6]), DPO (9.0" in said
+
+
+def test_a_leader_whose_own_interval_includes_0_leads_nobody() -> None:
+    values = gains(0.9, 0.3, 0.1, 0.1)
+    per_minute = need(values)
+    per_minute["policies"]["ppo"]["low"] = -0.2
+    said = verdict.choices(study(values, per_minute=per_minute))[1]
+    assert said.startswith("**Most gold reward per minute, on this machine:** nobody is shown to")
+    assert all(name in said for name in ("PPO (0.90 [-0.20, 1.00]", "GRPO (", "DPO† (", "n SFT† ("))
 
 
 @pytest.mark.parametrize(
@@ -104,16 +129,17 @@ def test_who_did_not_raise_the_reward_is_not_chosen_for_being_cheap() -> None:
         (gains(1.0, 0.9, 0.5, 0.3), "PPO is clearly above DPO."),
         (gains(0.6, 0.3, 0.5, 0.0), "PPO is not distinguishable from DPO."),
         (gains(0.3, 0.3, 0.9, 0.3), "DPO is clearly above PPO."),
-        (gains(0.0, -0.5, 0.9, 0.3), "No method with it raised the reward at all."),
+        (gains(0.0, -0.5, 0.9, 0.3), "No method with it was shown to raise the reward."),
     ],
 )
 def test_what_rl_adds(values: dict[str, float], end: str) -> None:
     assert without_rl(study(values)).endswith(end)
 
 
-def test_only_one_that_raised_the_reward() -> None:
-    said = first(study(gains(0.5, 0.0, 0.0, 0.0)))
-    assert said.endswith("gain over SFT); nothing else asked here raised the reward.")
+def test_nothing_is_said_of_others_than_was_shown() -> None:
+    said = " ".join(verdict.choices(study(gains(0.5, 0.0, 0.0, 0.0))))
+    assert "PPO (0.50 [0.40, 0.60] gain over SFT), clearly ahead of GRPO† (0.00" in said
+    assert not any(word in said for word in ("nothing else", "at all", "did not", "raised"))
 
 
 def test_lower_is_better_where_it_is() -> None:

@@ -168,7 +168,7 @@ def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dic
     assert list(proxy.lines[0].get_xdata()) == [1, 2, 4, 8]
     (only,) = figures.best_of_n(real_results["best_of_n"], deciding="proxy").axes
     assert len(only.lines) == 1
-    assert not only.collections, "a lone seed has no band"
+    assert len(only.collections) == 1, "the band of a lone seed is over prompts"
 
 
 def test_gains_have_a_row_a_policy_and_a_tick_a_seed(results: dict, real_results: dict) -> None:

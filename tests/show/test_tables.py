@@ -144,7 +144,7 @@ def test_the_need_table_has_a_column_for_each_need(results: dict) -> None:
     table = tables.need_table(results).set_index("candidate")
     assert list(table.index) == [label(name) for name in candidates()]
     per_minute = results["needs"]["per_minute"]["policies"]["grpo"]
-    column = f"Most {results['deciding']} reward per minute of training"
+    column = f"Most {results['deciding']} reward per minute, on this machine"
     assert table.loc["GRPO", column] == interval(per_minute)
     assert len(table.columns) == len(results["needs"])
 

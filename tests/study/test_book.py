@@ -13,7 +13,8 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.report.exporters import merge
 from rlhf_lib.results import verdict
-from rlhf_lib.settings import load_profile
+from rlhf_lib.results.summary import load_results
+from rlhf_lib.settings import Profile, as_dict, load_profile
 from rlhf_lib.study import book
 from rlhf_lib.study.schedule import StudyError
 
@@ -25,10 +26,15 @@ def made_up(kind: str) -> dict:
 
 
 def publish(
-    run_dir: Path, kind: str = "gold", profile: str = "laptop", name: str = "abc", age: float = 0.0
+    run_dir: Path,
+    kind: str = "gold",
+    profile: str = "laptop",
+    name: str = "abc",
+    age: float = 0.0,
+    settings: Profile | None = None,
 ) -> dict:
     """A finished evaluation with made-up results."""
-    results = made_up(kind)
+    results = made_up(kind) | {"settings": as_dict(settings or load_profile(profile))}
     folder = run_dir / profile / f"evaluation-{name}"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results | {"evaluation": name}))
@@ -62,7 +68,19 @@ def test_the_newest_finished_evaluation_counts(tmp_path: Path) -> None:
     publish(tmp_path, name="unfinished")
     (tmp_path / "laptop" / "evaluation-unfinished" / "DONE").unlink()
     folder = book.evaluation_folder(load_profile("laptop"), tmp_path)
-    assert book.load_results(folder)["evaluation"] == "new"
+    assert load_results(folder)["evaluation"] == "new"
+
+
+def test_a_report_is_of_its_own_settings_whatever_was_run_since(tmp_path: Path) -> None:
+    """A, then B, then the report of A: its numbers are A's, and where there are none it says so."""
+    other = load_profile("laptop", ["ppo.kl_coef=9"])
+    publish(tmp_path, name="A", age=100)
+    publish(tmp_path, name="B", age=10, settings=other)
+    for profile, name in ((load_profile("laptop"), "A"), (other, "B")):
+        assert load_results(book.evaluation_folder(profile, tmp_path))["evaluation"] == name
+    third = load_profile("laptop", ["dpo.beta=9"])
+    with pytest.raises(StudyError, match=r"of these settings in .* \(2 of other settings\)"):
+        book.write_report(third, tmp_path)
 
 
 def test_without_an_evaluation_the_error_says_how_to_make_one(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rlhf_lib.catalogue import Record
 from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer
 from rlhf_lib.runs import Run
 from rlhf_lib.settings import PPOConfig, SettingsError
-from rlhf_lib.study import training
+from rlhf_lib.study import offer, training
 from rlhf_lib.study.training import run_stage
 from tests.conftest import train_stage
 
@@ -29,13 +29,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often a model of each kind is loaded."""
     counts: Counter = Counter()
     for kind in ("policy", "reference", "reward_model", "value_model"):
-        load = getattr(training, f"load_{kind}")
+        load = getattr(offer, f"load_{kind}")
 
         def note(*given: Any, kind: str = kind, load: Callable = load) -> Any:
             counts[kind] += 1
             return load(*given)
 
-        monkeypatch.setattr(training, f"load_{kind}", note)
+        monkeypatch.setattr(offer, f"load_{kind}", note)
     return counts
 
 

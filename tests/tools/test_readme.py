@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ LINK = re.compile(r"\]\(([^)]+)\)")
 
 def test_the_readme_is_filled_from_the_exported_results() -> None:
     text = (ROOT / "README.md").read_text()
-    named = {name for _, kind, name, _ in readme.BLOCK.findall(text) if kind == "results"}
+    named = {name for _, kind, name, *_ in readme.BLOCK.findall(text) if kind == "results"}
     assert named == {path.name for path in (ROOT / "figures").iterdir()}
     assert readme.fill(text, ROOT / "figures") == text, "run: python -m tools.readme"
 
@@ -32,6 +33,15 @@ def test_the_command_fills_a_file(tmp_path: Path) -> None:
     assert text.endswith("<!-- end -->\nlast\n")
     assert "PPO and GRPO raised gold reward over SFT" in text
     assert "stale" not in text
+
+
+def test_a_study_of_an_earlier_state_keeps_its_words_and_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "figures" / "laptop").mkdir(parents=True)
+    results = json.loads((ROOT / "tests" / "made_up" / "gold.json").read_text()) | {"format": 0}
+    (tmp_path / "figures" / "laptop" / "results.json").write_text(json.dumps(results))
+    once = readme.fill("<!-- results: laptop -->\nold words\n<!-- end -->", tmp_path / "figures")
+    assert f"{readme.EARLIER}\n\nold words\n" in once
+    assert readme.fill(once, tmp_path / "figures") == once
 
 
 def test_a_block_without_its_study_is_an_error(tmp_path: Path) -> None:

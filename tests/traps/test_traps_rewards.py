@@ -100,7 +100,7 @@ def test_trap_08_the_score_lands_on_the_end_token_and_a_missing_end_costs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer)
-    sampler, asked = sampler_of(made), [Prompt("", ids) for ids in PROMPTS * 5]
+    sampler, asked = sampler_of(made), [Prompt("", ids) for ids in PROMPTS * 12]
     policy = load_policy(made.sft.model_path)
     judge, _ = load_reward_model(made.reward_model.model_path, tiny_tokenizer, 0)
     value = learner_of(make_model(kind, head="score"))

@@ -164,8 +164,9 @@ def test_trap_04_dropout_makes_the_first_loss_of_dpo_differ_from_ln_2(
 def the_models_own_filter(patch: pytest.MonkeyPatch) -> None:
     """What the model was saved with, top_k=3, is taken for a part of it."""
 
-    def filtered(logits: Tensor) -> Tensor:
-        return draw_tokens(logits.masked_fill(logits < logits.topk(3).values[:, -1:], -math.inf))
+    def filtered(logits: Tensor, luck: Tensor) -> Tensor:
+        hidden = logits < logits.topk(3).values[:, -1:]
+        return draw_tokens(logits.masked_fill(hidden, -math.inf), luck)
 
     patch.setattr(generation, "draw_tokens", filtered)
 
@@ -173,7 +174,9 @@ def the_models_own_filter(patch: pytest.MonkeyPatch) -> None:
 def a_minimum_length(patch: pytest.MonkeyPatch) -> None:
     """The end token is forbidden at first, and the policy is scored as if it were not."""
     end = torch.tensor([EOS])
-    patch.setattr(generation, "draw_tokens", lambda x: draw_tokens(x.index_fill(1, end, -math.inf)))
+    patch.setattr(
+        generation, "draw_tokens", lambda x, u: draw_tokens(x.index_fill(1, end, -math.inf), u)
+    )
 
 
 @kinds

@@ -16,8 +16,8 @@ from rlhf_lib.objectives import advantages, kl, losses, preference
 from rlhf_lib.objectives.masked import masked_mean
 from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.kl import best_of_n, kl_gradients, kl_in_reward, kl_values, single_token
+from rlhf_lib.proofs.parity import all_proofs
 from rlhf_lib.proofs.policy import dpo, gae_by_definition, groups, identities, ppo, sampled
-from rlhf_lib.proofs.table import all_proofs
 
 
 def turned(estimator: Callable) -> Callable:
@@ -80,7 +80,8 @@ def clipped_around_zero(_: Callable) -> Callable:
 
 def term_taken_twice(best_of_n: Callable) -> Callable:
     def wrong(*scores: Any) -> list[dict]:
-        return [row | {"kl": row["kl"] - (1 - 1 / row["n"])} for row in best_of_n(*scores)]
+        rows = best_of_n(*scores)
+        return rows.assign(kl=rows["kl"] - (1 - 1 / rows["n"]))
 
     return wrong
 

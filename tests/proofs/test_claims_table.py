@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_lib.__main__ import main
-from rlhf_lib.proofs import table
+from rlhf_lib.proofs import claims, errors, parity
 from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.enumeration import TinyPolicy
 from rlhf_lib.proofs.kl import kl_of_best
@@ -23,10 +23,10 @@ from rlhf_lib.proofs.kl import kl_of_best
 
 @pytest.fixture(scope="module")
 def everything() -> list[Proof]:
-    return table.all_proofs()
+    return parity.all_proofs()
 
 
-@pytest.mark.parametrize("prove", table.PROOFS, ids=lambda prove: prove.__name__)
+@pytest.mark.parametrize("prove", parity.PROOFS, ids=lambda prove: prove.__name__)
 def test_every_claim_holds(prove: Callable[[], list[Proof]]) -> None:
     rows = prove()
     assert rows
@@ -36,7 +36,7 @@ def test_every_claim_holds(prove: Callable[[], list[Proof]]) -> None:
 
 
 def test_all_proofs_are_there_and_always_the_same(everything: list[Proof]) -> None:
-    assert everything == [proof for prove in table.PROOFS for proof in prove()]
+    assert everything == [proof for prove in parity.PROOFS for proof in prove()]
     assert Counter(proof.verdict for proof in everything) == {"holds": 26, "measured": 7}
     assert len({proof.claim for proof in everything}) == 33, "no claim twice"
     assert {proof.group for proof in everything} == {"enumeration"}
@@ -63,7 +63,7 @@ MADE_UP = Proof("a made-up claim", 1.5, 1.0, 0.5, 1.0, "somewhere", group="parit
 def test_the_table_is_for_people() -> None:
     found = MADE_UP._replace(error=2.0, unit="standard errors")
     shown = MADE_UP._replace(tolerance=math.inf, unit="nats")
-    rows = table.table([MADE_UP, found, shown]).to_dict("records")
+    rows = claims.table([MADE_UP, found, shown]).to_dict("records")
     first = {
         "group": "parity",
         "claim": "a made-up claim",
@@ -86,16 +86,17 @@ def test_the_table_is_for_people() -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """`command(rows, ...)`: run it on these; `parity`: the rows of TRL, None without it."""
+    """`command(rows, ...)`: run it on these; `of_trl`: the rows of TRL, None without it."""
 
-    def call(rows: list[Proof], *arguments: str, parity: list[Proof] | None) -> SimpleNamespace:
+    def call(rows: list[Proof], *arguments: str, of_trl: list[Proof] | None) -> SimpleNamespace:
         find = importlib.util.find_spec
-        trl = None if parity is None else object()
+        trl = None if of_trl is None else object()
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *a: trl if name == "trl" else find(name, *a)
         )
-        monkeypatch.setattr(table.parity, "parity_table", lambda: parity)
-        monkeypatch.setattr(table, "all_proofs", lambda: list(rows))
+        monkeypatch.setattr(parity, "parity_table", lambda: of_trl)
+        monkeypatch.setattr(parity, "all_proofs", lambda: list(rows))
+        monkeypatch.setattr(errors, "error_rates", lambda: [])
         monkeypatch.setattr(sys, "argv", ["rlhf_lib", "proofs", *arguments])
         with pytest.raises(SystemExit) as end:
             main()
@@ -105,7 +106,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 
 
 def test_the_command_prints_the_table(command: Callable, everything: list[Proof]) -> None:
-    result = command(everything, parity=None)
+    result = command(everything, of_trl=None)
     assert result.code == 0
     _, *lines, empty, counts, trl = result.out.splitlines()
     for line, proof in zip(lines, everything, strict=True):
@@ -114,11 +115,11 @@ def test_the_command_prints_the_table(command: Callable, everything: list[Proof]
         assert line.endswith(proof.verdict)
     assert empty == ""
     assert counts == "26 claims hold, 0 do not; 7 figures are measured and not judged"
-    assert trl == table.NO_TRL
+    assert trl == parity.NO_TRL
 
 
 def test_the_command_appends_parity_where_trl_is_installed(command: Callable) -> None:
-    result = command([], parity=[MADE_UP])
+    result = command([], of_trl=[MADE_UP])
     assert result.code == 0
     row = " ".join(result.out.splitlines()[1].split())
     assert row == "parity a made-up claim 1.5 1 0.5 1 holds"
@@ -130,7 +131,7 @@ def test_the_command_fails_if_a_claim_does_not_hold(command: Callable, where: st
     wrong, figure = MADE_UP._replace(error=2.0), MADE_UP._replace(tolerance=math.inf)
     rows = {"enumeration": [MADE_UP, figure], "parity": [MADE_UP]}
     rows[where] = [*rows[where], wrong]
-    result = command(rows["enumeration"], parity=rows["parity"])
+    result = command(rows["enumeration"], of_trl=rows["parity"])
     assert result.code == 1
     last = "2 claims hold, 1 do not; 1 figures are measured and not judged"
     assert result.out.splitlines()[-1] == last
@@ -141,7 +142,7 @@ def test_the_command_writes_json_that_every_reader_can_read(
 ) -> None:
     path = tmp_path / "new" / "proofs.json"
     figure = MADE_UP._replace(tolerance=math.inf)
-    assert command([MADE_UP, figure], "--json", str(path), parity=None).code == 0
+    assert command([MADE_UP, figure], "--json", str(path), of_trl=None).code == 0
     first, second = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert first == MADE_UP._asdict() | {"verdict": "holds"}
     assert second == first | {"tolerance": None, "verdict": "measured"}
