@@ -146,7 +146,7 @@ def test_unknown_commands_and_options(
 def test_nothing_was_run_yet(cli: Callable, tmp_path: Path) -> None:
     for command in ("report", "export figures"):
         line = told(cli(*command.split(), "--profile", "smoke"), tmp_path)
-        assert "no finished evaluation in runs/smoke: python -m rlhf_lib run" in line
+        assert "no finished evaluation of these settings in runs/smoke: python -m rlhf" in line
     assert not (tmp_path / "figures").exists()
     result = cli("status", "--profile", "smoke")
     assert (result.code, result.out) == (0, "nothing has been run in runs/smoke\n")

@@ -89,9 +89,12 @@ def measure(
         sampler, prompts[: config.best_of_n_prompts], pickers, raters, config, seed
     )
     write_jsonl(work.path / "best_of_n.jsonl", curves.to_dict("records"))
-    points = curves.drop(columns="prompt").groupby(["picked_by", "n"], sort=False).mean()
-    by_picker = {name: points.loc[name].reset_index().to_dict("records") for name in pickers}
-    return {"policies": means, "best_of_n": by_picker, "heldout": what}
+    points = {}
+    for name in pickers:
+        rows = curves.loc[curves["picked_by"] == name]
+        means = pd.DataFrame(rows.groupby("n").mean(numeric_only=True)).reset_index()
+        points[name] = means.to_dict("records")
+    return {"policies": means, "best_of_n": points, "heldout": what}
 
 
 def random_numbers(seed: int, use: str, shape: tuple[int, ...]) -> Tensor:

@@ -53,7 +53,8 @@ def quantile(p: float, errors: Errors) -> float:
     above = sum(error * stats.t.ppf(p, df) for error, df in errors if error > 0)
     if above == 0:
         return 0.0
-    return float(optimize.brentq(lambda x: tail(x, errors) - (1 - p), 0.0, above * (1 + 1e-9)))
+    place = optimize.brentq(lambda x: tail(x, errors) - (1 - p), 0.0, above * (1 + 1e-9))
+    return float(place)  # type: ignore[arg-type]
 
 
 def total(errors: Errors) -> float:

@@ -95,7 +95,7 @@ class Learner:
 
     def logged(self) -> dict[str, float]:
         """What every method logs of the last step."""
-        return {"learning_rate": self.learning_rate, "skipped": float(self.skipped)}
+        return {"learning_rate": float(self.learning_rate), "skipped": float(self.skipped)}
 
     def state_dict(self) -> dict:
         """Of what accelerate does not keep: the schedule, and how many steps were skipped."""

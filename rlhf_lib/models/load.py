@@ -93,7 +93,8 @@ def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
         if not isinstance(module, (torch.nn.Linear, Conv1D)) or name == "score":
             continue
         if module.weight is embedding:
-            module.weight = torch.nn.Parameter(embedding.to(dtype), requires_grad=False)
+            rounded = embedding.detach().to(dtype)  # type: ignore[operator]
+            module.weight = torch.nn.Parameter(rounded, requires_grad=False)
         else:
             module.to(dtype)
     return model

@@ -23,13 +23,21 @@ def curves(seeds: Curves) -> dict[str, list[dict]]:
     """Of each picker one point for each n: n, KL, and the rewards that are known, estimated."""
     measured = [key for key in ("proxy", "gold", "judge") if key in seeds[0]]
     found: dict[str, list[dict]] = {}
-    for (picker, n, kl), _ in seeds[0].groupby(["picked_by", "n", "kl"], sort=False):
-        parts = [rows[(rows["picked_by"] == picker) & (rows["n"] == n)] for rows in seeds]
-        units = [part["prompt"].to_numpy() for part in parts]
-        point: dict = {"n": int(n), "kl": float(kl)}
-        point |= {key: estimate([part[key] for part in parts], units) for key in measured}
-        found.setdefault(str(picker), []).append(point)
+    for picker in seeds[0]["picked_by"].unique().tolist():
+        picked = [_where(rows, "picked_by", picker) for rows in seeds]
+        for n in picked[0]["n"].unique().tolist():
+            parts = [_where(rows, "n", n) for rows in picked]
+            units = [part["prompt"].tolist() for part in parts]
+            point: dict = {"n": n, "kl": parts[0]["kl"].tolist()[0]}
+            point |= {
+                key: estimate([part[key].tolist() for part in parts], units) for key in measured
+            }
+            found.setdefault(picker, []).append(point)
     return found
+
+
+def _where(rows: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
+    return rows.loc[rows[column] == value]
 
 
 def peak(seeds: Curves, samples: Samples) -> dict:
@@ -40,9 +48,11 @@ def peak(seeds: Curves, samples: Samples) -> dict:
     less the peak. `methods`: each method less the peak, one family.
     """
     deciding = samples.deciding
-    picked = [rows[rows["picked_by"] == "default"] for rows in seeds]
-    grids = [rows[deciding].to_numpy(float).reshape(rows["n"].nunique(), -1) for rows in picked]
-    sizes, units = picked[0]["n"].unique(), picked[0]["prompt"].to_numpy()[: grids[0].shape[1]]
+    picked = [_where(rows, "picked_by", "default") for rows in seeds]
+    sizes = picked[0]["n"].unique().tolist()
+    units = picked[0].query("n == 1")["prompt"].tolist()
+    shape = len(sizes), len(units)
+    grids = [np.array(rows[deciding].tolist(), dtype=float).reshape(shape) for rows in picked]
     chosen = int(np.mean(grids, axis=0)[:, 0::2].mean(1).argmax())
     at_peak, at_last = ([grid[place, 1::2] for grid in grids] for place in (chosen, -1))
     asked = [units[1::2]] * len(seeds)

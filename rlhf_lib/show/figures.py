@@ -302,7 +302,7 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> 
     """Each policy's rewards over the evaluation prompts, with a box: proxy, and what decides."""
     kinds, names = rewards(deciding), list(samples)
     figure, axes = _panels(len(kinds), 0.3 * len(names) + 0.7, sharey=True)
-    rows = pd.concat(samples, names=["policy"]).reset_index("policy")
+    rows = pd.concat(samples, names=["policy"]).reset_index("policy").reset_index(drop=True)
     look = {"inner": "box", "density_norm": "width", "cut": 0, "saturation": 1, "alpha": 0.6}
     palette = {name: color(name) for name in names}
     for axis, kind in zip(axes, kinds, strict=True):
@@ -314,7 +314,7 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> 
 
 
 def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], deciding: str) -> Figure:
-    """Proxy and deciding reward of best-of-n, picked by each reward model; bands over seeds."""
+    """Proxy and deciding reward of best-of-n, by each reward model; bands: 95 % intervals."""
     keys = rewards(deciding)
     figure, axes = _panels(len(keys), 2.8)
     for axis, key in zip(axes, keys, strict=True):

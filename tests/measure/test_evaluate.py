@@ -145,8 +145,9 @@ def evaluated(
         ("reward_model_control", "judge"), finished.reward_model
     )
 
-    def run_it(needed: dict = needed, data: Any = data) -> Stage:
-        return training.run_stage(run, catalogue.record("evaluate"), data, needed)
+    def run_it(needed: dict = needed, data: Any = data, root: Path = run.root) -> Stage:
+        there = replace(run, root=root)
+        return training.run_stage(there, catalogue.record("evaluate"), data, needed)
 
     return SimpleNamespace(
         evaluate=run_it, stage=run_it(), prompts=prompts, pairs=pairs, data=data, needed=needed
@@ -201,6 +202,30 @@ def test_a_reply_hangs_on_its_own_luck_alone(evaluated: SimpleNamespace) -> None
         evaluate.random_numbers(0, "sft_again", (3, 4)),
     ):
         assert not torch.equal(numbers, other)
+
+
+def test_a_killed_evaluation_goes_on_with_the_next_policy(
+    evaluated: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = [], evaluate.replies_of
+
+    def killed(sampler: Any, policy: Any, prompts: Any, luck: Any, *rest: Any) -> Any:
+        asked.append(len(luck))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(sampler, policy, prompts, luck, *rest)
+
+    monkeypatch.setattr(evaluate, "replies_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated.evaluate(root=tmp_path)
+    stage = evaluated.evaluate(root=tmp_path)
+    assert asked == [3, 4, 4, 3], "the base model is not asked again"
+    for name in ("base", "sft", "sft_again"):
+        assert samples(stage, name) == samples(evaluated.stage, name)
+    for part in ("policies", "best_of_n"):
+        assert stage.result()[part] == evaluated.stage.result()[part]
+    assert stage.result()["num_tokens"] == evaluated.stage.result()["num_tokens"]
+    assert not (stage.path / "kept").exists()
 
 
 def test_the_judge_scores_what_was_said(evaluated: SimpleNamespace) -> None:

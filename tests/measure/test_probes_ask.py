@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.measure import probes
 from rlhf_lib.measure.probes import PROBES, fails, load_probes
 from rlhf_lib.methods.rewards import Reply, read_replies
 from rlhf_lib.methods.rollout import Sampler
@@ -57,6 +58,29 @@ def test_each_row_holds_the_verdict_on_its_own_reply(measured: Stage) -> None:
         assert row["failure"] == fails(row, row["response"], None)
     assert {row["failure"] for row in rows} == {0, 1}, "else the line above shows nothing"
     assert measured.result()["num_tokens"] > len(rows)
+
+
+def test_killed_probes_go_on_with_the_next_policy(
+    measured: Stage, ask: Callable, make_run: Callable, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real, asked = probes.read_policy, []
+
+    def killed(path: str, accelerator: Any) -> Any:
+        asked.append(path)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(path, accelerator)
+
+    monkeypatch.setattr(probes, "read_policy", killed)
+    run = make_run(tmp_path, *LIMITS)
+    with pytest.raises(KeyboardInterrupt):
+        ask(run)
+    stage = ask(run)
+    assert len(asked) == 3, "the base model is not asked again"
+    for name in ("base", "sft"):
+        one, two = (read_jsonl(s.path / "samples" / f"{name}.jsonl") for s in (stage, measured))
+        assert one == two
+    assert stage.result()["num_tokens"] == measured.result()["num_tokens"]
 
 
 def test_replies_land_at_the_prompt_they_answer(
