@@ -39,8 +39,9 @@ def resolve(name: str) -> Any:
     finally:
         for other in sys.modules.keys() - known:
             file = Path(getattr(sys.modules[other], "__file__", None) or "")
-            if file.suffix == ".py" and is_own(file):
-                IMPORTED[file] = file.read_bytes()
+            # some modules name a file that is not there
+            if file.suffix == ".py" and file.is_file() and is_own(file.resolve()):
+                IMPORTED[file.resolve()] = file.read_bytes()
     if path is not None and found.__file__ != str(path):
         raise SettingsError(f"{name}: Python has another {module}; give the file another name")
     if not hasattr(found, attribute):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf_lib.objectives.kl import k1
 from rlhf_lib.settings import SettingsError
-from rlhf_lib.user_code import resolve, user_file
+from rlhf_lib.user_code import IMPORTED, resolve, user_file
 
 
 def test_a_package_and_a_file_lead_to_what_they_define(user_folder: Path) -> None:
@@ -82,3 +83,16 @@ def test_a_package_is_looked_for_where_the_study_began(
     (user_folder / "package_there.py").write_text("WHERE = 'there'")
     monkeypatch.setenv("RLHF_FOLDER", str(user_folder))
     assert resolve("package_there:WHERE") == "there"
+
+
+def test_a_module_that_names_a_file_that_is_not_there_is_no_file_of_the_users(
+    user_folder: Path,
+) -> None:
+    code = "import sys, types\nodd = types.ModuleType('odd_one')\nodd.__file__ = '_odd.py'\n"
+    (user_folder / "makes_odd.py").write_text(code + "sys.modules['odd_one'] = odd\nF = 1\n")
+    try:
+        assert resolve(f"{user_folder}/makes_odd.py:F") == 1
+    finally:
+        sys.modules.pop("odd_one", None)
+    assert not [path for path in IMPORTED if path.name == "_odd.py"]
+    assert user_folder / "makes_odd.py" in IMPORTED
