@@ -123,7 +123,7 @@ def _grpo(job: Job, accelerator: Accelerator) -> Round:
         prompts, replies = _prompts(job, number, job.samples // job.group_size), []
         for asked in chunks(prompts, job.samples_per_step // job.group_size):
             batch = [prompt for prompt in asked for _ in range(job.group_size)]
-            rollout = sampler.sample(policy.model, batch, batch_size=job.samples_per_step)
+            rollout = sampler.sample(policy.model, batch, micro_batch_size=job.samples_per_step)
             _, advantages = grpo.make_advantages(rollout, group_size=job.group_size)
             grpo.update(
                 policy,
@@ -147,7 +147,7 @@ def _ppo(job: Job, accelerator: Accelerator) -> Round:
     def run(number: int) -> Work:
         prompts, replies = _prompts(job, number, job.samples), []
         for step, asked in enumerate(chunks(prompts, job.samples_per_step)):
-            rollout = sampler.sample(policy.model, asked, batch_size=job.samples_per_step)
+            rollout = sampler.sample(policy.model, asked, micro_batch_size=job.samples_per_step)
             experience = ppo.make_experience(
                 rollout, value, kl_coef=job.kl_coef, micro_batch_size=job.ppo_minibatch
             )

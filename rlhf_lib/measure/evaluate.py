@@ -92,8 +92,8 @@ def measure(
     points = {}
     for name in pickers:
         rows = curves.loc[curves["picked_by"] == name]
-        means = pd.DataFrame(rows.groupby("n").mean(numeric_only=True)).reset_index()
-        points[name] = means.to_dict("records")
+        point = pd.DataFrame(rows.groupby("n").mean(numeric_only=True)).reset_index()
+        points[name] = point.to_dict("records")
     return {"policies": means, "best_of_n": points, "heldout": what}
 
 
@@ -126,7 +126,7 @@ def replies_of(
         policy,
         asked,
         temperature=config.temperature,
-        batch_size=config.batch_size,
+        micro_batch_size=config.batch_size,
         exact_kl=True,
         uniforms=torch.stack([luck[place] for place in first]),
     )

@@ -19,7 +19,7 @@ from rlhf_lib.objectives.advantages import group_advantages, leave_one_out_advan
 from rlhf_lib.objectives.kl import ESTIMATORS
 from rlhf_lib.objectives.losses import grpo_loss
 from rlhf_lib.objectives.masked import zero_padding
-from rlhf_lib.settings import GRPOConfig
+from rlhf_lib.settings import GRPOConfig, numbers
 
 
 def train(
@@ -38,42 +38,18 @@ def train(
     """
     candidates = config.prompts_per_update * config.dynamic_sampling
     batches = prompt_batches(len(prompts), candidates, config.updates, seed)
+    sampling, comparing, learning = (
+        numbers(step, config) for step in (sampler.sample, make_advantages, update)
+    )
     for step in steps(config.updates):
         # 1. sample a group of replies to each prompt and score them
-        sampled = sampler.sample(
-            policy.model,
-            [prompts[i] for i in batches[step] for _ in range(config.group_size)],
-            temperature=config.temperature,
-            batch_size=config.micro_batch_size,
-            reward_clip=config.reward_clip,
-            missing_eos_penalty=config.missing_eos_penalty,
-        )
+        asked = [prompts[i] for i in batches[step] for _ in range(config.group_size)]
+        sampled = sampler.sample(policy.model, asked, **sampling)
         rollout = keep_groups_with_signal(sampled, config.group_size, config.prompts_per_update)
         # 2. compare each reply with its group
-        rewards, advantages = make_advantages(
-            rollout,
-            group_size=config.group_size,
-            kl_reward_coef=config.kl_reward_coef,
-            kl_reward_estimator=config.kl_reward_estimator,
-            advantage=config.advantage,
-            scale=config.scale,
-            mask_overlong=config.mask_overlong,
-        )
+        rewards, advantages = make_advantages(rollout, **comparing)
         # 3. clipped steps on the policy
-        metrics = update(
-            policy,
-            rollout,
-            advantages,
-            iterations=config.iterations,
-            micro_batch_size=config.micro_batch_size,
-            temperature=config.temperature,
-            kl_coef=config.kl_coef,
-            kl_estimator=config.kl_estimator,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            aggregation=config.aggregation,
-            constant=sampler.max_new_tokens,
-        )
+        metrics = update(policy, rollout, advantages, constant=sampler.max_new_tokens, **learning)
         metrics |= rollout_metrics(rollout, rewards, advantages, config.group_size)
         log(step, sampled.num_tokens, metrics)
     samples = config.updates * candidates * config.group_size

@@ -23,7 +23,7 @@ from rlhf_lib.objectives.kl import AdaptiveKL
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss
 from rlhf_lib.objectives.masked import RunningScale, masked_whiten
 from rlhf_lib.runtime import phase
-from rlhf_lib.settings import PPOConfig
+from rlhf_lib.settings import PPOConfig, numbers
 
 
 def train(
@@ -44,48 +44,21 @@ def train(
     """
     leash = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     scale = RunningScale()
-    policy.accelerator.register_for_checkpointing(
-        leash, scale
-    )  # `steps` restores both at its first
+    policy.accelerator.register_for_checkpointing(leash, scale)  # before `steps` restores them
     batches = prompt_batches(len(prompts), config.batch_size, config.updates, seed)
+    sampling, estimating, learning = (
+        numbers(step, config) for step in (sampler.sample, make_experience, update)
+    )
     for step in steps(config.updates):
         # 1. sample replies, score them, take log-probs under policy and reference
-        rollout = sampler.sample(
-            policy.model,
-            [prompts[i] for i in batches[step]],
-            temperature=config.temperature,
-            batch_size=config.micro_batch_size,
-            reward_clip=config.reward_clip,
-            missing_eos_penalty=config.missing_eos_penalty,
-        )
+        rollout = sampler.sample(policy.model, [prompts[i] for i in batches[step]], **sampling)
         # 2. values, KL-shaped rewards, returns, and only then whitened advantages
         if config.reward_normalization == "running":
             scale.update(rollout.rewards)
-        experience = make_experience(
-            rollout,
-            value,
-            kl_coef=leash.coef,
-            kl_estimator=config.kl_estimator,
-            reward_scale=scale.std,
-            whiten_rewards=config.reward_normalization == "batch",
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-            micro_batch_size=config.micro_batch_size,
-        )
+        estimating |= {"kl_coef": leash.coef, "reward_scale": scale.std}
+        experience = make_experience(rollout, value, **estimating)
         # 3. clipped steps on policy and value model
-        metrics = update(
-            policy,
-            value,
-            experience,
-            epochs=config.epochs,
-            minibatch_size=config.minibatch_size,
-            micro_batch_size=config.micro_batch_size,
-            temperature=config.temperature,
-            clip_range=config.clip_range,
-            value_clip_range=config.value_clip_range,
-            value_coef=config.value_coef,
-            seed=1000 * seed + step,
-        )
+        metrics = update(policy, value, experience, seed=1000 * seed + step, **learning)
         log(step, rollout.num_tokens, metrics | rollout_metrics(experience, leash.coef))
         # 4. the coefficient follows the KL, where it has a target
         leash.update(float(rollout.kl.mean()), config.batch_size)
@@ -112,14 +85,14 @@ def make_experience(
     micro_batch_size: int,
     kl_estimator: str = "k1",
     reward_scale: float = 1.0,
-    whiten_rewards: bool = False,
+    reward_normalization: str = "none",
     gamma: float = 1.0,
     gae_lambda: float = 0.95,
 ) -> Experience:
     """Values, KL-shaped rewards, returns, and only then whitened advantages.
 
-    Rewards are divided by `reward_scale` before the KL is taken off; `whiten_rewards` scales them
-    to variance 1 after it, over the batch, and leaves their mean.
+    Rewards are divided by `reward_scale` before the KL is taken off; reward_normalization="batch"
+    scales them to variance 1 after it, over the batch, and leaves their mean.
     """
     values = torch.zeros_like(rollout.logprobs)
     for micro in rollout.micro_batches(range(len(rollout.prompts)), micro_batch_size):
@@ -135,7 +108,7 @@ def make_experience(
         kl_coef,
         kl_estimator,
     )
-    if whiten_rewards:
+    if reward_normalization == "batch":
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
     return Experience(rollout, values, masked_whiten(advantages, mask), returns)

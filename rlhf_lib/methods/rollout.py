@@ -61,11 +61,6 @@ class Rollout:
         return self.response_mask.sum(1)
 
     @property
-    def entropy(self) -> float:
-        """Mean over response tokens, nats."""
-        return float(masked_mean(self.entropies, self.response_mask))
-
-    @property
     def num_tokens(self) -> int:
         return int(self.response_mask.sum()) + sum(map(len, self.prompts))
 
@@ -75,7 +70,7 @@ class Rollout:
         metrics = {
             "reward": float(self.scores.mean()),
             "kl": float(self.kl.mean()),
-            "entropy": self.entropy,
+            "entropy": float(masked_mean(self.entropies, self.response_mask)),
             "completions/mean_length": float(lengths.mean()),
             "completions/min_length": float(lengths.min()),
             "completions/max_length": float(lengths.max()),
@@ -162,7 +157,7 @@ class Sampler:
         prompts: Sequence[Prompt],
         *,
         temperature: float = 1.0,
-        batch_size: int = 64,
+        micro_batch_size: int = 64,
         reward_clip: float = math.inf,
         missing_eos_penalty: float = 0.0,
         exact_kl: bool = False,
@@ -170,14 +165,14 @@ class Sampler:
     ) -> Rollout:
         """Sample one reply per prompt, score it, take log-probs under policy and reference.
 
-        `batch_size`: replies whose log-probs are taken at once.
+        `micro_batch_size`: replies whose log-probs are taken at once.
         """
         ids, replies = [p.ids for p in prompts], self.draw(policy, prompts, temperature, uniforms)
         responses = [reply.ids for reply in replies]
         scores, parts = self.score(prompts, replies)
         mask = length_mask([len(r) for r in responses])
         measured = torch.zeros(4, *mask.shape)  # log-probs, reference's, entropies, exact KL
-        for rows in by_prompt(ids, responses, batch_size):
+        for rows in by_prompt(ids, responses, micro_batch_size):
             batch = [ids[i] for i in rows], [responses[i] for i in rows]
             with self.accelerator.autocast():
                 part = self._measure(policy, *batch, temperature, exact_kl)

@@ -25,8 +25,8 @@ def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
 class Learner:
     """One model, AdamW, linear warm-up and decay to 0, gradient clipping.
 
-    `skipped`: optimizer steps that fp16 could not take, because a gradient overflowed; they leave
-    weights and schedule where they were, and the next loss is scaled by less.
+    In fp16 a step whose gradient overflows is skipped: it leaves weights and schedule where they
+    were, and the next loss is scaled by less.
 
     fp32 master weights whatever the precision: who computes a loss opens `accelerator.autocast()`,
     and `accelerate` scales it in fp16.
@@ -48,12 +48,11 @@ class Learner:
             [p for p in model.parameters() if p.requires_grad], lr=learning_rate,
             betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True,
         )  # fmt: skip
-        self.schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
+        schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.learning_rate = 0.0  # nothing has been learnt yet
         self.skipped = 0
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(self)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
 
     @phase("update")
     def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
@@ -81,7 +80,6 @@ class Learner:
             self.skipped += 1
             return total, 0.0
         self.learning_rate = self.schedule.get_last_lr()[0]  # of this step, for the log
-        # not `prepare`d: accelerate would step it, or not, by what it believes of the optimizer
         self.schedule.step()
         return total, norm
 
@@ -94,16 +92,9 @@ class Learner:
             )
 
     def logged(self) -> dict[str, float]:
-        """What every method logs of the last step."""
-        return {"learning_rate": float(self.learning_rate), "skipped": float(self.skipped)}
-
-    def state_dict(self) -> dict:
-        """Of what accelerate does not keep: the schedule, and how many steps were skipped."""
-        return {"schedule": self.schedule.state_dict(), "skipped": self.skipped}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.schedule.load_state_dict(state["schedule"])
-        self.skipped = state["skipped"]
+        """For the log: the last step's learning rate, and steps skipped since it was asked last."""
+        skipped, self.skipped = self.skipped, 0
+        return {"learning_rate": float(self.learning_rate), "skipped": float(skipped)}
 
 
 class Averages:

@@ -40,10 +40,6 @@ def hidden_states(model: torch.nn.Module, layout: Layout) -> Tensor:
     ).last_hidden_state
 
 
-def _laid_out(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Layout:
-    return lay_out(prompts, responses, next(model.parameters()).device)
-
-
 # ------------------------------------------------------------------------- language models
 
 
@@ -54,7 +50,7 @@ def response_hidden(
 
     N counts the response tokens of all rows in order: `unflatten` puts (N,) back into (B, T).
     """
-    layout = _laid_out(model, prompts, responses)
+    layout = lay_out(prompts, responses, next(model.parameters()).device)
     return hidden_states(model, layout)[layout.predicted_at], layout.labels, layout.mask
 
 
@@ -157,7 +153,7 @@ def token_values(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> 
 
 def sequence_scores(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Tensor:
     """A reward model's raw output at the last real token of each sequence: (B,) float32."""
-    layout = _laid_out(model, prompts, responses)
+    layout = lay_out(prompts, responses, next(model.parameters()).device)
     return _head(model, hidden_states(model, layout)[layout.ends])
 
 

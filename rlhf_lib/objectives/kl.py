@@ -40,7 +40,6 @@ class AdaptiveKL:
     """A KL coefficient that rises while the KL is above `target`, and falls while it is below.
 
     `target` in nats a response, `horizon` in responses; a target of 0 leaves the coefficient alone.
-    A checkpoint holds its state.
     Source: Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2.
     """
 

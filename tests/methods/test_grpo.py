@@ -42,7 +42,9 @@ def rollout_at(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Calla
     def sample(temperature: float = 1.0) -> Rollout:
         policy = load_policy(tiny_base)
         prompts = [p for p in tiny_data.prompts["train"][:2] for _ in range(4)]
-        rollout = make_sampler().sample(policy, prompts, temperature=temperature, batch_size=3)
+        rollout = make_sampler().sample(
+            policy, prompts, temperature=temperature, micro_batch_size=3
+        )
         # cut some shorter, so that the aggregations differ
         return cut(rollout, [8, 3, 5, 1, 2, 8, 4, 6])
 

@@ -32,7 +32,7 @@ def rollout(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Rollout:
     """Three groups of four; the policy is not the reference."""
     policy, prompts = load_policy(tiny_base), tiny_data.prompts["train"][:3]
     groups = [p for p in prompts for _ in range(4)]
-    return make_sampler().sample(policy, groups, batch_size=3, missing_eos_penalty=1.0)
+    return make_sampler().sample(policy, groups, micro_batch_size=3, missing_eos_penalty=1.0)
 
 
 def test_leave_one_out_is_the_group_baseline_without_the_response_itself(rollout: Rollout) -> None:

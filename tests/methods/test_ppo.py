@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,15 +44,14 @@ def rollout_at(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Calla
 
     def sample(temperature: float = 1.0) -> Rollout:
         policy, prompts = load_policy(tiny_base), tiny_data.prompts["train"][:8]
-        return make_sampler().sample(policy, prompts, temperature=temperature, batch_size=3)
+        return make_sampler().sample(policy, prompts, temperature=temperature, micro_batch_size=3)
 
     return sample
 
 
 def experience_of(rollout: Rollout, value: Learner, config: PPOConfig) -> ppo.Experience:
-    whiten = config.reward_normalization == "batch"
     given = numbers(ppo.make_experience, config)
-    return ppo.make_experience(rollout, value, **given, whiten_rewards=whiten)
+    return ppo.make_experience(rollout, value, **given)
 
 
 def update(
@@ -160,8 +160,8 @@ def test_metrics_by_the_names_of_the_ecosystem(rollout_at: Callable, value_model
         "objective/scores": scores,
         "objective/non_score_reward": -0.1 * kl,
         "objective/rlhf_reward": rollout.rewards.mean().item() - 0.1 * kl,
-        "objective/entropy": rollout.entropy * rollout.lengths.mean().item(),
-        "policy/entropy_avg": rollout.entropy,
+        "objective/entropy": rollout.metrics()["entropy"] * rollout.lengths.mean().item(),
+        "policy/entropy_avg": rollout.metrics()["entropy"],
         "val/num_eos_tokens": sum(r[-1] == 1 for r in rollout.responses),
         "val/explained_variance": explained_variance(
             experience.values, experience.returns, rollout.response_mask
@@ -181,6 +181,7 @@ def test_the_value_model_starts_as_the_reward_model_and_apart_from_the_policy(
     seen = []
     make = ppo.make_experience
 
+    @wraps(make)
     def look(rollout: Rollout, value: Learner, **rest: Any) -> ppo.Experience:
         if not seen:
             seen.append({k: w.clone() for k, w in value.model.state_dict().items()})

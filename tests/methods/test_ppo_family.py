@@ -34,7 +34,7 @@ def make_experience(
 @pytest.fixture
 def rollout(make_sampler: Callable, tiny_data: Any, tiny_base: Path) -> Rollout:
     policy, prompts = load_policy(tiny_base), tiny_data.prompts["train"][:8]
-    return make_sampler().sample(policy, prompts, batch_size=3)
+    return make_sampler().sample(policy, prompts, micro_batch_size=3)
 
 
 @pytest.fixture

@@ -23,7 +23,12 @@ from rlhf_lib.objectives.masked import entropy, masked_mean
 from tests.conftest import EOS
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14], [9, 8, 7, 6], [20, 21, 22]]
-SETTINGS = {"temperature": 0.7, "batch_size": 3, "reward_clip": 0.5, "missing_eos_penalty": 2.0}
+SETTINGS = {
+    "temperature": 0.7,
+    "micro_batch_size": 3,
+    "reward_clip": 0.5,
+    "missing_eos_penalty": 2.0,
+}
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def test_a_rollout_is_what_its_parts_say(sampler: Sampler, policy: PreTrainedMod
             assert torch.allclose(got[i, :n], value, atol=1e-5), name
             assert (got[i, n:] == 0).all()
     logits, _, _ = response_logits(policy, sample.prompts, sample.responses, temperature=0.7)
-    assert sample.entropy == pytest.approx(entropy(logits).mean().item(), abs=1e-5)
+    assert sample.metrics()["entropy"] == pytest.approx(entropy(logits).mean().item(), abs=1e-5)
     replies = read_replies(sampler.tokenizer, sample.responses)
     scores, parts = sampler.score(prompts(), replies)
     assert torch.allclose(sample.scores, scores, atol=1e-5)

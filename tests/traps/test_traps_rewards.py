@@ -42,8 +42,7 @@ from tests.traps.test_traps import (
 
 
 def experience_of(sample: Rollout, value: Learner, config: PPOConfig) -> ppo.Experience:
-    given, whiten = numbers(ppo.make_experience, config), config.reward_normalization == "batch"
-    return ppo.make_experience(sample, value, **given, whiten_rewards=whiten)
+    return ppo.make_experience(sample, value, **numbers(ppo.make_experience, config))
 
 
 # --------------------------------------------------------------------------- 8: where a score lands

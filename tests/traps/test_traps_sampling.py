@@ -95,7 +95,7 @@ def test_trap_03_sampled_at_one_temperature_scored_at_another(
     made = write_models(tmp_path, kind, make_model, tiny_tokenizer)
     sampler, policy = sampler_of(made), load.load_policy(made.sft.model_path)
     with holds_unless(mistake, monkeypatch):
-        sample = sampler.sample(policy, ASKED, temperature=0.7, batch_size=3)
+        sample = sampler.sample(policy, ASKED, temperature=0.7, micro_batch_size=3)
         for row, prompt, response in zip(
             sample.logprobs, sample.prompts, sample.responses, strict=True
         ):
@@ -133,7 +133,7 @@ def test_trap_04_dropout_makes_the_first_ratio_differ_from_one(
     sampler = sampler_of(made)
     with holds_unless(mistake, monkeypatch):
         policy = load.load_policy(made.sft.model_path)
-        sample = sampler.sample(policy.eval(), ASKED, batch_size=3)
+        sample = sampler.sample(policy.eval(), ASKED, micro_batch_size=3)
         ratios = first_ratios(policy, make_model(kind, head="score"), sample, 1.0)
         assert ratios == pytest.approx([1, 0, 1], abs=1e-5)
 

@@ -1,0 +1,92 @@
+"""How much of a comparison's error is luck that a study need not have.
+
+    python -m benchmarks.noise [--profile laptop] [--seeds 5] [--out benchmarks/results/noise.json]
+
+The same trained policies are asked twice: each with random numbers of its own and measured from one
+draw of SFT (two replies to 512 prompts), and as a study asks them (common random numbers, more
+replies and prompts, SFT's mean as the baseline). Variances of the mean difference, and the smallest
+true difference that each way would see.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+
+from rlhf_lib import catalogue
+from rlhf_lib.measure.evaluate import random_numbers, read_policy
+from rlhf_lib.measure.statistics import detectable, estimate, minus
+from rlhf_lib.results.policies import Samples
+from rlhf_lib.runs import read_jsonl, write_json
+from rlhf_lib.runtime import environment
+from rlhf_lib.study.stages import Study
+
+PROMPTS, REPLIES = 512, 2  # of the plain way
+LEAVE_OUT = ("sweep.stronger=0", "reward_model.curve_points=0")  # what no comparison reads
+
+
+def main(
+    profile: str = "laptop",
+    seeds: int = 5,
+    jobs: int = 2,
+    run_dir: Path = Path("runs/noise"),
+    out: Path = Path("benchmarks/results/noise.json"),
+) -> None:
+    """Train the seeds, ask every policy both ways, and write what the comparisons would see."""
+    with get_context("spawn").Pool(jobs) as pool:
+        tasks = [(profile, seed, str(run_dir)) for seed in range(seeds)]
+        found = pool.starmap(ask_seed, tasks, chunksize=1)
+    names = [*catalogue.candidates(), "sft"]
+    plain = {name: [np.array(plain[name]) for plain, _ in found] for name in names}
+    study = Samples({name: [rows[name] for _, rows in found] for name in names}, [], [])
+    units = [row["prompt"] for row in study.rows["sft"][0]][:PROMPTS]
+    rows = []
+    for one, other in combinations(names, 2):
+        gaps = [gap.mean(0) for gap in minus(plain[one], plain[other])]
+        ways = {
+            "plain": estimate(gaps, [units] * seeds),
+            "study": study.compare({"x": (one, other)}, "gold")["x"],
+        }
+        rows.append({"pair": f"{one}_minus_{other}"} | {
+            way: {"mean": r["mean"], "variance": r["se"] ** 2, "errors": r["errors"],
+                  "detectable": detectable(r)} for way, r in ways.items()
+        })  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        out, {"profile": profile, "seeds": seeds, "environment": environment(), "pairs": rows}
+    )
+    for row in rows:
+        before, after = row["plain"], row["study"]
+        print(
+            f"{row['pair']:32} variance {before['variance']:.5f} -> {after['variance']:.5f} "
+            f"(÷ {before['variance'] / after['variance']:.1f})   smallest seen "
+            f"{before['detectable']:.2f} -> {after['detectable']:.2f}"
+        )
+
+
+def ask_seed(profile: str, seed: int, run_dir: str) -> tuple[dict, dict]:
+    """Gold rewards (replies, prompts) of each policy asked plainly; rows of `evaluate`."""
+    study = Study.open(profile, seed, run_dir, LEAVE_OUT)
+    evaluated, offer = study.stage("evaluate"), study.offer("evaluate")
+    gold = offer.raters["gold"]
+    prompts = study.data.prompts["evaluation"][:PROMPTS]
+    plain, rows = {}, {}
+    for name in (*catalogue.candidates(), "sft"):
+        shape = REPLIES, len(prompts), offer.sampler.max_new_tokens
+        luck = random_numbers(seed, f"noise {name}", shape).reshape(-1, shape[-1])
+        policy = read_policy(offer.policies[name], offer.accelerator)
+        asked = list(prompts) * REPLIES
+        replies = offer.sampler.draw(policy, asked, 1.0, luck)
+        plain[name] = torch.as_tensor(gold(asked, replies)).reshape(REPLIES, -1).tolist()
+        rows[name] = read_jsonl(evaluated.path / "samples" / f"{name}.jsonl")
+    return json.loads(json.dumps(plain)), rows
+
+
+if __name__ == "__main__":
+    typer.run(main)
