@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 
 from rlhf_lib import catalogue, runs
+from rlhf_lib.__main__ import main
 from rlhf_lib.results import verdict
 from rlhf_lib.settings import as_dict
 from rlhf_lib.show import figures, tables
@@ -216,11 +217,18 @@ def test_its_hash_follows_its_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failing_notebook_ends_the_command_with_its_name(tmp_path: Path) -> None:
-    missing, settings = tmp_path / "no" / "pairs.jsonl", ["--profile", "smoke"]
-    settings += ["--only", "01_dataset", "--run-dir", tmp_path]
-    ran = command("run", *settings, "--data", f"path:{missing}")
-    assert ran.returncode == 2
-    assert f"error: 01_dataset (seed 0) failed: DataError: {missing} does not exist" in ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_a_failing_notebook_ends_the_command_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("RLHF_BATCH", "RLHF_FOLDER"):  # a study sets them: put back after the test
+        monkeypatch.setenv(name, "")
+    missing = tmp_path / "no" / "pairs.jsonl"
+    asked = ["run", "--profile", "smoke", "--only", "01_dataset", "--run-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["rlhf_lib", *asked, "--data", f"path:{missing}"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert f"error: 01_dataset (seed 0) failed: DataError: {missing} does not exist" in told
+    assert "Traceback" not in told
     assert not list(tmp_path.glob("smoke/seed-*"))
