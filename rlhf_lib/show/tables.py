@@ -239,8 +239,8 @@ def total_sentence(results: Mapping) -> str:
     core = ["reward_model", "sft", *catalogue.methods(), *({"judge"} & set(cost)), "evaluate"]
     theirs = sum(cost[name]["seconds"]["mean"] for name in ("dataset", *core) if name in cost)
     return (
-        f"Time in stages, added up over all jobs: {everything:.1f} minutes. One seed's "
-        f"{listed([label(name) for name in core])} take {theirs / 60:.1f} of them."
+        f"Time in stages, added up over all jobs: {everything:.1f} minutes. A seed's "
+        f"{listed([label(name) for name in core])} take {theirs / 60:.1f} of them on average."
     )
 
 

@@ -64,8 +64,8 @@ def test_all_seeds_count_in_the_sum_and_one_in_the_methods() -> None:
         "evaluate": stage(5, 5),
     }
     assert total_sentence({"cost": cost}) == (
-        "Time in stages, added up over all jobs: 28.0 minutes. One seed's reward model, SFT, PPO, "
-        "GRPO, DPO and evaluation take 9.0 of them."
+        "Time in stages, added up over all jobs: 28.0 minutes. A seed's reward model, SFT, PPO, "
+        "GRPO, DPO and evaluation take 9.0 of them on average."
     )
     judged = total_sentence({"cost": cost | {"judge": stage(3)}})
     assert "DPO, held-out judge and evaluation take 12.0" in judged
