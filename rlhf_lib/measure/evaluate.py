@@ -119,7 +119,7 @@ def replies_of(
     first = [
         (k, i) for k, i in places if k < config.measured_samples and i < config.measured_prompts
     ]
-    rest = [place for place in places if place not in set(first)]
+    rest = sorted(set(places) - set(first))
     rows: dict[tuple[int, int], dict] = {}
     asked = [prompts[i] for _, i in first]
     rollout = sampler.sample(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from scipy import optimize, stats
@@ -43,8 +44,13 @@ def error_variances(means: np.ndarray, added: np.ndarray) -> tuple[np.ndarray, n
 def tail(x: float, errors: Errors) -> float:
     """P(sum of the errors > x), for x >= 0."""
     wide, *narrow = sorted((tuple(e) for e in errors if e[0] > 0), reverse=True)
-    shift = narrow[0][0] * stats.t.ppf(_PLACES, narrow[0][1]) if narrow else np.zeros(200)
+    shift = narrow[0][0] * _at_places(narrow[0][1]) if narrow else np.zeros(200)
     return float(_WEIGHTS @ stats.t.sf((x - shift) / wide[0], wide[1]))
+
+
+@cache
+def _at_places(df: float) -> np.ndarray:
+    return stats.t.ppf(_PLACES, df)
 
 
 def quantile(p: float, errors: Errors) -> float:

@@ -86,7 +86,7 @@ def rewards(deciding: str) -> list[str]:
 
 
 def policies(samples: Samples) -> dict[str, dict]:
-    """All measures of every policy, and its gains over SFT; families of gains: FAMILIES."""
+    """All measures of every policy, and its gains over SFT (families: `compared`)."""
     table = {}
     chosen = _chosen(samples)
     for name in samples.rows:

@@ -65,8 +65,15 @@ class Offer:
 
     def call(self, stage: Callable[..., dict | None]) -> dict | None:
         """Run a stage with what its parameters name; what has a default may be missing here."""
-        wanted = inspect.signature(stage).parameters
-        return stage(**{name: getattr(self, name) for name in wanted if hasattr(self, name)})
+        offered, wanted = self.names(), inspect.signature(stage).parameters
+        # in their order: a policy that was asked for before the sampler may be its reference
+        return stage(**{name: getattr(self, name) for name in wanted if name in offered})
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """All that a stage may ask for."""
+        made = {name for name in dir(cls) if not name.startswith("_")}
+        return made.union(cls._GIVEN, cls._OF_WORK) - {"call", "names", "save", "release"}
 
     def save(self) -> None:
         """Write the model that was trained, if one was, to `model/`."""

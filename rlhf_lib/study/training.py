@@ -68,8 +68,7 @@ def check_stage(record: Record, profile: Profile, truth: Truth | None) -> Callab
     when all that comes before it has been trained.
     """
     function = resolve(record.runs)
-    offered = {n for n in dir(Offer) if not n.startswith("_")} | {*Offer._GIVEN, *Offer._OF_WORK}
-    offered -= {"call", "save", "release"}
+    offered = Offer.names()
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is parameter.empty and name not in offered:
             raise SettingsError(
