@@ -1,4 +1,4 @@
-"""Command line: python -m benchmarks run | growth | memory | stream | predict."""
+"""Command line: python -m benchmarks run | growth | gpu | stream | predict."""
 
 from __future__ import annotations
 
@@ -93,16 +93,19 @@ def growth(
 
 
 @app.command()
-def memory(out: Out = RESULTS / "memory-t4.json", cap_gb: float = 12.0) -> None:
-    """Memory of the profile `t4`: a run under a cap on a GPU, from measured parts elsewhere."""
-    from benchmarks import memory as measured
-    from benchmarks.text import memory_summary
-    from rlhf_lib.runtime import set_up_process
+def gpu(
+    out: Annotated[Path, typer.Option(help="the folder to write")] = Path("runs/gpu"),
+    minutes: Annotated[float, typer.Option(help="to stop after")] = 10.0,
+    only: Annotated[str, typer.Option(help="parts, separated by commas")] = "",
+    small: Annotated[bool, typer.Option(help="sizes for a try on a CPU")] = False,
+    peer_python: Annotated[str, typer.Option(help="an interpreter that has TRL")] = "",
+) -> None:
+    """What only a GPU can show: precisions, resuming, memory, decoding, speed beside TRL."""
+    from benchmarks import gpu as measured
 
-    set_up_process()
-    results = measured.measure(cap_gb, _say)
-    _write(out, results)
-    print(memory_summary(results))
+    parts = [name for name in only.split(",") if name]
+    measured.run(out, minutes, small, _say, parts, peer_python or sys.executable)
+    print(f"written: {out / 'gpu.json'}")
 
 
 @app.command()

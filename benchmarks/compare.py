@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
 from benchmarks import ratios, roof
@@ -17,7 +18,9 @@ from benchmarks.protocol import Worker
 from rlhf_lib.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 2  # the first touch of memory is slow, and the first round may not need all of it
+# The first touch of memory is slow, and the first round may not need all of it; a GPU looks for
+# kernels at each new shape.
+WARM_UP = 3 if torch.cuda.is_available() else 2
 PEERS = {
     **dict.fromkeys(("sft", "reward_model", "dpo", "grpo"), "TRL"),
     "ppo": "plain PPO",
@@ -38,10 +41,9 @@ def run_rounds(
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search}
     found: dict[str, list[dict]] = {name: [] for name in commands}
-    with (
-        Worker(commands["library"], settings) as library,
-        Worker(commands["peer"], settings) as peer,
-    ):
+    # both load at once; only then does one compute while the other waits
+    library, peer = Worker(commands["library"], settings), Worker(commands["peer"], settings)
+    with library, peer:
         for number in range(WARM_UP + rounds):
             for name, worker in (("library", library), ("peer", peer)):
                 record = worker.ask(number)

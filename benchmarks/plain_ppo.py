@@ -62,7 +62,7 @@ def load(job: Job) -> Round:
 
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int
+    model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, **settings: Any
 ) -> list[list[int]]:
     """`model.generate` on a batch padded on the left, from the unfiltered softmax."""
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -75,6 +75,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
     replies, end = output[:, padded["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
     return [row[: row.index(end) + 1] if end in row else row for row in replies]

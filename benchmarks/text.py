@@ -1,4 +1,4 @@
-"""What benchmarks measured, as Markdown for the README: speed beside peers, growth, memory."""
+"""What benchmarks measured, as Markdown for the README: speed beside peers, growth, GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from benchmarks.ratios import spread
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.show.display import markdown
 
@@ -19,10 +20,10 @@ ROOF_TARGET = 0.5
 
 
 def summary(results: Mapping) -> str:
-    """Of a comparison, of how cost grows, or of memory under a cap, as the keys tell."""
+    """Of a comparison, of how cost grows, or of what a GPU showed, as the keys tell."""
     if "axes" in results:
         return growth_summary(results)
-    return memory_summary(results) if "cap_gb" in results else benchmark_summary(results)
+    return gpu_summary(results) if "parts" in results else benchmark_summary(results)
 
 
 def benchmark_summary(results: Mapping) -> str:
@@ -150,15 +151,70 @@ def growth_summary(results: Mapping) -> str:
     )
 
 
-def memory_summary(results: Mapping) -> str:
-    """Peak memory of each stage of the profile `t4`, and whether it keeps under the cap."""
-    cap = results["cap_gb"]
-    rows = [
-        {
-            "stage": stage.replace("_", " "),
-            "GB": f"{found['total_gb']:.1f}",
-            f"under {cap:g} GB": "yes" if found["total_gb"] <= cap else "**no**",
-        }
-        for stage, found in results["stages"].items()
-    ]
-    return f"Profile `t4`, {results['measured_on']}:\n\n{markdown(pd.DataFrame(rows))}"
+def gpu_summary(results: Mapping) -> str:
+    """What worked on a GPU, how much memory a T4's profile takes, and how fast it decodes."""
+    parts, packages = results["parts"], results["environment"]["packages"]
+    head = (
+        f"{results['gpu']}; torch {packages['torch']}, transformers {packages['transformers']}. "
+        f"{results.get('note', '')}"
+    )
+    told = [head.strip()]
+    for name in ("smoke-fp16", "smoke-bf16"):
+        if name in parts:
+            told.append(_works(name, parts[name]))
+    if "largest_difference_of_weights" in (killed := parts.get("resume", {})):
+        told.append(
+            f"PPO killed at step {killed['killed_at_step']} and resumed: its weights differ from "
+            f"those of the run that nothing stopped by {killed['largest_difference_of_weights']:g}."
+        )
+    tables = [_capped(parts), _decoding(parts.get("decoding", {}))]
+    return "\n\n".join(told + [table for table in tables if table])
+
+
+def _works(name: str, part: Mapping) -> str:
+    stages = {stage: found for stage, found in part.items() if isinstance(found, Mapping)}
+    failed = [stage for stage, found in stages.items() if "error" in found]
+    ended = {stage: found for stage, found in stages.items() if stage not in failed}
+    odd = [stage for stage, found in ended.items() if found["not_finite"]]
+    skipped = sum(found["skipped"] for found in ended.values())
+    return (
+        f"`{name}`: {len(ended)} of {len(stages)} stages ended"
+        + (f" (not {', '.join(failed)})" if failed else "")
+        + (f"; numbers that are not finite in {', '.join(odd)}" if odd else "; all numbers finite")
+        + f"; {skipped:.0f} steps skipped."
+    )
+
+
+def _capped(parts: Mapping) -> str:
+    """Peak memory of each stage of `t4` at GPT-2's size, in both precisions."""
+    rows = []
+    for stage, found in parts.get("t4-fp16", {}).items():
+        if isinstance(found, Mapping) and "error" not in found:
+            half = parts.get("t4-bf16", {}).get(stage, {})
+            rows.append({
+                "stage": stage.replace("_", " "),
+                "GB in fp16": f"{found['peak_memory_gb']:.1f}",
+                "in bf16": f"{half['peak_memory_gb']:.1f}" if "peak_memory_gb" in half else "–",
+                "fp16 steps": found["steps"],
+                "skipped": f"{found['skipped']:.0f}",
+            })  # fmt: skip
+    said = "Profile `t4` at GPT-2's size with random weights, under a cap of 15 GB:"
+    return f"{said}\n\n{markdown(pd.DataFrame(rows))}" if rows else ""
+
+
+def _decoding(part: Mapping) -> str:
+    """Tokens a second of each way to decode, and the first call, which sets things up."""
+    rows = []
+    for key, found in part.items():
+        if isinstance(found, Mapping):
+            count, _, side = key.partition(" rows, ")
+            rows.append({
+                "rows": count,
+                "decoded by": side,
+                "tokens/s": f"{spread(found['tokens_per_second'])['median']:,.0f}",
+                "lowest": f"{min(found['tokens_per_second']):,.0f}",
+                "highest": f"{max(found['tokens_per_second']):,.0f}",
+                "first call, s": f"{found['first_seconds']:.1f}",
+            })  # fmt: skip
+    said = "Decoding 128 tokens a row, medians of four calls:"
+    return f"{said}\n\n{markdown(pd.DataFrame(rows))}" if rows else ""

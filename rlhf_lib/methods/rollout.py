@@ -16,8 +16,8 @@ from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.methods.rewards import Reply, Reward, WeightedSum, checked, of_truth, read_replies
 from rlhf_lib.models.generation import generate
+from rlhf_lib.models.load import adapters_off
 from rlhf_lib.models.logprobs import CHUNK, output_logits, response_hidden, token_logprobs
-from rlhf_lib.models.lora import adapters_off
 from rlhf_lib.models.packing import Tokens, by_prompt, length_mask, unflatten
 from rlhf_lib.objectives.kl import full_kl
 from rlhf_lib.objectives.masked import entropy, masked_mean

@@ -56,5 +56,16 @@ def by_products(
     return (weights.view(rows, groups, -1, length) @ value).view(rows, heads, length, width)
 
 
+def added(visible: Tensor) -> Tensor:
+    """A mask to add to attention's scores, in the dtype of the products: 0 where it is visible.
+
+    torch's kernels want this one, and make it of one that says yes or no in every layer anew.
+    """
+    device = visible.device.type
+    on = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if on else torch.float32
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib.data.batches import by_length
+from rlhf_lib.models import decoding
+from rlhf_lib.models.decoding import RoomyLayer, roomy_cache
 from rlhf_lib.models.load import eos_id
 from rlhf_lib.models.packing import Tokens
 from rlhf_lib.runtime import phase
@@ -40,28 +43,53 @@ def generate(
         uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64)
     responses: list[list[int]] = [[] for _ in prompts]
     eos = eos_id(tokenizer)
+
+    def draw(logits: Tensor, luck: Tensor) -> Tensor:
+        return draw_tokens(logits / temperature, luck)
+
     for rows in by_length([len(p) for p in prompts], batch_size):
-        cache = _roomy_cache(model, max_new_tokens)
+        cache = roomy_cache(model, max_new_tokens)
         mask, logits = _prefill(model, [prompts[i] for i in rows], eos, cache)
-        alive = torch.ones(len(rows), dtype=torch.bool, device=model.device)
+        plain = all(type(layer) is RoomyLayer for layer in cache.layers)
+        decode = decoding.decode_recorded if plain and model.device.type == "cuda" else _decode
         luck = uniforms[rows].to(model.device)
-        for step in range(max_new_tokens):
-            tokens = draw_tokens(logits / temperature, luck[:, step : step + 1])
-            sampled = tokens[:, 0].tolist()
-            for row, token, open_ended in zip(rows, sampled, alive.tolist(), strict=True):
-                if open_ended:
-                    responses[row].append(token)
-            alive &= tokens[:, 0] != eos
-            left = int(alive.sum())
-            if left == 0 or step + 1 == max_new_tokens:
-                break
-            if left <= (1 - FINISHED_SHARE) * len(rows):
-                places = alive.nonzero()[:, 0]
-                rows = [rows[i] for i in places.tolist()]
-                cache.batch_select_indices(places)
-                mask, tokens, alive, luck = (x[places] for x in (mask, tokens, alive, luck))
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            logits = _step(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
+        drawn = decode(model, cache, mask, logits, draw, luck, eos)
+        for row, response in zip(rows, drawn, strict=True):
+            responses[row] = response
+    return responses
+
+
+def _decode(
+    model: PreTrainedModel,
+    cache: Cache,
+    mask: Tensor,
+    logits: Tensor,
+    draw: Callable[[Tensor, Tensor], Tensor],
+    luck: Tensor,
+    eos: int,
+) -> list[list[int]]:
+    """What `decoding.decode_recorded` does, where there is no GPU: a row that has ended leaves."""
+    responses: list[list[int]] = [[] for _ in luck]
+    rows = list(range(len(luck)))
+    alive = torch.ones(len(rows), dtype=torch.bool, device=model.device)
+    longest = luck.shape[1]
+    for step in range(longest):
+        tokens = draw(logits, luck[:, step : step + 1])
+        sampled = tokens[:, 0].tolist()
+        for row, token, open_ended in zip(rows, sampled, alive.tolist(), strict=True):
+            if open_ended:
+                responses[row].append(token)
+        alive &= tokens[:, 0] != eos
+        left = int(alive.sum())
+        if left == 0 or step + 1 == longest:
+            break
+        if left <= (1 - FINISHED_SHARE) * len(rows):
+            places = alive.nonzero()[:, 0]
+            rows = [rows[i] for i in places.tolist()]
+            cache.batch_select_indices(places)
+            mask, tokens, alive, luck = (x[places] for x in (mask, tokens, alive, luck))
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        logits = _step(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
     return responses
 
 
@@ -110,42 +138,3 @@ def _step(
         use_cache=True, logits_to_keep=1,
     )  # fmt: skip
     return output.logits[:, -1]
-
-
-class _RoomyLayer(DynamicLayer):
-    """Writes new keys and values into room that it has; its parent copies all, at every token."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self.stores: list[Tensor] = []  # keys and values, each (B, heads, places, width)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        start, new = self.get_seq_length(), (key_states, value_states)
-        end = start + key_states.shape[-2]
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-        if not self.stores or self.stores[0].shape[-2] < end:
-            self.stores = [s.new_empty(*s.shape[:-2], end + self.room, s.shape[-1]) for s in new]
-            if start:
-                for store, old in zip(self.stores, (self.keys, self.values), strict=True):
-                    store[..., :start, :] = old  # type: ignore[index]
-        for store, states in zip(self.stores, new, strict=True):
-            store[..., start:end, :] = states
-        self.keys, self.values = (store[..., :end, :] for store in self.stores)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.stores = []  # they are of other rows
-
-
-def _roomy_cache(model: PreTrainedModel, room: int) -> Cache:
-    """The model's own kind of cache, its plain layers replaced."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +33,6 @@ from transformers.utils import logging
 
 from rlhf_lib import runtime
 from rlhf_lib.models import attention, smollm2
-from rlhf_lib.models.lora import add_lora, merge_lora
 from rlhf_lib.runtime import bundled_folder, phase
 from rlhf_lib.settings import ModelConfig, SettingsError, unknown
 
@@ -90,11 +91,11 @@ def freeze(accelerator: Accelerator, model: PreTrainedModel) -> PreTrainedModel:
         return model
     embedding = model.get_input_embeddings().weight
     for name, module in model.named_modules():
-        if not isinstance(module, (torch.nn.Linear, Conv1D)) or name == "score":
+        if not isinstance(module, (nn.Linear, Conv1D)) or name == "score":
             continue
         if module.weight is embedding:
             rounded = embedding.detach().to(dtype)  # type: ignore[operator]
-            module.weight = torch.nn.Parameter(rounded, requires_grad=False)
+            module.weight = nn.Parameter(rounded, requires_grad=False)
         else:
             module.to(dtype)
     return model
@@ -134,7 +135,7 @@ def load_value_model(reward_model: str | Path) -> PreTrainedModel:
     model = _load(AutoModelForSequenceClassification, reward_model, num_labels=1)
     mean = getattr(model.config, "reward_mean", 0.0)
     std = getattr(model.config, "reward_std", 1.0)
-    head = torch.nn.Linear(model.score.in_features, 1)
+    head = nn.Linear(model.score.in_features, 1)
     head.weight.data.copy_(model.score.weight.data / std)
     head.bias.data.fill_(-mean / std)
     model.score = head
@@ -143,9 +144,9 @@ def load_value_model(reward_model: str | Path) -> PreTrainedModel:
 
 def add_value_head(model: PreTrainedModel) -> None:
     """A head `score` that reads values off the policy's own trunk; it starts at 0 everywhere."""
-    head = torch.nn.Linear(model.config.hidden_size, 1)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
+    head = nn.Linear(model.config.hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     model.score = head
 
 
@@ -227,6 +228,8 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
     with _quiet(), _explained(name, options):
         config = AutoConfig.from_pretrained(where, **options, **settings)
         _drop_dropout(config)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one pass
         model, report = model_class.from_pretrained(
             where, config=config, dtype=torch.float32, attn_implementation=attention.NAME,
             output_loading_info=True, **options,
@@ -299,3 +302,59 @@ def _explained(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
             "model.name=tiny, smollm2-135m (make offline-model), a folder written by "
             "save_pretrained, or a hub model that this machine has downloaded before"
         ) from error
+
+
+# ------------------------------------------------------------------------------- adapters
+# Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) train a few added weights. One starts at zero
+# effect, so a policy with its adapters off is the model that it started from: the reference,
+# without a second copy in memory.
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> None:
+    """Put an adapter of `rank` beside every linear layer of the trunk, and freeze the trunk.
+
+    Adds alpha / rank * B A x to each layer's output. A scalar head stays trainable as a whole.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and seldom asked for
+
+    body = {id(module) for module in model.base_model.modules()}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in body and isinstance(module, (nn.Linear, Conv1D))
+    }
+    transposed = {isinstance(layer, Conv1D) for layer in layers.values()}
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(layers),  # type: ignore[arg-type]
+        fan_in_fan_out=transposed == {True},  # GPT-2 stores its weights that way
+    )  # fmt: skip
+    inject_adapter_in_model(config, model)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it the model is what it was before its adapters."""
+    for _, layer in _adapted(model):
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for _, layer in _adapted(model):
+            layer.enable_adapters(True)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters into the weights they belong to: an ordinary model again."""
+    for name, layer in _adapted(model):
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    if "peft" not in sys.modules:  # then nothing can have an adapter
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(n, layer) for n, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]

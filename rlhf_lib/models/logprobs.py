@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_lib.models.packing import Layout, Tokens, by_prompt, check_rows, lay_out, unflatten
+from rlhf_lib.models.packing import Layout, Tokens, by_prompt, check_rows, lay_out_for, unflatten
 from rlhf_lib.objectives.masked import entropy
 from rlhf_lib.runtime import phase
 
@@ -50,7 +50,7 @@ def response_hidden(
 
     N counts the response tokens of all rows in order: `unflatten` puts (N,) back into (B, T).
     """
-    layout = lay_out(prompts, responses, next(model.parameters()).device)
+    layout = lay_out_for(model, prompts, responses)
     return hidden_states(model, layout)[layout.predicted_at], layout.labels, layout.mask
 
 
@@ -153,7 +153,7 @@ def token_values(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> 
 
 def sequence_scores(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Tensor:
     """A reward model's raw output at the last real token of each sequence: (B,) float32."""
-    layout = lay_out(prompts, responses, next(model.parameters()).device)
+    layout = lay_out_for(model, prompts, responses)
     return _head(model, hidden_states(model, layout)[layout.ends])
 
 

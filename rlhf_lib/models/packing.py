@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_lib.models.attention import added
+
 Tokens = Sequence[Sequence[int]]
+GPU_MULTIPLE = 64  # places of a row on a GPU, which looks for kernels at every new shape
 SHARED = 8  # responses that share a row with their prompt, at most: attention grows as its square
 
 
@@ -51,12 +54,13 @@ def by_prompt(prompts: Tokens, responses: Tokens, size: int) -> Iterator[list[in
         yield batch
 
 
-def first_fit(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, start) of each item when rows are as long as the longest: short ones share a row.
+def first_fit(lengths: Sequence[int], longest: int) -> list[tuple[int, int]]:
+    """(row, start) of each item in rows of `longest` places: short ones share a row.
 
     First-fit decreasing: each, from the longest on, goes into the first row that has room for it.
     """
-    places, used, longest = [(0, 0)] * len(lengths), [], max(lengths)
+    places: list[tuple[int, int]] = [(0, 0)] * len(lengths)
+    used: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fits = (row for row, taken in enumerate(used) if taken + lengths[i] <= longest)
         row = next(fits, len(used))
@@ -72,25 +76,45 @@ class Layout(NamedTuple):
 
     ids: Tensor  # (R, L)
     positions: Tensor | None  # (R, L); None: they count from 0, and attention is causal
-    visible: Tensor | None  # (R, 1, L, L) bool, with `positions`
+    visible: Tensor | None  # (R, 1, L, L) bool, or to add to scores; with `positions`
     predicted_at: tuple[list[int], list[int]]  # row and place that predict each token, (N,) both
     ends: tuple[list[int], list[int]]  # row and place of each response's last token, (B,) both
     labels: Tensor  # (N,)
     mask: Tensor  # (B, T)
 
 
-def lay_out(prompts: Tokens, responses: Tokens, device: torch.device | str = "cpu") -> Layout:
+def lay_out_for(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Layout:
+    """`lay_out` on the model's device; on a GPU in rows of few lengths, with a mask to add."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return lay_out(prompts, responses, device)
+    most = getattr(model.config, "max_position_embeddings", None)
+    layout = lay_out(prompts, responses, device, GPU_MULTIPLE, most)
+    return layout if layout.visible is None else layout._replace(visible=added(layout.visible))
+
+
+def lay_out(
+    prompts: Tokens,
+    responses: Tokens,
+    device: torch.device | str = "cpu",
+    multiple: int = 1,
+    most: int | None = None,
+) -> Layout:
     """Put responses into rows. Neighbours with an equal prompt form a tree: prompt, then responses.
 
     Short trees share a row, so that little of it is padding. Attention lets each response see its
     prompt and itself only, and its positions go on from the prompt's end: both are what they would
-    be in a row of its own. Raises ValueError for an empty prompt or response, or one too many.
+    be in a row of its own. Rows have a multiple of `multiple` places,
+    as far as `most` allows. Raises ValueError for an empty prompt or response, or one too many.
     """
     check_rows(prompts, responses)
     trees = runs_of_equal(prompts, SHARED)
     sizes = [len(prompts[tree[0]]) + sum(len(responses[i]) for i in tree) for tree in trees]
-    places = first_fit(sizes)
-    shape = max(row for row, _ in places) + 1, max(sizes)
+    longest = max(sizes)
+    rounded = -(-longest // multiple) * multiple
+    width = rounded if most is None else max(longest, min(rounded, most))
+    places = first_fit(sizes, width)
+    shape = max(row for row, _ in places) + 1, width
     ids, positions, branches = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     owners = torch.full(shape, -1)  # the tree of each place; -1: padding
     at: tuple[list[int], list[int]] = ([], [])

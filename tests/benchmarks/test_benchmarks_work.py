@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks import growth, library_worker, memory, predict, prepare, text
+from benchmarks import growth, library_worker, predict, prepare, text
 from benchmarks.job import STAGES, Job, Row, read_job
 from benchmarks.peer_worker import load as load_peer
-from benchmarks.saved import watch
 from benchmarks.work import PASSES, Sizes, count, sizes_of
 from rlhf_lib import catalogue
 from rlhf_lib.models.load import load_tokenizer
@@ -135,32 +134,6 @@ def test_drawn_rows_have_the_lengths_of_real_ones() -> None:
 def test_a_model_too_short_for_the_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="positions and the rows need 256"):
         prepare.make_job(tmp_path, "tiny", "", 8)
-
-
-def test_what_autograd_keeps_comes_and_goes() -> None:
-    weight = torch.randn(4, 4, requires_grad=True)
-    x = torch.randn(8, 4)
-    with watch([weight]) as kept:
-        out = (x @ weight).exp()  # keeps x and exp's result; the weight is not counted
-        assert kept.now == kept.peak == 2 * 8 * 4 * 4
-        out.sum().backward()
-        del out
-    assert kept.now == 0
-    assert kept.largest == 8 * 4 * 4
-
-
-def test_memory_is_the_sum_of_its_parts(tmp_path: Path) -> None:
-    shape = GPT2Config(
-        n_layer=2, n_embd=32, n_head=2, vocab_size=600, bos_token_id=None, eos_token_id=None
-    )
-    # one process keeps one precision, and the other tests have fp32
-    job = replace(memory.t4_job(tmp_path, "dpo", shape), precision="fp32")
-    found = memory.parts("dpo", job)
-    weights = job.sizes.trunk + job.sizes.head
-    assert found["weights_gradients_adam_gb"] == pytest.approx(16 * weights / 1e9)
-    assert found["saved_activations_gb"] > found["gradient_of_logits_gb"] > 0
-    parts = {key: value for key, value in found.items() if key != "total_gb"}
-    assert max(parts.values()) < found["total_gb"] <= sum(parts.values())
 
 
 def test_growth_of_known_cost() -> None:

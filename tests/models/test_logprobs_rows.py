@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.models import logprobs
+from rlhf_lib.models import logprobs, packing
 from rlhf_lib.models.logprobs import (
     output_logprobs,
     response_hidden,
@@ -91,7 +91,7 @@ def test_the_comparison_sees_a_broken_layout(
     broken: Callable, make_model: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("gpt2")
-    monkeypatch.setattr(logprobs, "lay_out", lambda *a: broken(lay_out(*a)))
+    monkeypatch.setattr(packing, "lay_out", lambda *a: broken(lay_out(*a)))
     with pytest.raises(AssertionError):
         assert_same(model, together(model, "logprobs"), one_at_a_time(model, "logprobs"))
 
@@ -125,3 +125,21 @@ def test_the_output_layer_in_parts_equals_the_whole(
 def test_entropy_is_computed_only_where_it_is_asked_for(causal_model: PreTrainedModel) -> None:
     hidden, labels, _ = response_hidden(causal_model, PROMPTS, RESPONSES)
     assert output_logprobs(causal_model, hidden, labels)[1] is None
+
+
+@pytest.mark.parametrize(("multiple", "most", "width"), [(64, None, 64), (64, 40, 40), (8, 4, 10)])
+def test_rows_of_a_multiple_are_read_the_same(
+    multiple: int,
+    most: int | None,
+    width: int,
+    causal_model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a GPU gets them: few lengths, and a mask to add where rows are shared."""
+    usual = response_logprobs(causal_model, PROMPTS, RESPONSES)[0]
+    layout = lay_out(PROMPTS, RESPONSES, multiple=multiple, most=most)
+    assert layout.ids.shape[1] == width, "the longest tree has 10 places"
+    mask = packing.added(layout.visible)
+    monkeypatch.setattr(logprobs, "lay_out_for", lambda *a: layout._replace(visible=mask))
+    found = response_logprobs(causal_model, PROMPTS, RESPONSES)[0]
+    torch.testing.assert_close(found, usual, rtol=0, atol=1e-5)

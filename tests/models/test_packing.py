@@ -36,14 +36,14 @@ def test_batches_of_any_size_hold_every_row_once(size: int) -> None:
 
 
 def test_short_items_share_a_row() -> None:
-    assert first_fit([3, 10, 6, 4, 7]) == [(1, 7), (0, 0), (2, 0), (2, 6), (1, 0)]
+    assert first_fit([3, 10, 6, 4, 7], 10) == [(1, 7), (0, 0), (2, 0), (2, 6), (1, 0)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_shared_rows_hold_each_item_once_and_are_never_too_long(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [30, *(rng.randint(1, 12) for _ in range(50))]
-    places = first_fit(lengths)
+    places = first_fit(lengths, max(lengths))
     taken = [
         (row, place)
         for (row, start), length in zip(places, lengths, strict=True)

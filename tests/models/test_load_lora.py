@@ -13,9 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer, trainable
+from rlhf_lib.models.load import (
+    adapters_off,
+    add_lora,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    merge_lora,
+    trainable,
+)
 from rlhf_lib.models.logprobs import response_logprobs, sequence_scores
-from rlhf_lib.models.lora import adapters_off, add_lora, merge_lora
 from rlhf_lib.settings import ModelConfig
 from tests.conftest import train_stage
 
