@@ -51,8 +51,6 @@ $(STAMP):
 
 report: $(STAMP) ## run the study and write its HTML and PDF report
 	$(BIN)/python -m rlhf_lib run --profile $(PROFILE) $(RUN_ARGS)
-	@cd runs/$(PROFILE)/report && ls index.html report.pdf >/dev/null && \
-	  printf '\nThe report is ready:\n  %s\n  %s\n' "$$PWD/index.html" "$$PWD/report.pdf"
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import PROFILES, UserError, load_profile
+from rlhf_lib.settings import PROFILES, Profile, UserError, load_profile
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -50,7 +50,7 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
-    from rlhf_lib.study import book, schedule
+    from rlhf_lib.study import schedule
 
     overrides = _overrides(data, model, settings, seeds)
     chosen = catalogue.load(profile, overrides)
@@ -58,7 +58,7 @@ def run(
     for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
     if not only:
-        _print_report(book.write_report(chosen, run_dir))
+        _write_report(chosen, run_dir)
 
 
 @app.command()
@@ -71,15 +71,14 @@ def report(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Render the executed notebooks into index.html and report.pdf."""
+    _write_report(catalogue.load(profile, _overrides(data, model, settings, seeds)), run_dir)
+
+
+def _write_report(profile: Profile, run_dir: Path) -> None:
     from rlhf_lib.study import book
 
-    chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
-    _print_report(book.write_report(chosen, run_dir))
-
-
-def _print_report(paths: tuple[Path, Path]) -> None:
-    for path in paths:
-        print(f"report: {path}")
+    for path in book.write_report(profile, run_dir):
+        print(f"report: {path.resolve()}")
 
 
 @app.command()

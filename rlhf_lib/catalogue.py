@@ -98,12 +98,14 @@ def extend(profile: Profile) -> None:
             raise SettingsError(f"methods={name}: there is a record {record.name!r} already")
         add(record)
     for record in [CATALOGUE[name] for name in CATALOGUE if name not in LIBRARY]:
-        _check(record)
+        _check(record, profile)
     stages(profile)  # raises for stages that need each other
 
 
-def _check(record: Record) -> None:
+def _check(record: Record, profile: Profile) -> None:
     """Raises SettingsError for a field of a record of the user's that could mean nothing."""
+    from matplotlib.colors import is_color_like  # slow to import, and seldom asked for
+
     sections = [field.name for field in fields(Profile) if is_dataclass(field.default_factory)]
     words = {
         "role": ([record.role], ("", *ROLES)),
@@ -111,6 +113,7 @@ def _check(record: Record) -> None:
         "needs": (record.needs, ("policies", *CATALOGUE)),
         "sections": (record.sections, sections),
         "variant_of": ([record.variant_of], ("", *CATALOGUE)),
+        "notebook": ([record.notebook], {CATALOGUE[name].notebook for name in LIBRARY}),
     }
     for field, (given, known) in words.items():
         if not isinstance(given, (list, tuple)):
@@ -124,6 +127,27 @@ def _check(record: Record) -> None:
         raise SettingsError(f"record {record.name!r}: a name has letters, digits and _ alone")
     if record.runs.count(":") != bool(record.runs):
         raise SettingsError(f"record {record.name!r}: runs={record.runs!r} is no module:function")
+    if "_minus_" in record.name or "," in record.label:
+        raise SettingsError(
+            f"record {record.name!r}: names may not have _minus_, nor labels ({record.label!r}) a "
+            "comma: the report makes both of several names"
+        )
+    if not is_color_like(record.color):
+        raise SettingsError(f"record {record.name!r}: color={record.color!r} is no color")
+    for field in ("changes", "exists"):
+        if not callable(getattr(record, field)):
+            raise SettingsError(f"record {record.name!r}: {field} is no function")
+    try:
+        config = record.config(profile)
+        record.exists(profile, 0)
+    except Exception as error:  # of the user's functions, whatever they do
+        raise SettingsError(f"record {record.name!r}: {type(error).__name__}: {error}") from error
+    known = [] if config is None else [field.name for field in fields(config)]
+    for word in filter(None, (record.coefficient, *record.unread)):
+        if word not in known and "." not in word:
+            raise SettingsError(
+                f"record {record.name!r}: {unknown('setting', word, known or [''])}"
+            )
 
 
 # ------------------------------------------------------------------------------------ questions

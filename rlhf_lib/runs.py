@@ -40,7 +40,7 @@ from rlhf_lib.runtime import (
     reset_peak_memory,
     seed_everything,
 )
-from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash
+from rlhf_lib.settings import Profile, SettingsError, UserError, as_dict, content_hash
 
 PACKAGE = Path(__file__).resolve().parent
 BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
@@ -151,6 +151,8 @@ class Work:
         self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
         self._started = self._saved = self._logged = time.perf_counter()
         self._earlier = {"seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}}
+        if (self.keep / "progress.json").exists():  # what was kept took its time
+            self._earlier = json.loads((self.keep / "progress.json").read_text())
         self._phases = phase_seconds()
         self.num_tokens = 0
         write_json(self.path / "config.json", stage.config)
@@ -211,11 +213,7 @@ class Work:
         fresh, old = self.path / "checkpoint.new", self.path / "checkpoint.old"
         shutil.rmtree(fresh, ignore_errors=True)
         accelerator.save_state(str(fresh))
-        progress_made = {
-            "step": step, "seconds": self.seconds, "peak_memory_gb": self.peak_memory_gb,
-            "num_tokens": self.num_tokens, "phases": self.phases,
-        }  # fmt: skip
-        write_json(fresh / "progress.json", progress_made)
+        write_json(fresh / "progress.json", {"step": step, **self._spent()})
         # two renames, so that at every moment one whole checkpoint stands under one of the names
         shutil.rmtree(old, ignore_errors=True)  # left over when the process was killed at the end
         if self._checkpoint.exists():
@@ -223,6 +221,13 @@ class Work:
         fresh.rename(self._checkpoint)
         shutil.rmtree(old, ignore_errors=True)
         self._saved = time.perf_counter()
+
+    def _spent(self) -> dict:
+        """What the stage has cost up to now, as results and progress say it."""
+        return {
+            "seconds": self.seconds, "phases": self.phases, "peak_memory_gb": self.peak_memory_gb,
+            "num_tokens": self.num_tokens,
+        }  # fmt: skip
 
     def _restore(self, accelerator: Accelerator) -> int:
         old = self.path / "checkpoint.old"
@@ -249,6 +254,7 @@ class Work:
             fresh = path.with_suffix(".new")
             save_file({name: make()}, fresh)
             fresh.rename(path)
+            write_json(self.keep / "progress.json", self._spent())
         return load_file(path)[name]
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
@@ -257,6 +263,7 @@ class Work:
         if not path.exists():
             self.keep.mkdir(exist_ok=True)
             write_json(path, make())
+            write_json(self.keep / "progress.json", self._spent())
         return json.loads(path.read_text())
 
     def write_samples(self, rows: Sequence[Mapping]) -> None:
@@ -269,14 +276,7 @@ class Work:
 
     def publish(self, result: dict) -> None:
         """Write the result, drop the checkpoint, and rename the folder to its final name."""
-        result = {
-            **result,
-            "seconds": self.seconds,
-            "phases": self.phases,
-            "peak_memory_gb": self.peak_memory_gb,
-            "num_tokens": self.num_tokens,
-        }
-        write_json(self.path / "result.json", result)
+        write_json(self.path / "result.json", {**result, **self._spent()})
         for name in ("checkpoint", "checkpoint.old", "checkpoint.new", "kept"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / "DONE").write_text(self.stage.hash + "\n")
@@ -388,11 +388,21 @@ def imported_modules(tree: ast.AST, package: str) -> list[str]:
 
 
 def write_json(path: Path, value: object) -> None:
-    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Raises UserError for what JSON cannot hold, numbers that are not finite among it."""
+    replace_text(path, _json(path, value, indent=2))
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
-    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_text(path, "".join(_json(path, row) for row in rows))
+
+
+def _json(path: Path, value: object, indent: int | None = None) -> str:
+    try:
+        # a number of numpy or torch is a number
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=float)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path.parent.name}/{path.name} cannot hold this: {error}") from error
+    return text + "\n"
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -298,6 +298,21 @@ def content_hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+RUNNING = ("jobs", "threads", "checkpoint_minutes")  # how a profile is run, not what it finds
+
+
+def deciding(settings: typing.Mapping) -> dict:
+    """Of a profile's settings as JSON values, those that its results depend on."""
+    kept = {name: value for name, value in settings.items() if name not in RUNNING}
+    return json.loads(json.dumps(kept))
+
+
+def of_settings(name: str, profile: Profile) -> str:
+    """`name`, with a hash behind it where settings are not the profile's own."""
+    mine, own = (deciding(as_dict(p)) for p in (profile, load_profile(profile.name)))
+    return name if mine == own else f"{name}-{content_hash(mine)[:8]}"
+
+
 # A profile is what it changes of the defaults, in the words of any other override.
 REAL_PAIRS = """
     data.max_prompt_tokens=192 data.max_response_tokens=64

@@ -284,5 +284,6 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     ]
     assert (profile.seeds, profile.ppo.kl_coef, profile.model.name) == (3, 0.3, "gpt2")
     assert (run_dir, only) == (Path("there"), None)
-    assert result.out == f"report: {tmp_path}/a.html\nreport: {tmp_path}/b.pdf\n"
+    shown = f"report: {tmp_path}/a.html\nreport: {tmp_path}/b.pdf\n"
+    assert result.out == shown
     assert cli("run", "--only", "04_ppo").out == f"executed: {tmp_path}/n.ipynb\n"

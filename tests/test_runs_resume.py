@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +132,28 @@ def test_the_state_is_saved_at_most_as_often_as_asked(
     run = Run.open("smoke", 5, run.root, "checkpoint_minutes=0")
     train_a_little(make_model, stage_of(run))
     assert saved == [1, 2, 3, 4], "after the last step the result is saved, not the state"
+
+
+def test_what_a_kept_part_cost_counts_after_a_kill(run: Run) -> None:
+    """The time of a run that was killed belongs to the stage where its work was taken over."""
+    stage, made = stage_of(run), []
+
+    def build(work: Work) -> dict:
+        def slow() -> list[int]:
+            made.append(1)
+            time.sleep(0.3)
+            return [1, 2]
+
+        assert work.part("rows", slow) == [1, 2]
+        assert torch.equal(work.kept("table", lambda: torch.ones(2)), torch.ones(2))
+        if len(killed) == 0:
+            killed.append(1)
+            raise KeyboardInterrupt
+        return {}
+
+    killed: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        stage.ensure(build)
+    stage.ensure(build)
+    assert made == [1], "taken over"
+    assert 0.3 <= stage.result()["seconds"] < 5

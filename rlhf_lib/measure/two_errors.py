@@ -59,7 +59,9 @@ def quantile(p: float, errors: Errors) -> float:
     above = sum(error * stats.t.ppf(p, df) for error, df in errors if error > 0)
     if above == 0:
         return 0.0
-    place = optimize.brentq(lambda x: tail(x, errors) - (1 - p), 0.0, above * (1 + 1e-9))
+    while tail(above, errors) > 1 - p:  # by as much as the sum over nodes is off
+        above *= 1.01
+    place = optimize.brentq(lambda x: tail(x, errors) - (1 - p), 0.0, above)
     return float(place)  # type: ignore[arg-type]
 
 

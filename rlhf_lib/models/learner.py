@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from rlhf_lib.runtime import phase
+from rlhf_lib.settings import UserError
 
 # How a method's loop goes through its steps, all of them or those that are left, and what it tells
 # of each: its number, the tokens it processed, and metrics.
@@ -20,6 +21,10 @@ Log = Callable[[int, int, Mapping[str, float]], None]
 
 def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
     """Tell nobody."""
+
+
+class DivergedError(UserError, FloatingPointError):
+    """Training has left the numbers that there are."""
 
 
 class Learner:
@@ -59,7 +64,7 @@ class Learner:
         """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time).
 
         Returns (loss, gradient norm before clipping, 0 for a step that was skipped). Raises
-        FloatingPointError when loss or norm is not finite: nothing has been changed then.
+        DivergedError when loss or norm is not finite: nothing has been changed then.
         """
         total = 0.0
         # gradient checkpointing works in train mode only, the generation cache best in eval mode
@@ -86,7 +91,7 @@ class Learner:
     def _check(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             self.optimizer.zero_grad()
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the {what} is {value}: lower the learning rate or use model.precision=fp32; "
                 "the weights are those of the last step"
             )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData
@@ -37,8 +38,15 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     settings = as_dict(profile.evaluation), as_dict(profile.endpoint)
     key = content_hash([*hashes, source_hash(__name__), *settings])
     folder = runs[0].root / profile.name / f"evaluation-{key[:12]}"
-    if (folder / "DONE").exists():
-        return folder
+    with FileLock(f"{folder}.lock"):  # a second process waits, and takes what the first has made
+        if not (folder / "DONE").exists():
+            _publish(folder, key, runs, stages, data)
+    return folder
+
+
+def _publish(
+    folder: Path, key: str, runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData
+) -> None:
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     (work / "samples").mkdir(parents=True)
@@ -52,7 +60,7 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     (work / "DONE").write_text(key + "\n")
     if folder.exists():  # a folder that lost its DONE: whatever it holds is not whole
         shutil.rmtree(folder)
-    return work.rename(folder)
+    work.rename(folder)
 
 
 def load_results(folder: Path) -> dict:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results import verdict
-from rlhf_lib.results.summary import load_results
+from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.runs import write_json
-from rlhf_lib.settings import Profile, as_dict
+from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import figure_bundle, table_bundle
 from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
@@ -32,20 +32,33 @@ def evaluation_folder(profile: Profile, run_dir: Path) -> Path:
     """The finished evaluation of these very settings; of several (the code has changed in between)
     the newest. Raises StudyError naming how to make one.
     """
-    asked = json.loads(json.dumps(as_dict(profile)))
-    done = [path.parent for path in (run_dir / profile.name).glob("evaluation-*/DONE")]
-    folders = [folder for folder in done if load_results(folder)["settings"] == asked]
-    if not folders:
-        others = f" ({len(done)} of other settings)" if done else ""
+    asked, found, others = deciding(as_dict(profile)), [], Counter[str]()
+    for done in (run_dir / profile.name).glob("evaluation-*/DONE"):
+        try:
+            results = load_results(done.parent)
+        except (OSError, ValueError):
+            others["that cannot be read"] += 1
+            continue
+        if results.get("format") != FORMAT:
+            others["of an earlier version"] += 1
+        elif deciding(results["settings"]) != asked:
+            others["of other settings"] += 1
+        else:
+            found.append(done)
+    if not found:
+        told = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         raise StudyError(
-            f"no finished evaluation of these settings in {run_dir / profile.name}{others}: "
+            f"no finished evaluation of these settings in {run_dir / profile.name}"
+            f"{f' ({told})' if told else ''}: "
             f"python -m rlhf_lib run --profile {profile.name}, with the same --set as here"
         )
-    return max(folders, key=lambda folder: (folder / "DONE").stat().st_mtime)
+    return max(found, key=lambda done: done.stat().st_mtime).parent
 
 
 def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
     """Render `index.html` and `report.pdf` into runs/<profile>/report; returns their paths.
+
+    A report of settings that are not the profile's own has a folder of its own.
 
     Raises StudyError when a notebook has not been executed yet, or cannot be typeset.
     """
@@ -64,10 +77,11 @@ def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
         front, appendix = Path(folder) / "front.ipynb", Path(folder) / "appendix.ipynb"
         nbformat.write(front_page(results), front)
         nbformat.write(appendix_page(results), appendix)
+        print("rendering the report (a minute or two) ...", flush=True)
         try:
             return exporters.render(
                 [front, *chapters, appendix],
-                run_dir / profile.name / "report",
+                run_dir / profile.name / of_settings("report", profile),
                 title=TITLE,
                 subtitle=_subtitle(results),
                 banner=banner,

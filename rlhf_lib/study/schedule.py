@@ -18,7 +18,7 @@ from traitlets.config import Config
 
 from rlhf_lib import catalogue
 from rlhf_lib.runtime import progress
-from rlhf_lib.settings import Profile, UserError, unknown
+from rlhf_lib.settings import Profile, UserError, load_profile, of_settings, unknown
 from rlhf_lib.study.stages import Study, next_seed
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
@@ -101,6 +101,7 @@ def _run_jobs(
     by_key, running = {job.key: job for job in jobs}, {}
     order = TopologicalSorter({job.key: job.needs for job in jobs})
     order.prepare()
+    print(f"{len(jobs)} jobs, {workers} at once; each says when it has ended", flush=True)
     bar = progress(range(len(jobs)), "study", total=len(jobs))
     next(bar)
     ready: list[str] = []
@@ -143,8 +144,9 @@ def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> floa
     return time.perf_counter() - started
 
 
-def notebook_path(profile: Profile, run_dir: Path, name: str) -> Path:
-    return Path(run_dir) / profile.name / "notebooks" / f"{name}.ipynb"
+def notebook_path(profile: Profile, run_dir: str | Path, name: str) -> Path:
+    """Where the executed notebook lies: those of other settings have a folder of their own."""
+    return Path(run_dir) / profile.name / of_settings("notebooks", profile) / f"{name}.ipynb"
 
 
 def run_notebook(
@@ -154,7 +156,7 @@ def run_notebook(
     import papermill
 
     source = NOTEBOOK_FOLDER / f"{name}.ipynb"
-    target = Path(run_dir) / profile / "notebooks" / f"{name}.ipynb"
+    target = notebook_path(load_profile(profile, overrides), run_dir, name)
     parameters = {
         "PROFILE": profile,
         "SEED": seed,

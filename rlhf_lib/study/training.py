@@ -53,8 +53,13 @@ def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[st
         offer = Offer(run, record, data, needed, work)
         try:
             result = offer.call(function)
+            if not (result is None or isinstance(result, Mapping)):
+                raise SettingsError(
+                    f"stage {record.name}: {record.runs} returned {type(result).__name__}; it has "
+                    "to return a dict of JSON values, or None"
+                )
             offer.save()
-            return result or {}
+            return dict(result or {})
         finally:
             offer.release()
 
@@ -68,8 +73,18 @@ def check_stage(record: Record, profile: Profile, truth: Truth | None) -> Callab
     when all that comes before it has been trained.
     """
     function = resolve(record.runs)
-    offered = Offer.names()
-    for name, parameter in inspect.signature(function).parameters.items():
+    offered, asked = Offer.names(), inspect.signature(function).parameters
+    if {"policy", "reward_model"} <= set(asked):
+        raise SettingsError(
+            f"stage {record.name}: {record.runs} asks for a policy and a reward_model to train, "
+            "and a stage saves one model; a finished reward model is `rater` or `frozen`"
+        )
+    if record.role and not {"policy", "policy_for"} & set(asked):
+        raise SettingsError(
+            f"stage {record.name}: with role={record.role!r} it is evaluated as a policy, so "
+            f"{record.runs} has to ask for `policy`, which is trained and saved"
+        )
+    for name, parameter in asked.items():
         if parameter.default is parameter.empty and name not in offered:
             raise SettingsError(
                 f"stage {record.name}: {record.runs} asks for {name!r}; offered are "

@@ -64,3 +64,10 @@ def test_a_lone_seed_has_its_prompts_alone() -> None:
     of_seeds, of_prompts = error_variances(means, (values - means[..., None]) / 10)
     assert not of_seeds.any()
     assert of_prompts.mean() == pytest.approx(0.2, rel=0.05)
+
+
+@pytest.mark.parametrize("second", [1e-3, 0.2, 1.0])
+def test_two_errors_of_one_degree_of_freedom_have_a_quantile(second: float) -> None:
+    """Two Cauchys added are a Cauchy as wide as both: the quantile lies on its upper bound."""
+    found = quantile(0.975, [[1.0, 1], [second, 1]])
+    assert found == pytest.approx((1 + second) * stats.t.ppf(0.975, 1), rel=0.05)

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 from rlhf_lib.catalogue import record
 from rlhf_lib.models.logprobs import response_logprobs
+from rlhf_lib.settings import numbers
 
 
 def train(policy, sampler, prompts, config, *, steps, log):
     size, count = config.group_size, config.prompts_per_update
+    sampling = numbers(sampler.sample, config)  # temperature, reward_clip and what else it takes
     for step in steps(config.updates):
         asked = [prompts[(step * count + i) % len(prompts)] for i in range(count)]
-        rollout = sampler.sample(policy.model, [p for p in asked for _ in range(size)])
+        rollout = sampler.sample(policy.model, [p for p in asked for _ in range(size)], **sampling)
         groups = rollout.rewards.view(-1, size)
         advantages = (groups - groups.mean(1, keepdim=True)).view(-1, 1)
 
@@ -31,4 +33,8 @@ RECORD = replace(
     runs="reinforce:train",
     notebook="",
     help="",
+    # what it does not do as GRPO does: no coefficient holds it near its reference, and of its
+    # passes over tokens nobody has said anything
+    coefficient="",
+    passes=None,
 )

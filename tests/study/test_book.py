@@ -16,7 +16,7 @@ from rlhf_lib.results import verdict
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.settings import Profile, as_dict, load_profile
 from rlhf_lib.study import book
-from rlhf_lib.study.schedule import StudyError
+from rlhf_lib.study.schedule import StudyError, notebook_path
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -48,11 +48,11 @@ def publish(
     return results
 
 
-def executed(run_dir: Path, profile: str) -> None:
-    folder = run_dir / profile / "notebooks"
-    folder.mkdir(parents=True)
+def executed(run_dir: Path, profile: str, settings: Profile | None = None, mark: str = "") -> None:
     for name in catalogue.notebooks():
-        cells = [nbformat.v4.new_markdown_cell(f"# Chapter {name}")]
+        folder = notebook_path(settings or load_profile(profile), run_dir, name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        cells = [nbformat.v4.new_markdown_cell(f"# Chapter {name}\n\n{mark}")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
 
 
@@ -81,6 +81,39 @@ def test_a_report_is_of_its_own_settings_whatever_was_run_since(tmp_path: Path) 
     third = load_profile("laptop", ["dpo.beta=9"])
     with pytest.raises(StudyError, match=r"of these settings in .* \(2 of other settings\)"):
         book.write_report(third, tmp_path)
+
+
+def test_chapters_and_report_of_other_settings_stand_apart(tmp_path: Path) -> None:
+    """A, then chapters of B, then the report of A: it has none of B's, and A's are not replaced."""
+    usual, other = load_profile("laptop"), load_profile("laptop", ["ppo.kl_coef=9"])
+    publish(tmp_path, name="A")
+    executed(tmp_path, "laptop", mark="said of A")
+    executed(tmp_path, "laptop", other, mark="said of B")
+    page = book.write_report(usual, tmp_path)[0].read_text(encoding="utf-8")
+    assert "said of A" in page
+    assert "said of B" not in page
+    publish(tmp_path, name="B", settings=other)
+    second = book.write_report(other, tmp_path)[0]
+    assert "said of B" in second.read_text(encoding="utf-8")
+    assert "said of A" in (tmp_path / "laptop/report/index.html").read_text(encoding="utf-8")
+
+
+def test_how_it_is_run_makes_no_other_study(tmp_path: Path) -> None:
+    """Whoever gives more jobs or saves more often after a kill finds what was finished."""
+    publish(tmp_path, name="A")
+    again = load_profile("laptop", ["jobs=1", "threads=2", "checkpoint_minutes=1"])
+    assert book.evaluation_folder(again, tmp_path).name == "evaluation-A"
+    assert notebook_path(again, tmp_path, "04_ppo") == tmp_path / "laptop/notebooks/04_ppo.ipynb"
+
+
+def test_folders_that_cannot_be_used_are_counted_and_block_nothing(tmp_path: Path) -> None:
+    for name, text in (("cut", '{"format'), ("old", '{"format": 1, "settings": {}}')):
+        publish(tmp_path, name=name)
+        (tmp_path / "laptop" / f"evaluation-{name}" / "results.json").write_text(text)
+    with pytest.raises(StudyError, match=r"\(1 of an earlier version, 1 that cannot be read\)"):
+        book.evaluation_folder(load_profile("laptop"), tmp_path)
+    publish(tmp_path, name="A")
+    assert book.evaluation_folder(load_profile("laptop"), tmp_path).name == "evaluation-A"
 
 
 def test_without_an_evaluation_the_error_says_how_to_make_one(tmp_path: Path) -> None:

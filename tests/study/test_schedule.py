@@ -99,9 +99,9 @@ def test_jobs_run_side_by_side_but_never_before_what_they_need(
     assert threads.ended == {job.key for job in plan(profile)}
     assert threads.most == 2, "as many as there are cores"
     assert threads.arguments == ("laptop", str(tmp_path), ["seeds=2"])
-    assert notebooks == [
-        tmp_path / "laptop" / "notebooks" / f"{n}.ipynb" for n in catalogue.notebooks()
-    ]
+    names = catalogue.notebooks()
+    assert notebooks == [schedule.notebook_path(profile, tmp_path, name) for name in names]
+    assert notebooks[0] != schedule.notebook_path(load_profile("laptop"), tmp_path, "01_dataset")
     assert "seed 0  07_evaluation" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -160,7 +160,7 @@ def test_a_failing_cell_is_told_in_a_line_with_the_place_to_look(
     overrides = ["data.source=path:two words.jsonl", "seeds=1"]
     with pytest.raises(StudyError, match=r"^ValueError: no more ink") as error:
         schedule.run_notebook("04_ppo", "smoke", 3, "runs", overrides)
-    target = Path("runs/smoke/notebooks/04_ppo.ipynb")
+    target = schedule.notebook_path(load_profile("smoke", overrides), "runs", "04_ppo")
     assert str(target) in str(error.value)
     assert "Traceback" not in str(error.value)
     assert "no more ink" in target.read_text(), "the executed copy shows where it broke"

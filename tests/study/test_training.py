@@ -16,7 +16,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer
 from rlhf_lib.runs import Run
-from rlhf_lib.settings import PPOConfig, SettingsError
+from rlhf_lib.settings import PPOConfig, SettingsError, UserError
 from rlhf_lib.study import offer, training
 from rlhf_lib.study.training import run_stage
 from tests.conftest import train_stage
@@ -128,6 +128,37 @@ def test_a_parameter_with_a_default_keeps_it(toy: Callable) -> None:
 
 def test_a_stage_may_return_nothing(toy: Callable) -> None:
     assert toy("steps, log", "for step in steps(1): log(step, 1, {})").result()["num_tokens"] == 1
+
+
+def test_numbers_of_other_libraries_are_numbers(toy: Callable) -> None:
+    stage = toy(
+        "seed", "import torch, numpy", "return {'a': numpy.float32(1), 'b': torch.ones(())}"
+    )
+    assert (stage.result()["a"], stage.result()["b"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("[1, 2]", r"stage toy: .*:run returned list; it has to return a dict"),
+        ("{'a': float('nan')}", r"result\.json cannot hold this: Out of range float values"),
+        ("{'a': object()}", r"result\.json cannot hold this: .* 'object'"),
+    ],
+)
+def test_what_no_result_can_hold_is_said(toy: Callable, returned: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        toy("seed", f"return {returned}")
+
+
+def test_a_stage_trains_one_model(toy: Callable) -> None:
+    """The folder of a stage holds one: the second would take the place of the first."""
+    with pytest.raises(SettingsError, match="asks for a policy and a reward_model to train"):
+        toy("policy, reward_model", "return {}")
+
+
+def test_what_is_evaluated_as_a_policy_has_to_train_one(toy: Callable) -> None:
+    with pytest.raises(SettingsError, match="role='method' it is evaluated as a policy"):
+        toy("sampler", "return {}", role="method")
 
 
 @pytest.mark.parametrize("name", ["call", "save", "_learner", "kwargs"])
