@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -42,10 +43,14 @@ def resolve(name: str) -> Any:
             # some modules name a file that is not there
             if file.suffix == ".py" and file.is_file() and is_own(file.resolve()):
                 IMPORTED[file.resolve()] = file.read_bytes()
-    if path is not None and found.__file__ != str(path):
+    if path is not None and getattr(found, "__file__", None) != str(path):
         raise SettingsError(f"{name}: Python has another {module}; give the file another name")
     if not hasattr(found, attribute):
-        raise SettingsError(f"{name}: module {module} has no attribute {attribute!r}")
+        near = difflib.get_close_matches(attribute, vars(found), n=1)
+        raise SettingsError(
+            f"{name}: module {module} has no attribute {attribute!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     return getattr(found, attribute)
 
 

@@ -29,6 +29,7 @@ def test_a_package_and_a_file_lead_to_what_they_define(user_folder: Path) -> Non
         ("rlhf_lib.objectives.kl", "name it as package.module:name"),
         ("rlhf_lib.objectives.kl:", "name it as package.module:name"),
         ("rlhf_lib.objectives.kl:k9", "has no attribute 'k9'"),
+        ("rlhf_lib.objectives.kl:ful_kl", "has no attribute 'ful_kl'; did you mean 'full_kl'?"),
         ("rlhf_lib.objectives.lk:k1", "No module named 'rlhf_lib.objectives.lk'"),
         ("no/such/file.py:f", "there is no file .*no/such/file.py"),
     ],

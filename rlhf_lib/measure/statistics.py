@@ -221,11 +221,14 @@ def interval(estimate: Mapping | None, digits: int = 2, percent: bool = False) -
     if estimate is None:
         return "–"
     scale, unit = (100, "%") if percent else (1, "")
-    mean = f"{scale * estimate['mean']:.{digits}f}{unit}"
+
+    def shown(value: float) -> str:
+        return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # -0.0 + 0.0 is 0.0
+
+    mean = shown(estimate["mean"]) + unit
     if estimate["low"] is None or estimate["low"] == estimate["high"]:
         return mean
-    low, high = (f"{scale * estimate[key]:.{digits}f}" for key in ("low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{shown(estimate['low'])}, {shown(estimate['high'])}]"
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:

@@ -139,7 +139,9 @@ def terms(setting: str) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise SettingsError(f"reward {term!r}: {weight!r} is no weight")
+            raise SettingsError(
+                f"reward {term!r}: {weight!r} is no weight, which comes first: 0.5*NAME"
+            )
         if name in found:
             raise SettingsError(f"reward {setting!r} names {name} twice")
         found[name] = value
@@ -195,8 +197,8 @@ def checked(
         raise RewardError(f"reward {name} failed: {error!r}; first on {first}") from error
     if found.shape != (len(replies),):
         raise RewardError(
-            f"reward {name} gave shape {tuple(found.shape)} for {len(replies)} replies, the first "
-            f"{_shown(replies[0])}: it has to give one number a reply"
+            f"reward {name} returned numbers of shape {tuple(found.shape)} for {len(replies)} "
+            "replies: it has to give one number a reply"
         )
     if not found.isfinite().all():
         place = int((~found.isfinite()).nonzero()[0])

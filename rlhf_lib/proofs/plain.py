@@ -1,7 +1,7 @@
 """PPO, GRPO and DPO on bare torch, to be read from top to bottom.
 
-Plain padded batches, and nothing of the rest of this library: the notebooks show this file, the
-tests hold the library's methods against it, and the benchmark runs it as the peer of PPO.
+Plain padded batches, and nothing of the rest of this library: the tests hold the library's methods
+against it, and the benchmark runs it as the peer of PPO.
 
 Policy and reference are causal language models of transformers, the value model is a sequence
 classifier with one label, the reward any function of a batch, (B,): of a reward model it is

@@ -65,9 +65,11 @@ def _gains(results: Mapping) -> str:
     for word, did in (("higher", "raised"), ("lower", "lowered"), (UNCLEAR, "")):
         names = [name for name in methods if gains[name]["verdict"] == word]
         if names:
-            change = f"{did} {deciding} reward over" if did else f"{_are(names)} {word} from"
+            change = f"{did} {deciding} reward over SFT"
+            if not did:
+                change = f"{_are(names)} {word} from SFT in {deciding} reward"
             numbers = "; ".join(f"{catalogue.label(n)} {interval(gains[n])}" for n in names)
-            said.append(f"**{_names(names)} {change} SFT** ({numbers})")
+            said.append(f"**{_names(names)} {change}** (differences: {numbers})")
     text = "; ".join(said) + "."
     unclear = [gain for gain in gains.values() if gain["verdict"] == UNCLEAR]
     if any(gain["low"] > 0 or gain["high"] < 0 for gain in unclear):
@@ -178,7 +180,8 @@ def _best_of_n(results: Mapping) -> str:
     for word, where in (("higher", "above"), ("lower", "below"), (UNCLEAR, UNCLEAR + " from")):
         names = [name for name in found if found[name]["verdict"] == word]
         numbers = "; ".join(f"{catalogue.label(n)} {interval(found[n])}" for n in names)
-        text += f"; {_names(names)} {_are(names)} {where} it ({numbers})" if names else ""
+        if names:
+            text += f"; {_names(names)} {_are(names)} {where} it (differences: {numbers})"
     return text + "."
 
 

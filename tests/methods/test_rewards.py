@@ -181,9 +181,12 @@ def test_what_the_setting_cannot_mean_is_refused(setting: str, message: str) -> 
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (fixed(1.0, 2.0), r"gave shape \(2,\) for 3 replies, the first the reply 'a b c'"),
-        (lambda prompts, replies: 1.0, r"gave shape \(\) for 3 replies, the first .*'a b c'"),
-        (lambda prompts, replies: torch.zeros(3, 1), r"gave shape \(3, 1\) for 3 replies"),
+        (fixed(1.0, 2.0), r"returned numbers of shape \(2,\) for 3 replies: it has to give one"),
+        (lambda prompts, replies: 1.0, r"returned numbers of shape \(\) for 3 replies"),
+        (
+            lambda prompts, replies: torch.zeros(3, 1),
+            r"returned numbers of shape \(3, 1\) for 3 replies",
+        ),
         (fixed(1.0, math.nan, math.inf), r"is nan for the reply 'please' \(1 tokens\)"),
         (fixed(1.0, 2.0, -math.inf), r"is -inf for the reply ''"),
         (fixed(1.0, 1e300, 2.0), r"is inf for the reply 'please'"),
@@ -280,7 +283,9 @@ def test_a_bare_function_will_do_for_a_sampler(make_sampler: Callable, tiny_data
     sample = sampler.sample(sampler.reference, tiny_data.prompts["train"])
     assert sample.scores.tolist() == sample.lengths.tolist()
     sampler = make_sampler(fixed(1.0))
-    with pytest.raises(RewardError, match=r"reward of the sampler gave shape \(1,\) for 16"):
+    with pytest.raises(
+        RewardError, match=r"reward of the sampler returned numbers of shape \(1,\) for 16"
+    ):
         sampler.sample(sampler.reference, tiny_data.prompts["train"])
 
 

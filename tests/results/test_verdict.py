@@ -16,7 +16,7 @@ from rlhf_lib.results.policies import compared
 MADE_UP = Path(__file__).parents[1] / "made_up"
 METHODS = ("ppo", "grpo", "dpo")
 PAIRS = ("ppo_minus_grpo", "ppo_minus_dpo", "grpo_minus_dpo")
-FINDINGS = r"raised|lowered|PO (is|are) clearly|\(difference|as labelled, (above|below)"
+FINDINGS = r"raised|lowered|PO (is|are) clearly|as labelled, (above|below)"
 
 
 def interval(low: float, high: float) -> dict:
@@ -50,7 +50,8 @@ def text(results: dict) -> str:
 
 def test_a_tie_is_called_a_tie(results: dict) -> None:
     said = text(results)
-    assert "**PPO, GRPO and DPO are not distinguishable from SFT** (PPO 0.00 [-0.10, 0.10]" in said
+    start = "**PPO, GRPO and DPO are not distinguishable from SFT in gold reward** (differences: "
+    assert said.startswith(f"{start}PPO 0.00 [-0.10, 0.10]")
     assert "Among themselves the three methods are not distinguishable" in said
     assert "not distinguishable from a bag of words" in said
     assert not re.search(FINDINGS, said)
@@ -71,8 +72,10 @@ def test_a_clear_winner_comes_first_with_its_numbers(results: dict) -> None:
     results["policies"]["ppo"]["gold_gain"] = UP
     results["comparisons"]["ppo_minus_grpo"] = results["comparisons"]["ppo_minus_dpo"] = UP
     first, second, *_ = verdict.sentences(results)
-    assert first.startswith("**PPO raised gold reward over SFT** (PPO 0.50 [0.40, 0.60]); ")
-    assert "**GRPO and DPO are not distinguishable from SFT**" in first
+    assert first.startswith(
+        "**PPO raised gold reward over SFT** (differences: PPO 0.50 [0.40, 0.60]); "
+    )
+    assert "**GRPO and DPO are not distinguishable from SFT in gold reward**" in first
     assert second == (
         "Among the methods: PPO above GRPO (difference 0.50 [0.40, 0.60]); PPO above DPO "
         "(difference 0.50 [0.40, 0.60]). Other pairs are not distinguishable."
@@ -84,7 +87,9 @@ def test_everything_worse_than_sft_is_not_dressed_up(results: dict) -> None:
         results["policies"][name]["gold_gain"] = DOWN
         results["policies"][name]["gold"] = interval(0.3, 0.5)
     said = text(results)
-    assert said.startswith("**PPO, GRPO and DPO lowered gold reward over SFT** (PPO -0.50 [-0.60,")
+    assert said.startswith(
+        "**PPO, GRPO and DPO lowered gold reward over SFT** (differences: PPO -0.50 [-0.60,"
+    )
     assert not re.search("raised|PO (is|are) clearly|not distinguishable from SFT", said)
 
 
@@ -95,7 +100,7 @@ def test_up_down_and_unclear_in_one_sentence(results: dict) -> None:
     assert re.findall(r"\*\*(.*?)\*\*", first) == [
         "GRPO raised gold reward over SFT",
         "DPO lowered gold reward over SFT",
-        "PPO is not distinguishable from SFT",
+        "PPO is not distinguishable from SFT in gold reward",
     ]
 
 
@@ -160,8 +165,8 @@ def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, wor
     (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
     assert said == (
         "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] "
-        f"({words}); GRPO is above it (GRPO 0.50 [0.40, 0.60]); PPO is below it (PPO -0.50 "
-        "[-0.60, -0.40]); DPO is not distinguishable from it (DPO 0.00 [-0.10, 0.10])."
+        f"({words}); GRPO is above it (differences: GRPO 0.50 [0.40, 0.60]); PPO is below it "
+        "(differences: PPO -0.50 [-0.60, -0.40]); DPO is not distinguishable from it (differences: DPO 0.00 [-0.10, 0.10])."
     )
 
 
@@ -215,7 +220,9 @@ def test_a_held_out_judge_is_named_as_what_it_is(results: dict) -> None:
     renamed["policies"]["ppo"]["judge_gain"] = UP
     renamed["overoptimisation"] = {"proxy": UP, "judge": DOWN}
     said = text(renamed)
-    assert said.startswith("**PPO raised judge reward over SFT** (PPO 0.50 [0.40, 0.60])")
+    assert said.startswith(
+        "**PPO raised judge reward over SFT** (differences: PPO 0.50 [0.40, 0.60])"
+    )
     assert "trained on pairs that the proxy never saw" in said
     assert "ends higher in proxy and lower in judge (differences: proxy 0.50" in said
     assert "with judge reward" in said
@@ -271,7 +278,9 @@ def test_a_further_method_is_spoken_of_wherever_methods_are(with_toy: dict) -> N
         f"{name}_minus_rejection_sft" for name in (*METHODS, "toy")
     ]
     said = verdict.sentences(with_toy)
-    assert said[0].startswith("**Toy raised gold reward over SFT** (Toy 0.50 [0.40, 0.60]); ")
+    assert said[0].startswith(
+        "**Toy raised gold reward over SFT** (differences: Toy 0.50 [0.40, 0.60]); "
+    )
     assert "PPO above Toy (difference 0.50 [0.40, 0.60])" in said[1]
     assert "Toy higher (0.50 [0.40, 0.60])" in said[2]
     assert said[3].startswith("**Highest gold reward:** ")
