@@ -166,7 +166,8 @@ def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, wor
     assert said == (
         "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] "
         f"({words}); GRPO is above it (differences: GRPO 0.50 [0.40, 0.60]); PPO is below it "
-        "(differences: PPO -0.50 [-0.60, -0.40]); DPO is not distinguishable from it (differences: DPO 0.00 [-0.10, 0.10])."
+        "(differences: PPO -0.50 [-0.60, -0.40]); DPO is not distinguishable from it (differences: "
+        "DPO 0.00 [-0.10, 0.10])."
     )
 
 
