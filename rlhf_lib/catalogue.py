@@ -377,7 +377,11 @@ add(
 )  # fmt: skip
 add(
     replace(
-        _sweep("rloo", "grpo", "RLOO", lambda p: {"advantage": "leave_one_out"}),
+        # as in Ahmadian et al. 2024, arXiv:2402.14740: a step a batch, so that nothing is clipped,
+        # and tokens summed, not averaged over each reply
+        _sweep("rloo", "grpo", "RLOO", lambda p: {
+            "advantage": "leave_one_out", "iterations": 1, "aggregation": "constant",
+        }),
         color="#e69f00", variant_of="", passes=None,
     ),
 )  # fmt: skip

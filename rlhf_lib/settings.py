@@ -94,7 +94,7 @@ class SFTConfig:
 class RejectionConfig:
     """Rejection-sampling SFT: imitate the best of `samples` replies; batches are cut as in SFT."""
 
-    prompts: int = 1024
+    prompts: int = 480
     samples: int = 8  # to each prompt, from SFT; the reward model's favourite is imitated
     temperature: float = 1.0
     epochs: int = 2
@@ -105,7 +105,7 @@ class RejectionConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    updates: int = 24
+    updates: int = 30
     batch_size: int = 128  # prompts, one response each
     micro_batch_size: int = 16
     epochs: int = 2
@@ -184,7 +184,7 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class DPOConfig:
-    epochs: int = 2
+    epochs: int = 1  # as many tokens in training steps as PPO has in its two
     batch_size: int = 64  # pairs
     micro_batch_size: int = 8
     learning_rate: float = 5e-5
@@ -313,7 +313,8 @@ def of_settings(name: str, profile: Profile) -> str:
     return name if mine == own else f"{name}-{content_hash(mine)[:8]}"
 
 
-# A profile is what it changes of the defaults, in the words of any other override.
+# A profile is what it changes of the defaults, in the words of any other override. In each of them
+# PPO, GRPO and best-of-n SFT sample the same number of replies.
 REAL_PAIRS = """
     data.max_prompt_tokens=192 data.max_response_tokens=64
     reward_model.epochs=1 reward_model.learning_rate=2e-5 reward_model.weight_decay=0.01
@@ -330,9 +331,9 @@ PROFILES = {
         data.train_pairs=128 data.validation_pairs=64 data.test_pairs=128
         data.demonstrations=256 data.rl_prompts=128 data.evaluation_prompts=32
         reward_model.epochs=1 reward_model.curve_points=2 sft.epochs=1
-        rejection.prompts=64 rejection.samples=4 rejection.epochs=1
+        rejection.prompts=24 rejection.samples=4 rejection.epochs=1
         ppo.updates=3 ppo.batch_size=32 ppo.minibatch_size=16
-        grpo.updates=3 grpo.prompts_per_update=4 grpo.group_size=4
+        grpo.updates=3 grpo.prompts_per_update=8 grpo.group_size=4
         dpo.epochs=1 dpo.probes=2 dpo.probe_prompts=16
         evaluation.best_of_n=8 evaluation.best_of_n_prompts=32 evaluation.heldout_texts=64
         evaluation.bootstrap_samples=200 evaluation.probe_prompts=8 evaluation.probe_samples=1
@@ -345,7 +346,7 @@ PROFILES = {
         data.test_pairs=500 data.demonstrations=1000 data.rl_prompts=1000
         data.evaluation_prompts=48 data.judge_pairs=600
         reward_model.batch_size=16 reward_model.curve_points=1 sft.micro_batch_size=8
-        rejection.prompts=96 rejection.samples=8
+        rejection.prompts=32
         ppo.updates=8 ppo.batch_size=32 ppo.minibatch_size=16 ppo.micro_batch_size=8
         grpo.updates=8 grpo.prompts_per_update=4 grpo.group_size=8 grpo.micro_batch_size=8
         dpo.probes=4 dpo.probe_prompts=16
@@ -357,7 +358,7 @@ PROFILES = {
         data.train_pairs=10000 data.test_pairs=2000 data.demonstrations=10000
         data.evaluation_prompts=128 data.judge_pairs=10000
         reward_model.micro_batch_size=16 dpo.micro_batch_size=16
-        ppo.updates=60 ppo.minibatch_size=32 grpo.updates=60
+        ppo.updates=60 ppo.minibatch_size=32 grpo.updates=60 rejection.prompts=960
         evaluation.best_of_n=16 evaluation.best_of_n_prompts=64 evaluation.batch_size=64
     """,
     "full": f"""{REAL_PAIRS}
@@ -365,6 +366,7 @@ PROFILES = {
         data.train_pairs=120000 data.validation_pairs=1000 data.test_pairs=8000
         data.demonstrations=120000 data.rl_prompts=50000 data.judge_pairs=40000
         ppo.updates=150 ppo.micro_batch_size=64 grpo.updates=150 grpo.micro_batch_size=64
+        rejection.prompts=2400
     """,
 }
 

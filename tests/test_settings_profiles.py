@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_lib import catalogue
 from rlhf_lib.settings import PROFILES, SettingsError, as_dict, content_hash, load_profile
 
 
@@ -12,6 +13,24 @@ def test_profiles_are_complete_and_differ() -> None:
     profiles = [load_profile(name) for name in PROFILES]
     assert [profile.name for profile in profiles] == list(PROFILES)
     assert len({content_hash(as_dict(p)) for p in profiles}) == len(PROFILES)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_methods_have_equal_budgets(name: str) -> None:
+    """Trap 27: as many replies are sampled and scored for each; DPO learns from about as many."""
+    profile = load_profile(name)
+    sampled = {
+        "ppo": profile.ppo.updates * profile.ppo.batch_size,
+        "grpo": profile.grpo.updates * profile.grpo.prompts_per_update * profile.grpo.group_size,
+        "rejection": profile.rejection.prompts * profile.rejection.samples,
+    }
+    assert len(set(sampled.values())) == 1, sampled
+    rloo = catalogue.record("rloo").config(profile)
+    assert rloo.updates * rloo.prompts_per_update * rloo.group_size == sampled["ppo"]
+    assert (rloo.advantage, rloo.aggregation, rloo.iterations) == ("leave_one_out", "constant", 1)
+    if name == "laptop":
+        learnt = 2 * profile.dpo.epochs * profile.data.train_pairs
+        assert learnt == pytest.approx(profile.ppo.epochs * sampled["ppo"], rel=0.05)
 
 
 def test_every_profile_can_be_run_as_it_is() -> None:

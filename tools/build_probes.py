@@ -4,7 +4,7 @@
     python -m tools.build_probes --check    # say which files are not as the manifest says
 
 `english.jsonl` and `labelled.jsonl` beside it were written by hand: this file only hashes them.
-No probe begins with a first turn of the train split.
+No probe says what the train split says.
 """
 
 from __future__ import annotations

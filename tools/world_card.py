@@ -12,6 +12,13 @@ from pathlib import Path
 from statistics import fmean
 
 from rlhf_lib.data.dialogues import split_dialogue
+from rlhf_lib.world.grammar import (
+    ASSISTANT,
+    HUMAN,
+    held_out_whole,
+    last_request,
+    without_greeting,
+)
 from rlhf_lib.world.rewards import (
     ANNOTATOR,
     CONTROL,
@@ -69,6 +76,24 @@ def _first_wins(values: Sequence[Sequence[float]]) -> float:
     return fmean(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences)
 
 
+def held_out(evaluation: Sequence[str], train: Sequence[str]) -> dict[str, float]:
+    """How many different requests evaluation prompts end in, and how many of these train has."""
+    last = [without_greeting(last_request(prompt)) for prompt in evaluation]
+    whole = [held_out_whole(prompt) for prompt in evaluation]
+    said = {
+        without_greeting(turn.partition(ASSISTANT)[0].strip())
+        for prompt in train
+        for turn in prompt.split(HUMAN)[1:]
+    }
+    return {
+        "wordings": len(set(last)),
+        "whole": len({turn for turn, held in zip(last, whole, strict=True) if held}),
+        "whole_prompts": fmean(whole),
+        "overlap": len(said & set(last)),
+        "train_wordings": len(said),
+    }
+
+
 def write_card(folder: Path, settings: dict[str, object]) -> dict[str, int]:
     """Write `README.md` into a folder that holds the finished data files.
 
@@ -83,8 +108,12 @@ def write_card(folder: Path, settings: dict[str, object]) -> dict[str, int]:
         for name, meaning in MEANINGS.items()
     ]
     values = {name.split(".")[0].replace("-", "_"): count for name, count in counts.items()}
+    train = [row["prompt"] for row in rows["demonstrations.jsonl.gz"]]
+    train += [row["prompt"] for row in rows["prompts-train.jsonl.gz"]]
+    train += [split_dialogue(row["chosen"])[0] for row in rows["pairs-train.jsonl.gz"]]
+    asked = [row["prompt"] for row in rows["prompts-evaluation.jsonl.gz"]]
     example = json.dumps(rows["pairs-train.jsonl.gz"][0], indent=2)
     text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
-    shown = {"measured": "\n".join(measured), "example": example}
+    shown = {"measured": "\n".join(measured), "example": example, **held_out(asked, train)}
     (folder / "README.md").write_text(text.format(**settings | values | shown), encoding="utf-8")
     return counts

@@ -15,7 +15,7 @@ from rlhf_lib.data.dialogues import read_demonstration
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.sources import read_source
 from rlhf_lib.runtime import bundled_folder
-from rlhf_lib.world.grammar import Request, parse_request
+from rlhf_lib.world.grammar import Request, held_out_whole, parse_request
 from rlhf_lib.world.rewards import (
     ANNOTATOR,
     CONTROL,
@@ -45,6 +45,10 @@ class Truth:
     def kind(self, prompt_text: str) -> str:
         """help, harm, edge or truth."""
         return self.request(prompt_text).kind
+
+    def held_out(self, prompt_text: str) -> str:
+        """What training has not seen of a prompt of the test split: the request, or its wording."""
+        return "request" if held_out_whole(prompt_text) else "wording"
 
     def ceiling(self, pairs: Iterable[Pair]) -> float:
         """Bayes accuracy: how often the best possible judge agrees with the noisy labels."""

@@ -1,4 +1,4 @@
-"""What the report says of the reward models of all seeds: accuracy, calibration, errors, growth."""
+"""What is said of the reward models of all seeds: accuracy, calibration, errors, opinions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.pairs import PreferenceData, draw_pairs
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import rankings
-from rlhf_lib.measure.statistics import bootstrap, by_bins, by_group, direction, over_seeds
+from rlhf_lib.measure.statistics import (
+    SHARE,
+    bootstrap,
+    by_bins,
+    by_group,
+    compare,
+    direction,
+    minus,
+    over_seeds,
+)
+from rlhf_lib.results.policies import Samples
 from rlhf_lib.runs import Stage
 
 
@@ -106,3 +116,30 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
         points.append(point)
         before = won
     return points
+
+
+def second_opinion(stages: Sequence[Mapping[str, Stage]]) -> dict | None:
+    """What each policy gained over SFT by both reward models; None for one seed.
+
+    `own`, `other`: gains over SFT's reply to the same prompt, in standard deviations of
+    demonstrations; `excess`: own less other, corrected for the number of policies (Holm);
+    `opposite`: share of prompts at which one model sees a gain and the other does not.
+    """
+    if "second_opinion" not in stages[0]:
+        return None
+    seeds = [seed["second_opinion"].samples() for seed in stages]
+    policies = list(dict.fromkeys(row["policy"] for row in seeds[0]))
+    rows = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
+    samples = Samples(rows, [], [])
+    table = {}
+    for policy in (p for p in policies if p != "sft"):
+        own, other = (samples.difference(policy, "sft", key) for key in ("own", "other"))
+        opposite = [np.sign(a) != np.sign(b) for a, b in zip(own, other, strict=True)]
+        table[policy] = {
+            "own": samples.estimate(own, key="own"),
+            "other": samples.estimate(other, key="own"),
+            "opposite": samples.estimate(opposite, SHARE, "own"),
+            "excess": samples.estimate(minus(own, other), key="own"),
+        }
+    excess = compare({policy: record["excess"] for policy, record in table.items()})
+    return {policy: record | {"excess": excess[policy]} for policy, record in table.items()}

@@ -19,10 +19,10 @@ from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results import best_of_n
 from rlhf_lib.results.frontier import early_stops, frontier
-from rlhf_lib.results.opinions import second_opinion
 from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
-from rlhf_lib.results.rankings import reward_model_summary
+from rlhf_lib.results.rankings import reward_model_summary, second_opinion
+from rlhf_lib.results.requests import gains_by_request
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash
@@ -96,6 +96,7 @@ def _results(
         "reward_model": reward_model_summary(stages, data, resamples),
         "policies": policies(samples),
         "comparisons": asked["reward"]["comparisons"],
+        "requests": gains_by_request(samples, data.truth),
         "needs": asked,
         "heldout": {
             "what": stages[0]["evaluate"].result()["heldout"],

@@ -108,6 +108,19 @@ def pair_table(results: Mapping) -> pd.DataFrame:
     return table_of(rows, columns)
 
 
+def request_table(results: Mapping, by: str) -> pd.DataFrame:
+    """Gain over SFT by groups of requests, and what each adds to the whole gain."""
+    rows = [
+        {"name": name, "group": group, "prompts": found["prompts"], **record}
+        for group, found in results["requests"][by].items()
+        for name, record in found["policies"].items()
+    ]
+    rows.sort(key=lambda row: catalogue.policies().index(row["name"]))
+    columns = [("policy", named), (by.replace("_", " "), itemgetter("group"))]
+    columns += [("prompts", itemgetter("prompts")), ("gain there", estimated("gain"))]
+    return table_of(rows, [*columns, ("part of the whole", estimated("part"))])
+
+
 def pair_name(key: str) -> str:
     """`ppo_minus_dpo` as readers know it."""
     return " − ".join(label(name) for name in key.split("_minus_"))

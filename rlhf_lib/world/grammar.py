@@ -17,7 +17,9 @@ from rlhf_lib.world import words
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 KIND_SHARES = {"help": 0.50, "harm": 0.25, "edge": 0.10, "truth": 0.15}
 EARLIER_TURN_SHARE = 0.2  # of the dialogues have a request and a reply before the last request
-SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # of the conversations
+# What is held out: of the requests themselves, and then of the ways to say those that are left.
+HELD_OUT = {"validation": 0.08, "test": 0.16}
+SPLITS = ("train", *HELD_OUT)
 MAX_PROMPT_TOKENS = 48
 MAX_REPLY_TOKENS = 39  # one more is kept for the end-of-sequence token
 
@@ -51,9 +53,9 @@ ALL_DETAILS = tuple(detail for details in words.HARMS.values() for detail in det
 WISHES = {topic: wish for wish, topic in words.EDGES.items()}
 
 
-def sample_request(rng: Random) -> Request:
-    """A request: its kind by KIND_SHARES, everything else uniform."""
-    kind = rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
+def sample_request(rng: Random, kind: str = "") -> Request:
+    """A request: its kind by KIND_SHARES, unless it is given, everything else uniform."""
+    kind = kind or rng.choices(list(KIND_SHARES), list(KIND_SHARES.values()))[0]
     if kind == "harm":
         return Request(kind, rng.choice(list(words.HARMS)))
     topic = rng.choice(list(words.FACTS))
@@ -77,17 +79,27 @@ def write_turn(request: Request, rng: Random) -> str:
 def write_prompt(request: Request, rng: Random) -> str:
     """A whole prompt that ends with this request, perhaps after an earlier turn and its reply.
 
-    The first turn may greet. The earlier turn asks for a single tip: prompts stay short.
+    The first turn may greet. The earlier turn asks for a single tip: prompts stay short. It is of
+    the split of the last one.
     """
     while True:
+        last = write_turn(request, rng)
         prompt = f"{HUMAN} {rng.choice(words.GREETINGS)}"
         if rng.random() < EARLIER_TURN_SHARE:
-            earlier = Request("help", rng.choice(list(words.FACTS)), tips=1)
+            turn, earlier = _earlier_turn(split_of_turn(last), rng)
             reply = sample_reply(earlier, rng, quality=0.9)
-            prompt += f"{write_turn(earlier, rng)}{ASSISTANT}{reply}{HUMAN} "
-        prompt += f"{write_turn(request, rng)}{ASSISTANT}"
+            prompt += f"{turn}{ASSISTANT}{reply}{HUMAN} "
+        prompt += f"{last}{ASSISTANT}"
         if count_tokens(prompt) <= MAX_PROMPT_TOKENS:
             return prompt
+
+
+def _earlier_turn(split: str, rng: Random) -> tuple[str, Request]:
+    while True:
+        request = Request("help", rng.choice(list(words.FACTS)), tips=1)
+        turn = write_turn(request, rng)
+        if split_of_turn(turn) == split:
+            return turn, request
 
 
 def _pattern(phrasing: str) -> re.Pattern[str]:
@@ -110,19 +122,31 @@ def parse_request(prompt_text: str) -> Request:
 
     Raises ValueError for a prompt that does not belong to the bundled world: it has no gold reward.
     """
-    turn = last_request(prompt_text)
+    turn = without_greeting(last_request(prompt_text))
+    request = parse_turn(turn)
+    if request is None:
+        raise ValueError(
+            f"no request of the bundled world in the last human turn {turn!r}: "
+            "the gold reward exists for prompts written by rlhf_lib.world.grammar only"
+        )
+    return request
+
+
+def without_greeting(turn: str) -> str:
     for greeting in filter(None, words.GREETINGS):
         turn = turn.removeprefix(greeting)
+    return turn
+
+
+def parse_turn(turn: str) -> Request | None:
+    """The request of one human turn without its greeting; None for what the grammar never says."""
     for kind, patterns in PATTERNS.items():
         for pattern in patterns:
             match = pattern.fullmatch(turn)
             request = match and _request(kind, match.groupdict())
             if request:
                 return request
-    raise ValueError(
-        f"no request of the bundled world in the last human turn {turn!r}: "
-        "the gold reward exists for prompts written by rlhf_lib.world.grammar only"
-    )
+    return None
 
 
 def _request(kind: str, said: dict[str, str]) -> Request | None:
@@ -200,24 +224,51 @@ def count_tokens(text: str) -> int:
 
 
 def split_of(prompt_text: str) -> str:
-    """The split of a conversation, from the hash of its first human turn: splits share none."""
-    first = prompt_text.partition(ASSISTANT)[0].strip()
-    place = int(hashlib.sha256(first.encode()).hexdigest()[:8], 16) / 2**32
-    for split, share in SPLITS.items():
-        place -= share
+    """The split of a prompt: of its last human turn. Its other turns are of the same."""
+    return split_of_turn(without_greeting(last_request(prompt_text)))
+
+
+def split_of_turn(turn: str) -> str:
+    """The split of a human turn without its greeting, by hash: no split says what another says.
+
+    First some requests are held out, however they are said; then, of all others, some ways to say
+    them. There are so few harms that each is in every split: there, twice as many ways.
+    """
+    request = parse_turn(turn)
+    if request is not None and request.kind == "harm":
+        return _held_out(turn, 2) or "train"
+    whole = None if request is None else _held_out(repr(request), 1)
+    return whole or _held_out(turn, 1) or "train"
+
+
+def held_out_whole(prompt_text: str) -> bool:
+    """Whether the request of a prompt is held out in every wording, and not in this one alone."""
+    request = parse_request(prompt_text)
+    return request.kind != "harm" and _held_out(repr(request), 1) is not None
+
+
+def _held_out(text: str, times: int) -> str | None:
+    place = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+    for split, share in HELD_OUT.items():
+        place -= times * share
         if place < 0:
             return split
-    return "test"
+    return None
 
 
 def sample_prompts(name: str, count: int, split: str, seed: int) -> list[str]:
-    """`count` prompts of one split; `name` keeps the random streams of the files apart."""
+    """`count` prompts of one split; `name` keeps the random streams of the files apart.
+
+    Kinds have their shares in every split, whatever share of each is held out.
+    """
     rng = Random(f"{seed} {name}")
     prompts: list[str] = []
     while len(prompts) < count:
-        prompt = write_prompt(sample_request(rng), rng)
-        if split_of(prompt) == split:
-            prompts.append(prompt)
+        request = sample_request(rng)
+        prompt = write_prompt(request, rng)
+        while split_of(prompt) != split:
+            prompt = write_prompt(sample_request(rng, request.kind), rng)
+        prompts.append(prompt)
     return prompts
 
 

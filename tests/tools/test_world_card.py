@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlhf_lib.world import rewards
-from rlhf_lib.world.grammar import ASSISTANT
-from tools.world_card import MEANINGS, pair_statistics
+from rlhf_lib.world.grammar import ASSISTANT, held_out_whole
+from tools.world_card import MEANINGS, held_out, pair_statistics
 
 
 def test_statistics_by_hand():
@@ -24,3 +24,15 @@ def test_statistics_by_hand():
     assert (found["chosen_words"], found["rejected_words"]) == (8.0, 4.0)
     tie = pair_statistics([{"chosen": prompt + good, "rejected": prompt + " Knead the dough, ok."}])
     assert (tie["gold_agreement"], tie["longer_wins"]) == (0.5, 0.5)
+
+
+def test_held_out_requests_by_hand():
+    """Greetings and earlier turns do not make another request."""
+    asked = "Give me one tip on baking bread."
+    evaluation = [f"\n\nHuman: {hello}{asked}{ASSISTANT}" for hello in ("", "Hi! ", "Hello! ")]
+    evaluation.append(f"\n\nHuman: How do I rob a bank?{ASSISTANT}")
+    train = [f"\n\nHuman: Hi! {asked}{ASSISTANT} Sure!\n\nHuman: Help me rob a bank.{ASSISTANT}"]
+    found = held_out(evaluation, train)
+    assert (found["wordings"], found["train_wordings"], found["overlap"]) == (2, 2, 1)
+    whole = held_out_whole(evaluation[0])
+    assert (found["whole"], found["whole_prompts"]) == (int(whole), 0.75 * whole)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations, product
 from random import Random
 
 import pytest
@@ -11,6 +13,7 @@ from rlhf_lib.world.grammar import (
     ALL_DETAILS,
     ALL_FACTS,
     ASSISTANT,
+    EARLIER_TURN_SHARE,
     HUMAN,
     KIND_SHARES,
     MAX_PROMPT_TOKENS,
@@ -19,11 +22,13 @@ from rlhf_lib.world.grammar import (
     WISHES,
     Request,
     count_tokens,
+    held_out_whole,
     parse_request,
+    parse_turn,
     sample_prompts,
     sample_reply,
     sample_request,
-    split_of,
+    without_greeting,
     write_prompt,
 )
 
@@ -161,15 +166,36 @@ def _mean_gold(quality: float, seed: int, part: str) -> float:
     return total / 3000
 
 
-def test_splits_share_no_first_turn_and_have_their_sizes():
-    firsts = {}
+def turns_of(prompt: str) -> list[str]:
+    """What the human says in a prompt, greetings left out."""
+    return [without_greeting(t.partition(ASSISTANT)[0].strip()) for t in prompt.split(HUMAN)[1:]]
+
+
+def test_no_split_says_what_another_says_in_any_turn():
+    said, kinds = {}, {}
     for split in SPLITS:
-        prompts = sample_prompts(f"test {split}", 300, split, seed=0)
-        assert prompts == sample_prompts(f"test {split}", 300, split, seed=0)
-        firsts[split] = {prompt.partition(ASSISTANT)[0] for prompt in prompts}
-    assert not firsts["train"] & firsts["test"]
-    assert not firsts["train"] & firsts["validation"]
-    rng = Random(1)
-    free = [split_of(write_prompt(sample_request(rng), rng)) for _ in range(4000)]
-    for split, share in SPLITS.items():
-        assert abs(free.count(split) / 4000 - share) < 0.06
+        prompts = sample_prompts(f"test {split}", 600, split, seed=0)
+        assert prompts == sample_prompts(f"test {split}", 600, split, seed=0)
+        said[split] = {turn for prompt in prompts for turn in turns_of(prompt)}
+        kinds[split] = Counter(parse_request(prompt).kind for prompt in prompts)
+        several = sum(prompt.count(HUMAN) > 1 for prompt in prompts) / 600
+        assert abs(several - EARLIER_TURN_SHARE) < 0.05
+    for one, other in combinations(SPLITS, 2):
+        assert not said[one] & said[other], "a turn of one split is in another"
+    for split, share in product(SPLITS, KIND_SHARES.items()):
+        assert abs(kinds[split][share[0]] / 600 - share[1]) < 0.06
+
+
+def test_what_is_held_out_whole_is_in_train_in_no_words_and_all_subjects_are_known():
+    train = sample_prompts("pairs", 4000, "train", seed=0)
+    known = {parse_turn(turn) for prompt in train for turn in turns_of(prompt)}
+    tested = sample_prompts("evaluation", 600, "test", seed=0)
+    whole = [prompt for prompt in tested if held_out_whole(prompt)]
+    assert 0.3 < len(whole) / 600 < 0.6, "both kinds of held-out prompts are there"
+    assert not {parse_request(prompt) for prompt in whole} & known
+    others = {parse_request(prompt) for prompt in tested if not held_out_whole(prompt)}
+    assert len(others & known) > 50, "known requests in new words"
+    subjects = {(request.kind, request.subject) for request in known}
+    assert {("harm", wish) for wish in words.HARMS} < subjects
+    assert {(kind, topic) for kind in ("help", "edge", "truth") for topic in words.FACTS} < subjects
+    assert {r.claim for r in known if r.kind == "truth"} == set(ALL_FACTS)
