@@ -53,6 +53,9 @@ def reward_model_summary(
     if "reward_model_control" in stages[0]:
         accuracies = [seed["reward_model_control"].result()["accuracy"] for seed in stages]
         record["control_accuracy"] = over_seeds(accuracies)
+    if "judge" in stages[0]:
+        won = [rankings.wins(score_differences(seed["judge"])) for seed in stages]
+        record["judge_accuracy"] = bootstrap(np.mean(won, axis=0), samples)
     if "reward_model_curve" in stages[0]:
         curve, full = stages[0]["reward_model_curve"], stages[0]["reward_model"]
         record["learning_curve"] = learning_curve(data, curve, full, samples)

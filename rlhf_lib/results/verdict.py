@@ -7,6 +7,7 @@ First what was found, then which method for which need, by the measured `needs`:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import stdev
 from typing import NamedTuple
 
 from rlhf_lib import catalogue
@@ -28,7 +29,7 @@ def sentences(results: Mapping) -> list[str]:
     parts = [_gains(results), _ranking(results), _against_baseline(results)]
     parts += [*choices(results), _detectable(results)]
     parts += [_overoptimisation(results), _best_of_n(results)]
-    parts += [_reward_model(results), _scope(results)]
+    parts += [_reward_model(results), _repeats(results), _scope(results)]
     return [part for part in parts if part]
 
 
@@ -82,6 +83,9 @@ def _gains(results: Mapping) -> str:
             " The judge is a reward model trained on pairs that the proxy never saw: it shares the "
             "proxy's kind of error, not its very errors."
         )
+        if right := results["reward_model"].get("judge_accuracy"):
+            right = interval(right, 1, percent=True)
+            text += f" It ranks {right} of held-out pairs as labelled."
     if deciding == "proxy":
         rewarded = [name for name in methods if catalogue.record(name).rewarded]
         were = "were" if len(rewarded) > 1 else "was"
@@ -194,6 +198,23 @@ def _reward_model(results: Mapping) -> str:
     text += f"{where} a bag of words ({interval(accuracy['bag_of_words'], 1, percent=True)})"
     ceiling = results["reward_model"].get("ceiling")
     return text + (f"; {ceiling:.1%} is reachable." if ceiling else ".")
+
+
+def _repeats(results: Mapping) -> str:
+    """What doing it all again may move: the spread between seeds, where there are several."""
+    if len(results["seeds"]) == 1:
+        return (
+            "Another run, the same seed on another machine included, draws other samples; how far "
+            "that moves a gain is not shown by a single seed."
+        )
+    key = f"{results['deciding']}_gain"
+    gains = [results["policies"][name][key]["per_seed"] for name in _methods(results)]
+    spreads = sorted(stdev(per_seed) for per_seed in gains)
+    return (
+        f"From seed to seed a method's gain moves by {spreads[0]:.2f} to {spreads[-1]:.2f} "
+        "(standard deviation). So it may where a run is repeated on another machine: other "
+        "rounding, and other samples after it."
+    )
 
 
 def _scope(results: Mapping) -> str:

@@ -54,8 +54,9 @@ def spent(key: str, unit: float, digits: int) -> Cell:
 HEADLINE_CAPTION = (
     "Every policy on the same held-out prompts, 95 % intervals in brackets: {deciding} reward, "
     "which decides, proxy reward, KL to SFT in nats a reply, and wins over SFT in {deciding} "
-    "reward."
+    "reward, as they are and at equal length."
 )
+WINS = ("wins vs SFT", "at equal length")
 
 
 def _measured(results: Mapping, names: Sequence[str]) -> list[dict]:
@@ -73,7 +74,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
         *((key, estimated(key)) for key in ("gold", "judge") if key in rows[0]),
         ("KL", estimated("kl", 1)),
         ("wins vs SFT", won("win_rate_vs_sft")),
-        ("wins vs base", won("win_rate_vs_base")),
+        ("at equal length", won("length_controlled_vs_sft")),
         ("length", estimated("length", 0)),
         ("min", spent("seconds", 60, 1)),
         ("GB", spent("peak_memory_gb", 1, 1)),
@@ -83,7 +84,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
 
 def headline_table(results: Mapping) -> pd.DataFrame:
     """The study's main table for the first page: fewer columns, the reward that decides first."""
-    shown = dict.fromkeys(("policy", results["deciding"], "proxy", "KL", "wins vs SFT"))
+    shown = dict.fromkeys(("policy", results["deciding"], "proxy", "KL", *WINS))
     return comparison_table(results).loc[:, list(shown)]
 
 

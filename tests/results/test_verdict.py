@@ -23,7 +23,8 @@ def interval(low: float, high: float) -> dict:
     """A made-up estimate, with the verdict that its interval allows."""
     word = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
     mean = (low + high) / 2
-    return {"mean": mean, "low": low, "high": high, "verdict": word, "detectable": None}
+    record = {"mean": mean, "low": low, "high": high, "verdict": word, "detectable": None}
+    return record | {"per_seed": [low, mean, high]}
 
 
 UNCLEAR, UP, DOWN = interval(-0.1, 0.1), interval(0.4, 0.6), interval(-0.6, -0.4)
@@ -310,3 +311,20 @@ def test_of_the_proxy_it_names_the_methods_that_learnt_from_it(
     assert "reward model that PPO and GRPO were trained against: a higher" in text(results)
     monkeypatch.setitem(CATALOGUE, "grpo", replace(CATALOGUE["grpo"], rewarded=False))
     assert "reward model that PPO was trained against: a higher" in text(results)
+
+
+def test_what_a_repeat_may_move_is_the_spread_between_seeds(results: dict) -> None:
+    for name, spread in zip(METHODS, (0.2, 0.05, 0.1), strict=True):
+        gain = UNCLEAR | {"per_seed": [1 - spread, 1.0, 1 + spread]}
+        results["policies"][name]["gold_gain"] = gain
+    assert "a method's gain moves by 0.05 to 0.20 (standard deviation)" in text(results)
+    results["seeds"] = [0]
+    assert "is not shown by a single seed" in text(results)
+
+
+def test_a_judge_is_said_to_be_right_as_often_as_it_is(results: dict) -> None:
+    results["deciding"] = "judge"
+    for name in METHODS:
+        results["policies"][name]["judge_gain"] = UNCLEAR
+    results["reward_model"]["judge_accuracy"] = interval(0.6, 0.66)
+    assert "It ranks 63.0% [60.0, 66.0] of held-out pairs as labelled." in verdict._gains(results)

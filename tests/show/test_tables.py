@@ -52,7 +52,7 @@ def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
 def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None:
     table = tables.headline_table(results).set_index("policy")
     rewards = list(dict.fromkeys((results["deciding"], "proxy")))
-    assert list(table.columns) == [*rewards, "KL", "wins vs SFT"]
+    assert list(table.columns) == [*rewards, "KL", *tables.WINS]
     ppo = results["policies"]["ppo"]
     assert table.loc["PPO", rewards[0]] == interval(ppo[rewards[0]])
 

@@ -23,7 +23,7 @@ import pytest
 from rlhf_lib import catalogue, runs
 from rlhf_lib.__main__ import main
 from rlhf_lib.results import verdict
-from rlhf_lib.settings import as_dict
+from rlhf_lib.settings import as_dict, of_settings
 from rlhf_lib.show import figures, tables
 from rlhf_lib.study import stages
 
@@ -52,11 +52,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
     settings = ["--set", METHOD, "--set", "jobs=2"]
     ran = command("run", "--profile", "smoke", *settings, "--run-dir", root)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    (evaluation,) = (root / "smoke").glob("evaluation-*")
+    (evaluation,) = (done.parent for done in (root / "smoke").glob("evaluation-*/DONE"))
+    profile = catalogue.load("smoke", [METHOD, "jobs=2"])
     yield SimpleNamespace(
-        profile=catalogue.load("smoke", [METHOD, "jobs=2"]),
+        profile=profile,
         root=root,
         folder=root / "smoke",
+        notebooks=root / "smoke" / of_settings("notebooks", profile),
+        report=root / "smoke" / of_settings("report", profile),
         told=ran.stdout.splitlines(),
         evaluation=evaluation,
         results=strict((evaluation / "results.json").read_text()),
@@ -84,8 +87,8 @@ def without_it(names: Any) -> set[str]:
 @pytest.mark.slow
 def test_every_cell_of_every_notebook_is_executed(study: Any) -> None:
     names = list(catalogue.notebooks())
-    assert sorted(path.stem for path in (study.folder / "notebooks").iterdir()) == names
-    for path in (study.folder / "notebooks").iterdir():
+    assert sorted(path.stem for path in study.notebooks.iterdir()) == names
+    for path in study.notebooks.iterdir():
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code" and cell.source.strip():
                 assert cell.execution_count, f"{path.name}: a cell was not executed"
@@ -94,7 +97,7 @@ def test_every_cell_of_every_notebook_is_executed(study: Any) -> None:
 
 @pytest.mark.slow
 def test_the_report_has_every_chapter_and_says_what_a_smoke_run_is(study: Any) -> None:
-    page, pdf = study.folder / "report" / "index.html", study.folder / "report" / "report.pdf"
+    page, pdf = study.report / "index.html", study.report / "report.pdf"
     assert study.told[-2:] == [f"report: {page}", f"report: {pdf}"]
     text = page.read_text(encoding="utf-8")
     assert "numbers mean nothing" in text
@@ -198,7 +201,7 @@ def test_it_is_drawn_in_its_own_colour(study: Any) -> None:
 def test_it_stands_on_the_frontier_with_the_way_there_and_in_the_report(study: Any) -> None:
     rows = study.points.query("policy == 'reinforce'")
     assert set(rows["kind"]) == {"final", "training"}
-    page = (study.folder / "report" / "index.html").read_text(encoding="utf-8")
+    page = (study.report / "index.html").read_text(encoding="utf-8")
     assert page.count("REINFORCE") > 9, "in tables, figures and sentences"
 
 
