@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ def read_curves(stages: Sequence[Mapping[str, Stage]]) -> Curves:
     return [pd.DataFrame(read_jsonl(s["evaluate"].path / "best_of_n.jsonl")) for s in stages]
 
 
-def curves(seeds: Curves) -> dict[str, list[dict]]:
+def curves(seeds: Curves, unit: Callable[[str], str] = str) -> dict[str, list[dict]]:
     """Of each picker one point for each n: n, KL, and the rewards that are known, estimated."""
     measured = [key for key in ("proxy", "gold", "judge") if key in seeds[0]]
     found: dict[str, list[dict]] = {}
@@ -27,7 +27,7 @@ def curves(seeds: Curves) -> dict[str, list[dict]]:
         picked = [_where(rows, "picked_by", picker) for rows in seeds]
         for n in picked[0]["n"].unique().tolist():
             parts = [_where(rows, "n", n) for rows in picked]
-            units = [part["prompt"].tolist() for part in parts]
+            units = [[unit(prompt) for prompt in part["prompt"]] for part in parts]
             point: dict = {"n": n, "kl": parts[0]["kl"].tolist()[0]}
             point |= {
                 key: estimate([part[key].tolist() for part in parts], units) for key in measured
@@ -43,23 +43,25 @@ def _where(rows: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
 def peak(seeds: Curves, samples: Samples) -> dict:
     """Where the deciding reward peaks, and how the methods stand to it on the same prompts.
 
-    `n` is chosen on every other prompt, and all that is said of it measured on those in between:
+    `n` is chosen on every other request, and all that is said of it measured on those in between:
     the best of several points is too good where it was found. `last_minus_peak`: the largest n,
     less the peak. `methods`: each method less the peak, one family.
     """
     deciding = samples.deciding
     picked = [_where(rows, "picked_by", "default") for rows in seeds]
     sizes = picked[0]["n"].unique().tolist()
-    units = picked[0].query("n == 1")["prompt"].tolist()
+    units = [samples.unit(prompt) for prompt in picked[0].query("n == 1")["prompt"]]
+    place_of = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    measured = np.array([place_of[unit] % 2 == 1 for unit in units])
     shape = len(sizes), len(units)
     grids = [np.array(rows[deciding].tolist(), dtype=float).reshape(shape) for rows in picked]
-    chosen = int(np.mean(grids, axis=0)[:, 0::2].mean(1).argmax())
-    at_peak, at_last = ([grid[place, 1::2] for grid in grids] for place in (chosen, -1))
-    asked = [units[1::2]] * len(seeds)
+    chosen = int(np.mean(grids, axis=0)[:, ~measured].mean(1).argmax())
+    at_peak, at_last = ([grid[n, measured] for grid in grids] for n in (chosen, -1))
+    asked = [np.array(units)[measured]] * len(seeds)
     fall = estimate(minus(at_last, at_peak), asked)
     methods = {}
     for name in samples.measured(catalogue.methods()):
-        own = [values[: len(units)][1::2] for values in samples.column(name, deciding)]
+        own = [values[: len(units)][measured] for values in samples.column(name, deciding)]
         methods[name] = estimate(minus(own, at_peak), asked)
     return {
         "n": int(sizes[chosen]),

@@ -28,12 +28,14 @@ Rows = Sequence[Sequence[dict]]  # of each seed
 class Samples:
     """Rows of every policy, seed by seed; all policies and seeds answered the same prompts.
 
-    `chosen` and `heldout` are rows of `chosen.jsonl` and `heldout.jsonl`, a list a seed.
+    `chosen` and `heldout` are rows of `chosen.jsonl` and `heldout.jsonl`, a list a seed. `unit`: of
+    a prompt, what other prompts would have another of; prompts that share it count as one.
     """
 
     rows: Mapping[str, Rows]
     chosen: Rows
     heldout: Rows
+    unit: Callable[[str], str] = str  # the prompt itself
 
     @property
     def deciding(self) -> str:
@@ -48,6 +50,10 @@ class Samples:
     def prompts(self, key: str) -> list[str]:
         """Those whose replies have this measure: a prompt that was asked twice stands twice."""
         return [r["prompt"] for r in self.rows["sft"][0] if r.get("reply", 0) == 0 and key in r]
+
+    def units(self, key: str) -> np.ndarray:
+        """Of each of these prompts."""
+        return np.array([self.unit(prompt) for prompt in self.prompts(key)])
 
     def replies(self, policy: str, key: str) -> list[np.ndarray]:
         """One measure of a policy's replies, of each seed (replies, prompts)."""
@@ -67,7 +73,7 @@ class Samples:
 
     def estimate(self, per_seed: Values, bounds: tuple[float, float] = ANY, key: str = "") -> dict:
         """Of one value a prompt that has this measure (default: the deciding one)."""
-        units = self.prompts(key or self.deciding)
+        units = self.units(key or self.deciding)
         return estimate(per_seed, [units] * len(per_seed), bounds)
 
     def over_texts(self, per_seed: Sequence, bounds: tuple[float, float] = ANY) -> dict:
@@ -176,7 +182,7 @@ def _wins(
         flat = length_controlled(raw.ravel(), longer[:, known].ravel()).reshape(raw.shape)
         for means, values in ((won, raw), (controlled, flat)):
             means.append(values.mean(0))
-    units = np.array(samples.prompts(samples.deciding))[known]
+    units = samples.units(samples.deciding)[known]
     return {
         f"win_rate_vs_{other}": estimate(won, [units] * len(won), SHARE),
         f"length_controlled_vs_{other}": estimate(controlled, [units] * len(won), SHARE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -121,7 +121,9 @@ def learning_curve(data: PreferenceData, curve: Stage, full: Stage, samples: int
     return points
 
 
-def second_opinion(stages: Sequence[Mapping[str, Stage]]) -> dict | None:
+def second_opinion(
+    stages: Sequence[Mapping[str, Stage]], unit: Callable[[str], str] = str
+) -> dict | None:
     """What each policy gained over SFT by both reward models; None for one seed.
 
     `own`, `other`: gains over SFT's reply to the same prompt, in standard deviations of
@@ -133,7 +135,7 @@ def second_opinion(stages: Sequence[Mapping[str, Stage]]) -> dict | None:
     seeds = [seed["second_opinion"].samples() for seed in stages]
     policies = list(dict.fromkeys(row["policy"] for row in seeds[0]))
     rows = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
-    samples = Samples(rows, [], [])
+    samples = Samples(rows, [], [], unit)
     table = {}
     for policy in (p for p in policies if p != "sft"):
         own, other = (samples.difference(policy, "sft", key) for key in ("own", "other"))

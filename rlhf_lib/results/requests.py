@@ -21,7 +21,7 @@ def gains_by_request(samples: Samples, truth: Truth | None) -> dict | None:
     """
     if truth is None:
         return None
-    prompts = samples.prompts(samples.deciding)
+    prompts, all_units = samples.prompts(samples.deciding), samples.units(samples.deciding)
     gains = {
         name: samples.difference(name, "sft", samples.deciding)
         for name in samples.measured(catalogue.candidates())
@@ -31,7 +31,7 @@ def gains_by_request(samples: Samples, truth: Truth | None) -> dict | None:
         names, found = np.asarray(groups), {}
         for group in sorted(set(groups)):
             inside = names == group
-            units = [np.array(prompts)[inside]] * len(gains[next(iter(gains))])
+            units = [all_units[inside]] * len(gains[next(iter(gains))])
             found[group] = {
                 "prompts": int(inside.sum()),
                 "policies": {

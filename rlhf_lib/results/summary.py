@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results import best_of_n
@@ -50,7 +51,7 @@ def _publish(
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     (work / "samples").mkdir(parents=True)
-    samples = _load_samples(stages)
+    samples = _load_samples(stages, data.truth)
     for name, per_seed in samples.rows.items():
         parts = zip(runs, per_seed, strict=True)
         tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
@@ -68,13 +69,14 @@ def load_results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def _load_samples(stages: Sequence[Stages]) -> Samples:
+def _load_samples(stages: Sequence[Stages], truth: Truth | None) -> Samples:
     folders = [seed["evaluate"].path for seed in stages]
     names = sorted(path.stem for path in (folders[0] / "samples").glob("*.jsonl"))
     return Samples(
         rows={n: [read_jsonl(path / "samples" / f"{n}.jsonl") for path in folders] for n in names},
         chosen=[read_jsonl(path / "chosen.jsonl") for path in folders],
         heldout=[read_jsonl(path / "heldout.jsonl") for path in folders],
+        unit=str if truth is None else truth.asked,
     )
 
 
@@ -105,8 +107,8 @@ def _results(
         },
         "overoptimisation": overoptimisation(samples),
         "early_stops": early_stops(runs, stages),
-        "second_opinion": second_opinion(stages),
-        "best_of_n": best_of_n.curves(picked),
+        "second_opinion": second_opinion(stages, samples.unit),
+        "best_of_n": best_of_n.curves(picked, samples.unit),
         "best_of_n_peak": best_of_n.peak(picked, samples),
         "probes": probe_table(stages, data.truth),
         "cost": _cost(stages),

@@ -28,7 +28,9 @@ def rows(policy: str, seed: int) -> list[dict]:
     return found
 
 
-SAMPLES = Samples({name: [rows(name, seed) for seed in range(3)] for name in POLICIES}, [], [])
+SAMPLES = Samples(
+    {name: [rows(name, seed) for seed in range(3)] for name in POLICIES}, [], [], TRUTH.asked
+)
 
 
 def test_the_parts_of_a_policy_add_up_to_its_gain() -> None:
@@ -51,7 +53,8 @@ def test_a_gain_stands_where_it_was_made() -> None:
     for kind, group in found["kind"].items():
         gain = group["policies"]["ppo"]["gain"]
         assert gain["mean"] == pytest.approx(2.0 if kind == "harm" else 0.0, abs=0.02)
-        assert gain["units"] == len({p for p in PROMPTS if TRUTH.kind(p) == kind})
+        asked = {TRUTH.asked(p) for p in PROMPTS if TRUTH.kind(p) == kind}
+        assert gain["units"] == len(asked) < group["prompts"]
         assert gain["low"] < gain["mean"] < gain["high"]
     for group, gain in (("request", 1.0), ("wording", 0.0)):
         found_gain = found["held_out"][group]["policies"]["grpo"]["gain"]["mean"]
