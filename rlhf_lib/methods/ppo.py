@@ -40,7 +40,8 @@ def train(
     """`config.updates` rounds of sampling and learning; `policy` and `value` end up trained.
 
     Where `value` is `policy` itself, one model has two heads. `steps` yields the rounds still to
-    do, `log` is told of each. Returns what was done in all.
+    do, `log` is told of each. Returns what was done in all. PPO's record in `catalogue` names this
+    function, and `study.offer` makes what its parameters ask for.
     """
     leash = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
     scale = RunningScale()
