@@ -163,9 +163,8 @@ def decoding(part: Part) -> None:
             "transformers": partial(sample, theirs, tokenizer, prompts, longest),
         }
         if not part.small:
-            sides["transformers, compiled"] = partial(
-                sides["transformers"], cache_implementation="static"
-            )
+            compiled = partial(sample, cache_implementation="static")
+            sides["transformers, compiled"] = partial(compiled, theirs, tokenizer, prompts, longest)
         for name, side in sides.items():
             part.add(f"{rows} rows, {name}", rates(side, 1 if part.small else 4))
     if on_gpu:

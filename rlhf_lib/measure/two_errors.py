@@ -56,7 +56,7 @@ def _at_places(df: float) -> np.ndarray:
 def quantile(p: float, errors: Errors) -> float:
     """What the sum of the errors stays below with probability p >= 1/2; 0 where there are none."""
     # two t's add up to less than their quantiles do
-    above = sum(error * stats.t.ppf(p, df) for error, df in errors if error > 0)
+    above = float(sum(error * stats.t.ppf(p, df) for error, df in errors if error > 0))
     if above == 0:
         return 0.0
     while tail(above, errors) > 1 - p:  # by as much as the sum over nodes is off
