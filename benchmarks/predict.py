@@ -99,6 +99,8 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
             each = asked * config.samples_per_prompt
             add_samples(f"{stage}: answers", data.evaluation_prompts, each)
             add_samples(f"{stage}: best of n", config.best_of_n_prompts, config.best_of_n)
+        elif stage == "attribution":
+            add_samples(stage, config.measured_prompts, 5 * config.measured_samples)
         elif stage == "second_opinion":
             scores = 2 * len(opinions.watched()) * data.evaluation_prompts
             add(stage, "scored", scores, scores, scores)

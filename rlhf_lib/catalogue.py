@@ -254,6 +254,19 @@ def _of_world(profile: Profile, seed: int) -> bool:
     return profile.data.source == "bundled"  # a control has to have its unbiased labels
 
 
+def _attributed(profile: Profile, seed: int) -> bool:
+    return seed == 0 and _of_world(profile, seed)
+
+
+def _unbiased(of: str) -> Record:
+    """A method of seed 0 on the labels of an annotator without bias."""
+    return replace(
+        CATALOGUE[of], name=f"{of}_control", label=f"{CATALOGUE[of].label}, unbiased labels",
+        role="", notebook="", help="", coefficient="", passes=None, exists=_attributed,
+        pairs="control", needs=("sft", "reward_model_control"),
+    )  # fmt: skip
+
+
 def _swept(profile: Profile, seed: int) -> bool:
     return seed == 0 and profile.sweep.stronger > 0
 
@@ -391,6 +404,7 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
         _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_word} KL", _grpo_times(_factor)),
         _sweep(f"dpo_{_suffix}", "dpo", f"DPO, {_word} beta", _beta_times(_factor)),
     )
+add(_unbiased("ppo"), _unbiased("dpo"))
 add(
     Record(
         "probes", "probes",
@@ -407,6 +421,13 @@ add(
         sections=("evaluation",), unread=("bootstrap_samples", "probe_prompts", "probe_samples"),
         files=("heldout.jsonl.gz",), notebook="07_evaluation",
         help="Measure every policy of one seed on held-out prompts.",
+    ),
+    Record(
+        "attribution", "unbiased labels", runs="rlhf_lib.measure.attribution:measure",
+        needs=("sft", "reward_model", "ppo", "dpo", "ppo_control", "dpo_control"),
+        sections=("evaluation",), exists=_attributed, notebook="07_evaluation",
+        unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "baseline_samples",
+                "heldout_texts", "bootstrap_samples", "probe_prompts", "probe_samples"),
     ),
     Record(
         "second_opinion", "second opinion",

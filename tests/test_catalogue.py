@@ -70,14 +70,16 @@ SWEEP += [f"{name}_{how}" for how in ("weak", "strong") for name in ("grpo", "rl
 WORLD = ["dataset", "reward_model", "reward_model_control"]
 REAL = ["dataset", "reward_model", "reward_model_curve", "judge"]
 ASKED = ["probes", "evaluate"]
+UNBIASED = ["ppo_control", "dpo_control"]
+LONE = ["reward_model_curve", *TRAINED, *SWEEP, *UNBIASED, *ASKED, "attribution"]
 
 
 @pytest.mark.parametrize(
     ("profile", "seed", "names"),
     [
-        ("laptop", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, *ASKED, "second_opinion"]),
+        ("laptop", 0, [*WORLD, *LONE, "second_opinion"]),
         ("laptop", 1, [*WORLD, *TRAINED, *ASKED, "second_opinion"]),
-        ("smoke", 0, [*WORLD, "reward_model_curve", *TRAINED, *SWEEP, *ASKED]),
+        ("smoke", 0, [*WORLD, *LONE]),
         ("offline", 0, [*REAL, *TRAINED, *ASKED]),
     ],
 )
@@ -103,6 +105,8 @@ def test_what_each_stage_needs(profile: str, measured: list[str]) -> None:
         "probes": [*TRAINED, "reward_model"],
         "evaluate": [*TRAINED, *measured],
         "second_opinion": ["evaluate", "reward_model"],
+        **{name: ["sft", "reward_model_control"] for name in UNBIASED},
+        "attribution": ["sft", "reward_model", "ppo", "dpo", *UNBIASED],
     }
     for seed in (0, 1):
         for name in named(catalogue.stages(chosen, seed)):
@@ -125,7 +129,7 @@ def test_what_each_notebook_trains() -> None:
         ("04_ppo", ["ppo", "ppo_low_kl"]),
         ("05_grpo", ["grpo"]),
         ("06_dpo", ["dpo"]),
-        ("07_evaluation", ["probes", "evaluate"]),
+        ("07_evaluation", ["probes", "evaluate", "attribution"]),
     ]
 
 

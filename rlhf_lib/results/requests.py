@@ -1,15 +1,19 @@
-"""Where a gain comes from: kinds of request, and requests that training saw in no wording."""
+"""Where a gain comes from: kinds of request, requests that training never saw, and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.truth import Truth
-from rlhf_lib.measure.statistics import estimate
+from rlhf_lib.measure.attribution import CONTROLS
+from rlhf_lib.measure.statistics import compare, estimate
 from rlhf_lib.results.policies import Samples
+from rlhf_lib.runs import Stage
+
+LEARNT = {"polite words": "polite", "words": "words", "gold reward": "gold"}
 
 
 def gains_by_request(samples: Samples, truth: Truth | None) -> dict | None:
@@ -47,4 +51,40 @@ def gains_by_request(samples: Samples, truth: Truth | None) -> dict | None:
     return {
         "kind": split([truth.kind(prompt) for prompt in prompts]),
         "held_out": split([truth.held_out(prompt) for prompt in prompts]),
+    }
+
+
+def attribution(
+    stages: Sequence[Mapping[str, Stage]], unit: Callable[[str], str] = str
+) -> dict | None:
+    """What methods learn from labels with and without the annotator's bias, in the first seed.
+
+    `policies`: polite words, words and gold reward of each policy's replies. `differences`: of each
+    of these, a method on unbiased labels less the same on the annotator's; all are one family.
+    None where the stage `attribution` is missing.
+    """
+    if "attribution" not in stages[0]:
+        return None
+    rows = stages[0]["attribution"].samples()
+    names = dict.fromkeys(row["policy"] for row in rows)
+    parts = {name: [[row for row in rows if row["policy"] == name]] for name in names}
+    samples = Samples(parts, [], [], unit)
+    gaps = {
+        (control, what): samples.estimate(samples.difference(control, method, key), key=key)
+        for method, control in CONTROLS.items()
+        for what, key in LEARNT.items()
+    }
+    judged = compare(gaps)  # type: ignore[arg-type]
+    return {
+        "policies": {
+            name: {
+                what: samples.estimate(samples.column(name, key), key=key)
+                for what, key in LEARNT.items()
+            }
+            for name in names
+        },
+        "differences": {
+            control: {what: judged[control, what] for what in LEARNT}  # type: ignore[index]
+            for control in CONTROLS.values()
+        },
     }

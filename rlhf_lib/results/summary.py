@@ -23,7 +23,7 @@ from rlhf_lib.results.frontier import early_stops, frontier
 from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary, second_opinion
-from rlhf_lib.results.requests import gains_by_request
+from rlhf_lib.results.requests import attribution, gains_by_request
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash
@@ -99,6 +99,7 @@ def _results(
         "policies": policies(samples),
         "comparisons": asked["reward"]["comparisons"],
         "requests": gains_by_request(samples, data.truth),
+        "attribution": attribution(stages, samples.unit),
         "needs": asked,
         "heldout": {
             "what": stages[0]["evaluate"].result()["heldout"],

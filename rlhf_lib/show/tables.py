@@ -105,8 +105,8 @@ def gain_table(results: Mapping) -> pd.DataFrame:
 def pair_table(results: Mapping) -> pd.DataFrame:
     """Each two of the compared methods: difference of the deciding reward, and what may be said."""
     rows = [{"pair": pair_name(key), **found} for key, found in results["comparisons"].items()]
-    columns = [("comparison", itemgetter("pair")), ("difference", interval), *_judged()]
-    return table_of(rows, columns)
+    first = [("comparison", itemgetter("pair")), ("difference", interval)]
+    return table_of(rows, [*first, *_judged()])
 
 
 def request_table(results: Mapping, by: str) -> pd.DataFrame:
@@ -117,9 +117,15 @@ def request_table(results: Mapping, by: str) -> pd.DataFrame:
         for name, record in found["policies"].items()
     ]
     rows.sort(key=lambda row: catalogue.policies().index(row["name"]))
-    columns = [("policy", named), (by.replace("_", " "), itemgetter("group"))]
-    columns += [("prompts", itemgetter("prompts")), ("gain there", estimated("gain"))]
-    return table_of(rows, [*columns, ("part of the whole", estimated("part"))])
+    columns = [(by.replace("_", " "), itemgetter("group")), ("prompts", itemgetter("prompts"))]
+    columns += [("gain there", estimated("gain")), ("part of the whole", estimated("part"))]
+    return table_of(rows, [("policy", named), *columns])
+
+
+def label_table(results: Mapping) -> pd.DataFrame:
+    """What methods learn from labels with and without bias (`attribution`)."""
+    rows = [{"name": n, **found} for n, found in results["attribution"]["policies"].items()]
+    return table_of(rows, [("policy", named), *((w, estimated(w)) for w in list(rows[0])[1:])])
 
 
 def pair_name(key: str) -> str:

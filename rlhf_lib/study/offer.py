@@ -145,6 +145,11 @@ class Offer:
         return self.policy
 
     @property
+    def _proxy(self) -> str:
+        """The reward model of the labels that the stage learns from."""
+        return "reward_model_control" if self.record.pairs == "control" else "reward_model"
+
+    @property
     def _one_trunk(self) -> bool:
         return getattr(self.config, "value_model", "") == "shared"
 
@@ -153,7 +158,7 @@ class Offer:
         """A value model that learns, from the reward model; or the policy, with a second head."""
         if self._one_trunk:
             return self.policy
-        model = load_value_model(str(self._stage("reward_model").model_path))
+        model = load_value_model(str(self._stage(self._proxy).model_path))
         rate = self.config.value_learning_rate
         return self._learner(trainable(model, self.profile.model), self.config, rate)
 
@@ -206,7 +211,7 @@ class Offer:
         else:
             reference = freeze(self.accelerator, load_reference(self.start))
         setting = getattr(self.config, "reward", "model")
-        reward = rewards.named(setting, lambda: self.rater("reward_model"), self.truth)
+        reward = rewards.named(setting, lambda: self.rater(self._proxy), self.truth)
         return Sampler(
             self.accelerator, self.tokenizer, reference, reward,
             max_new_tokens=self.profile.data.max_response_tokens, truth=self.truth,

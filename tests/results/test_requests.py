@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.results.policies import Samples
-from rlhf_lib.results.requests import gains_by_request
+from rlhf_lib.results.requests import attribution, gains_by_request
+from rlhf_lib.runs import Run
+from rlhf_lib.settings import load_profile
 from rlhf_lib.world.grammar import KIND_SHARES, sample_prompts
+from tests.made_up_study import stages_of
 
 TRUTH = truth_of("bundled")
 assert TRUTH is not None
@@ -63,3 +68,17 @@ def test_a_gain_stands_where_it_was_made() -> None:
 
 def test_nothing_is_known_of_the_kinds_of_real_prompts() -> None:
     assert gains_by_request(SAMPLES, None) is None
+
+
+def test_what_the_annotators_taste_taught_is_the_difference(tmp_path: Path) -> None:
+    stages = [
+        stages_of(Run(load_profile("smoke", ["seeds=2"]), s, tmp_path), "bundled") for s in (0, 1)
+    ]
+    found = attribution(stages)
+    assert found is not None
+    assert found["policies"]["ppo"]["polite words"]["mean"] == pytest.approx(2.05)
+    gap = found["differences"]["ppo_control"]["polite words"]
+    assert (gap["mean"], gap["verdict"]) == (pytest.approx(-2.0), "lower")
+    for control, what in (("dpo", "polite words"), ("ppo", "words"), ("ppo", "gold reward")):
+        assert found["differences"][f"{control}_control"][what]["mean"] == 0
+    assert attribution(stages[1:]) is None, "the first seed alone has it"

@@ -73,7 +73,7 @@ def test_best_of_n_and_costs_are_averaged_over_seeds(results: dict) -> None:
     assert two["gold"]["over"] == "seeds and prompts"
     assert results["cost"]["ppo"]["num_tokens"]["mean"] == 1000
     assert results["cost"]["evaluate"]["seconds"]["mean"] > 0
-    lone = {"reward_model_curve", "grpo_strong"}
+    lone = {"reward_model_curve", "grpo_strong", "attribution"}
     assert results["stages"]["0"].keys() == results["cost"].keys()
     assert results["stages"]["2"].keys() == results["cost"].keys() - lone
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rlhf_lib.catalogue import record
+from rlhf_lib.catalogue import Passes, record
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.settings import numbers
 
@@ -33,8 +33,8 @@ RECORD = replace(
     runs="reinforce:train",
     notebook="",
     help="",
-    # what it does not do as GRPO does: no coefficient holds it near its reference, and of its
-    # passes over tokens nobody has said anything
-    coefficient="",
-    passes=None,
+    coefficient="",  # none holds it near its reference
+    # it learns one model and reads two; replies are sampled, scored, read by policy and reference,
+    # and learnt from once
+    passes=lambda settings: Passes(learnt=1, read=2, forward=5, backward=1),
 )

@@ -21,6 +21,7 @@ from rlhf_lib.study.schedule import Job, StudyError, plan, run_study
 SWEPT = {"ppo_strong", "rloo"}
 SWEPT |= {f"{name}_{how}" for name in ("grpo", "rloo", "dpo") for how in ("weak", "strong")}
 MEASURED = ("probes", "evaluate", "second_opinion")  # of all policies of a seed
+UNBIASED = {"ppo_control", "dpo_control"}  # on other labels, in the first seed
 
 # -------------------------------------------------------------------------------------- the plan
 
@@ -29,10 +30,12 @@ def test_one_seed_is_seven_notebooks_in_order() -> None:
     jobs = {job.name: job for job in plan(load_profile("smoke"))}
     assert [name for name, job in jobs.items() if job.notebook] == list(catalogue.notebooks())
     bare = {name for name, job in jobs.items() if not job.notebook}
-    assert bare == {"evaluate", "probes", *SWEPT}
+    assert bare == {"evaluate", "probes", "attribution", *SWEPT, *UNBIASED}
     assert all(job.seed == 0 for job in jobs.values())
     assert (jobs["01_dataset"].needs, jobs["03_sft"].needs) == ((), ("02_reward_model/0",))
     for name in ("04_ppo", "05_grpo", "06_dpo", *SWEPT):
+        assert jobs[name].needs == ("02_reward_model/0", "03_sft/0")
+    for name in UNBIASED:  # the second notebook trains the reward model of these labels
         assert jobs[name].needs == ("02_reward_model/0", "03_sft/0")
     assert set(jobs["07_evaluation"].needs) == {f"{n}/0" for n in jobs} - {"07_evaluation/0"}
 
@@ -42,8 +45,9 @@ def test_further_seeds_are_bare_stages_and_the_last_notebook_waits_for_all_of_th
     jobs = plan(profile)
     keys = [job.key for job in jobs]
     further = {record.name for record in catalogue.stages(profile, 1)}
-    assert not {"reward_model_curve", *SWEPT} & further, "of the first seed"
-    assert len(set(keys)) == len(keys) == 7 + len(SWEPT) + len(MEASURED) + 2 * len(further)
+    lone = {"attribution", *SWEPT, *UNBIASED}
+    assert not {"reward_model_curve", *lone} & further, "of the first seed"
+    assert len(set(keys)) == len(keys) == 7 + len(lone) + len(MEASURED) + 2 * len(further)
     assert jobs[-1].name == "07_evaluation"
     assert set(jobs[-1].needs) == set(keys[:-1])
     ended: set[str] = set()
