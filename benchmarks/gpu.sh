@@ -22,6 +22,6 @@ run)
     python3 -m benchmarks gpu "$@"
   ;;
 *)
-  sed -n '2,6p' "$0"; exit 2
+  sed -n '2,5p' "$0"; exit 2
   ;;
 esac
