@@ -44,12 +44,16 @@ def run(
         print("preparing rows and models ...", flush=True)
         job = make_job(Path(folder), model or default_model(), data, pairs)
         job = replace(job, samples=samples)
-        results = benchmark(job, Path(folder) / "job.json", stages, rounds, peer, _say)
-    results["model"] = Path(model or default_model()).name
-    results["data"] = data.partition(":")[0] or "drawn"
-    results["prediction"] = predicted.predict(results)
-    _write(out, results)
-    print(benchmark_summary(results))
+        named = {
+            "model": Path(model or default_model()).name,
+            "data": data.partition(":")[0] or "drawn",
+        }
+
+        def keep(results: dict) -> None:
+            _write(out, results | named | {"prediction": predicted.predict(results)})
+
+        benchmark(job, Path(folder) / "job.json", stages, rounds, peer, _say, keep)
+    print(benchmark_summary(json.loads(out.read_text(encoding="utf-8"))))
 
 
 def _say(line: str) -> None:

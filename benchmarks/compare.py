@@ -61,30 +61,36 @@ def benchmark(
     stages: Sequence[str],
     rounds: int,
     peer_python: str,
-    say: Callable[[str], None] = print,
-) -> dict:
-    """All that the comparison measured, as JSON values. The job is written to `path`."""
+    say: Callable[[str], None],
+    keep: Callable[[dict], None],
+) -> None:
+    """Compare stage by stage. The job is written to `path`.
+
+    `keep` is given all that was measured, as JSON values, after each stage: a run that is cut off
+    loses one at most.
+    """
     job.write(path)
     say(f"measuring the matmul roof ({job.precision}) ...")
     limit = roof.measure(AutoConfig.from_pretrained(job.model), job.precision)
     say(f"  {limit['flops_per_second'] / 1e9:.0f} GFLOP/s")
-    results = {}
+    found: dict[str, dict] = {}
+    results = {
+        "environment": environment(),
+        "peer_packages": peer_packages(peer_python),
+        "settings": settings(job, rounds),
+        "roof": limit,
+        "stages": found,
+    }
     for stage in stages:
         say(f"{stage}: this library and {PEERS[stage]}")
         commands = {
             "library": [sys.executable, "-m", "benchmarks.library_worker", str(path), stage],
             "peer": [peer_python, "-m", "benchmarks.peer_worker", str(path), stage],
         }
-        found = run_rounds(commands, rounds, say)
-        record = ratios.compare(found["library"], found["peer"], limit["flops_per_second"])
-        results[stage] = {"peer_name": PEERS[stage], **record}
-    return {
-        "environment": environment(),
-        "peer_packages": peer_packages(peer_python),
-        "settings": settings(job, rounds),
-        "roof": limit,
-        "stages": results,
-    }
+        sides = run_rounds(commands, rounds, say)
+        record = ratios.compare(sides["library"], sides["peer"], limit["flops_per_second"])
+        found[stage] = {"peer_name": PEERS[stage], **record}
+        keep(results)
 
 
 def settings(job: Job, rounds: int) -> dict:

@@ -24,7 +24,7 @@ GROUPS: tuple[tuple[tuple[str, ...], int], ...] = (
     (("resume",), 60),
     (("decoding",), 120),
 )
-COMPARED = "compare"  # timed, and last: `python -m benchmarks run`, one call a stage
+COMPARED = "compare"  # timed, and last: `python -m benchmarks run`
 
 
 def run(

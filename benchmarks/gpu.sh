@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 case "${1:-}" in
 wheels)
-  platforms=$(printf -- '--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64')
+  platforms="--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64"
   # shellcheck disable=SC2086
   python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "${3:-3.12}" \
     --implementation cp $platforms --dest "$2" \

@@ -16,6 +16,7 @@ from benchmarks.work import Sizes, Work, count, sizes_of
 from rlhf_lib import catalogue
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure import opinions
+from rlhf_lib.measure.attribution import CONTROLS
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.settings import (
     DPOConfig,
@@ -100,7 +101,8 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:
             add_samples(f"{stage}: answers", data.evaluation_prompts, each)
             add_samples(f"{stage}: best of n", config.best_of_n_prompts, config.best_of_n)
         elif stage == "attribution":
-            add_samples(stage, config.measured_prompts, 5 * config.measured_samples)
+            answering = 1 + 2 * len(CONTROLS)  # SFT, and each method on either labels
+            add_samples(stage, config.measured_prompts, answering * config.measured_samples)
         elif stage == "second_opinion":
             scores = 2 * len(opinions.watched()) * data.evaluation_prompts
             add(stage, "scored", scores, scores, scores)

@@ -15,8 +15,8 @@ from rlhf_lib.data.dialogues import split_dialogue
 from rlhf_lib.world.grammar import (
     ASSISTANT,
     HUMAN,
+    asked,
     held_out_whole,
-    last_request,
     without_greeting,
 )
 from rlhf_lib.world.rewards import (
@@ -78,7 +78,7 @@ def _first_wins(values: Sequence[Sequence[float]]) -> float:
 
 def held_out(evaluation: Sequence[str], train: Sequence[str]) -> dict[str, float]:
     """How many different requests evaluation prompts end in, and how many of these train has."""
-    last = [without_greeting(last_request(prompt)) for prompt in evaluation]
+    last = [asked(prompt) for prompt in evaluation]
     whole = [held_out_whole(prompt) for prompt in evaluation]
     said = {
         without_greeting(turn.partition(ASSISTANT)[0].strip())
@@ -111,9 +111,9 @@ def write_card(folder: Path, settings: dict[str, object]) -> dict[str, int]:
     train = [row["prompt"] for row in rows["demonstrations.jsonl.gz"]]
     train += [row["prompt"] for row in rows["prompts-train.jsonl.gz"]]
     train += [split_dialogue(row["chosen"])[0] for row in rows["pairs-train.jsonl.gz"]]
-    asked = [row["prompt"] for row in rows["prompts-evaluation.jsonl.gz"]]
+    evaluation = [row["prompt"] for row in rows["prompts-evaluation.jsonl.gz"]]
     example = json.dumps(rows["pairs-train.jsonl.gz"][0], indent=2)
     text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
-    shown = {"measured": "\n".join(measured), "example": example, **held_out(asked, train)}
+    shown = {"measured": "\n".join(measured), "example": example, **held_out(evaluation, train)}
     (folder / "README.md").write_text(text.format(**settings | values | shown), encoding="utf-8")
     return counts

@@ -15,13 +15,7 @@ from rlhf_lib.data.dialogues import read_demonstration
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.sources import read_source
 from rlhf_lib.runtime import bundled_folder
-from rlhf_lib.world.grammar import (
-    Request,
-    held_out_whole,
-    last_request,
-    parse_request,
-    without_greeting,
-)
+from rlhf_lib.world.grammar import Request, asked, held_out_whole, parse_request
 from rlhf_lib.world.rewards import (
     ANNOTATOR,
     CONTROL,
@@ -54,7 +48,7 @@ class Truth:
 
     def asked(self, prompt_text: str) -> str:
         """What a prompt ends in, without greeting or earlier turns: what it is easy or hard by."""
-        return without_greeting(last_request(prompt_text))
+        return asked(prompt_text)
 
     def held_out(self, prompt_text: str) -> str:
         """What training has not seen of a prompt of the test split: the request, or its wording."""

@@ -122,7 +122,7 @@ def parse_request(prompt_text: str) -> Request:
 
     Raises ValueError for a prompt that does not belong to the bundled world: it has no gold reward.
     """
-    turn = without_greeting(last_request(prompt_text))
+    turn = asked(prompt_text)
     request = parse_turn(turn)
     if request is None:
         raise ValueError(
@@ -130,6 +130,11 @@ def parse_request(prompt_text: str) -> Request:
             "the gold reward exists for prompts written by rlhf_lib.world.grammar only"
         )
     return request
+
+
+def asked(prompt_text: str) -> str:
+    """What a prompt ends in, without greeting or earlier turns."""
+    return without_greeting(last_request(prompt_text))
 
 
 def without_greeting(turn: str) -> str:
@@ -225,7 +230,7 @@ def count_tokens(text: str) -> int:
 
 def split_of(prompt_text: str) -> str:
     """The split of a prompt: of its last human turn. Its other turns are of the same."""
-    return split_of_turn(without_greeting(last_request(prompt_text)))
+    return split_of_turn(asked(prompt_text))
 
 
 def split_of_turn(turn: str) -> str:

@@ -216,3 +216,34 @@ def test_a_matrix_product_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     # a spell lasts one tick; two products a tick make half a second each, so two fill one second
     assert roof.matmul_rate((2, 3, 5), "fp32", seconds=1.0) == 2 * 2 * 3 * 5 * 2
+
+
+def test_each_stage_is_kept_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = {side: rounds(rate, 1.0, 1e9) for side, rate in (("library", 20.0), ("peer", 10.0))}
+
+    def run_rounds(commands: dict, count: int, say: object) -> dict:
+        if commands["library"][-1] == "dpo":
+            raise RuntimeError("cut off")
+        return sides
+
+    monkeypatch.setattr(compare, "run_rounds", run_rounds)
+    monkeypatch.setattr(compare.roof, "measure", lambda *_: {"flops_per_second": 1e12})
+    monkeypatch.setattr(compare.AutoConfig, "from_pretrained", lambda name: None)
+    monkeypatch.setattr(compare, "peer_packages", lambda python: {})
+    monkeypatch.setattr(compare, "settings", lambda job, count: {})
+    job = SimpleNamespace(write=lambda path: None, model="", precision="fp32")
+    kept: list[dict] = []
+    with pytest.raises(RuntimeError, match="cut off"):
+        compare.benchmark(
+            job,  # type: ignore[arg-type]
+            tmp_path,
+            ("sft", "dpo"),
+            2,
+            sys.executable,
+            lambda line: None,
+            lambda results: kept.append(json.loads(json.dumps(results))),
+        )
+    assert [list(results["stages"]) for results in kept] == [["sft"]]
+    assert kept[0]["stages"]["sft"]["ratio"]["mean"] == pytest.approx(2.0)
