@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from benchmarks.work import Sizes, Work, count, sizes_of
+from benchmarks.work import Sizes, Work, count
 from rlhf_lib import catalogue
 from rlhf_lib.data.truth import truth_of
+from rlhf_lib.flops import sizes_of
 from rlhf_lib.measure import opinions
 from rlhf_lib.measure.attribution import CONTROLS
 from rlhf_lib.measure.probes import load_probes
@@ -47,7 +48,7 @@ class Lengths(NamedTuple):
 def gpt2_sizes() -> Sizes:
     """Of GPT-2 small, from its shape alone."""
     with torch.device("meta"):
-        return sizes_of(AutoModelForCausalLM.from_config(GPT2Config()))
+        return Sizes(*sizes_of(AutoModelForCausalLM.from_config(GPT2Config())))
 
 
 def parts(profile: Profile, sizes: Sizes, lengths: Lengths) -> list[Part]:

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from benchmarks.job import Job, Row
-from benchmarks.work import sizes_of
+from benchmarks.work import Sizes
 from rlhf_lib.data.pairs import load_data
+from rlhf_lib.flops import sizes_of
 from rlhf_lib.models import load
 from rlhf_lib.runtime import choose_precision
 from rlhf_lib.settings import DataConfig, SettingsError
@@ -76,7 +77,7 @@ def job_of(
         reward_model=str(folder / "reward-model"),
         precision=precision,
         threads=torch.get_num_threads(),
-        sizes=sizes_of(policy),
+        sizes=Sizes(*sizes_of(policy)),
         rows=rows,
         prompt_texts=tokenizer.batch_decode([row.prompt for row in rows]),
         generation_batch=64 if torch.cuda.is_available() else 16,

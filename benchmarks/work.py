@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
-from transformers import PreTrainedModel
-
 
 class Sizes(NamedTuple):
     """Matrix weights (biases and norms left out) that each token meets."""
@@ -64,11 +61,3 @@ def count(
     head = passes.head + epochs * passes.epoch_head
     flops = 2.0 * (trunk * sizes.trunk * tokens + head * sizes.head * reply_tokens)
     return Work(items, tokens, flops)
-
-
-def sizes_of(model: PreTrainedModel) -> Sizes:
-    """Sizes of a causal language model; the weights themselves are not read."""
-    trunk: nn.Module = model.base_model
-    tables = {id(m.weight) for m in trunk.modules() if isinstance(m, nn.Embedding)}
-    weights = sum(p.numel() for p in trunk.parameters() if p.dim() > 1 and id(p) not in tables)
-    return Sizes(weights, model.get_output_embeddings().weight.numel())  # type: ignore[union-attr]

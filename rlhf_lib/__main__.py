@@ -1,4 +1,4 @@
-"""The command line: `python -m rlhf_lib run | report | status | <stage> | export | proofs`."""
+"""The command line: `python -m rlhf_lib run | report | status | STAGE | tune | export | proofs`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import PROFILES, Profile, UserError, load_profile
+from rlhf_lib.settings import PROFILES, Profile, UserError, load_profile, unknown
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -114,6 +114,34 @@ def export(
     chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
     for path in book.export_figures(chosen, run_dir, target):
         print(path)
+
+
+@app.command()
+def tune(
+    profile: ProfileOption = "laptop",
+    only: Annotated[str, typer.Option(help="one method, e.g. dpo")] = "",
+    target: Annotated[Path, typer.Option("--out", help="folder of trials and figure")] = Path(
+        "figures/tuning"
+    ),
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Look for each method's own best coefficient and learning rate on validation prompts."""
+    from rlhf_lib.study import tuning
+
+    overrides = _overrides(data, model, settings, None)
+    chosen = catalogue.load(profile, overrides)
+    methods = catalogue.tuned()
+    if only and only not in methods:
+        raise unknown("method that is tuned", only, methods)
+    methods = [only] if only else methods
+    path = tuning.tune(chosen, run_dir, overrides, target, methods)
+    for written in (path, *tuning.draw(path)):
+        print(written)
+    for line in tuning.found(path, chosen):
+        print(line)
 
 
 @app.command()

@@ -11,23 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from rlhf_lib.settings import Profile, SettingsError, load_profile, unknown
+from rlhf_lib.settings import Profile, SettingsError, load_profile, paths, unknown
 from rlhf_lib.user_code import resolve
 
 GREY = "#6b7785"  # of what has no colour of its own
 # Policies in the order of tables: what the others started from first, the methods in the middle.
 ROLES = ("base", "reference", "null", "baseline", "method", "variant")
-
-
-class Passes(NamedTuple):
-    """What training holds and does: models, and passes over the tokens of one update."""
-
-    learnt: int  # models with gradients
-    read: int  # frozen ones
-    forward: int
-    backward: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +44,9 @@ class Record:
     rewarded: bool = True  # learns from rewards, so that the reward model is part of its price
     samples: bool = True  # learns from its own samples while it trains: reinforcement learning
     coefficient: str = ""  # the setting that holds it near its reference
-    passes: Callable[[Mapping], Passes] | None = None  # from the settings of a study
+    tuned: tuple[str, ...] = ()  # section.key: what `tune` looks for, the coefficient first
+    # from the settings of a study: models in memory that learn, and that are only read
+    held: Callable[[Mapping], tuple[int, int]] | None = None
     variant_of: str = ""  # the method that this is one more run of
 
     def config(self, profile: Profile) -> Any:
@@ -113,6 +106,7 @@ def _check(record: Record, profile: Profile) -> None:
         "needs": (record.needs, ("policies", *CATALOGUE)),
         "sections": (record.sections, sections),
         "variant_of": ([record.variant_of], ("", *CATALOGUE)),
+        "tuned": (record.tuned, paths()),
         "notebook": ([record.notebook], {CATALOGUE[name].notebook for name in LIBRARY}),
     }
     for field, (given, known) in words.items():
@@ -238,6 +232,11 @@ def baseline() -> str:
     return policies("baseline")[0]
 
 
+def tuned() -> list[str]:
+    """Those whose settings `tune` looks for."""
+    return [r.name for r in CATALOGUE.values() if r.tuned]
+
+
 def coefficients() -> dict[str, str]:
     """Each stage with a coefficient that holds it near SFT, and the setting's name."""
     return {r.name: r.coefficient for r in CATALOGUE.values() if r.coefficient}
@@ -262,7 +261,7 @@ def _unbiased(of: str) -> Record:
     """A method of seed 0 on the labels of an annotator without bias."""
     return replace(
         CATALOGUE[of], name=f"{of}_control", label=f"{CATALOGUE[of].label}, unbiased labels",
-        role="", notebook="", help="", coefficient="", passes=None, exists=_attributed,
+        role="", notebook="", help="", coefficient="", tuned=(), held=None, exists=_attributed,
         pairs="control", needs=("sft", "reward_model_control"),
     )  # fmt: skip
 
@@ -271,42 +270,24 @@ def _swept(profile: Profile, seed: int) -> bool:
     return seed == 0 and profile.sweep.stronger > 0
 
 
-def _ppo(settings: Mapping) -> Passes:
-    values = 1 if settings["ppo"]["value_model"] == "separate" else 0
-    each = settings["ppo"]["epochs"] * (1 + values)
-    # sampled, scored, log-probs of policy and reference, values
-    return Passes(1 + values, _copies(settings), 4 + 1 + each, each)
-
-
-def _grpo(settings: Mapping) -> Passes:
-    iterations = settings["grpo"]["iterations"]
-    return Passes(1, _copies(settings), 4 + iterations, iterations)
-
-
 def _copies(settings: Mapping) -> int:
     """Frozen models beside a policy: the reward model, and the reference unless adapters go off."""
     return 1 if settings["model"]["lora_rank"] else 2
-
-
-def _pairwise(settings: Mapping) -> Passes:
-    return Passes(1, 0, 1, 1)
 
 
 def _sweep(name: str, of: str, label: str, changes: Callable[[Profile], dict]) -> Record:
     """One more run of a method in seed 0, at another coefficient."""
     method = CATALOGUE[of]
     return replace(
-        method, name=name, label=label, role="", variant_of=of, notebook="", help="",
+        method, name=name, label=label, role="", variant_of=of, notebook="", help="", tuned=(),
         changes=lambda profile: method.changes(profile) | changes(profile), exists=_swept,
     )  # fmt: skip
 
 
-def _grpo_times(factor: str) -> Callable[[Profile], dict]:
-    return lambda p: {"kl_reward_coef": getattr(p.sweep, factor) * p.grpo.kl_reward_coef}
-
-
-def _beta_times(factor: str) -> Callable[[Profile], dict]:
-    return lambda p: {"beta": getattr(p.sweep, factor) * p.dpo.beta}
+def _times(of: str, factor: str) -> Callable[[Profile], dict]:
+    """A method's own coefficient, times a factor of the sweep."""
+    method, name = CATALOGUE[of], CATALOGUE[of].coefficient
+    return lambda p: {name: getattr(p.sweep, factor) * getattr(method.config(p), name)}
 
 
 add(
@@ -319,7 +300,7 @@ add(
         "reward_model", "reward model", "#b8860b",
         runs="rlhf_lib.study.training:reward_model", sections=("reward_model",),
         unread=("curve_points",), notebook="02_reward_model", help="Train the reward model.",
-        passes=_pairwise,
+        held=lambda settings: (1, 0),
     ),
     Record(
         "reward_model_control", "reward model, unbiased labels",
@@ -343,7 +324,7 @@ add(
     Record(
         "sft", "SFT", "#4d4d4d",
         runs="rlhf_lib.methods.sft:train", sections=("sft",), notebook="03_sft",
-        help="Supervised fine-tuning.", role="reference", passes=_pairwise,
+        help="Supervised fine-tuning.", role="reference", held=lambda settings: (1, 0),
     ),
     Record("sft_again", "SFT again", role="null"),
     Record(
@@ -351,58 +332,59 @@ add(
         runs="rlhf_lib.study.training:rejection_sft", needs=TRAINED,
         sections=("rejection", "sft"), notebook="03_sft",
         help="SFT on the best of n samples, picked by the reward model.",
-        role="baseline", samples=False,
+        role="baseline", samples=False, tuned=("rejection.learning_rate", "rejection.epochs"),
     ),
     Record(
         "ppo", "PPO", "#0072b2",
         runs="rlhf_lib.methods.ppo:train", needs=TRAINED, sections=("ppo",),
         unread=("low_kl_coef",), notebook="04_ppo",
         help="Train with PPO (SFT and reward model first, if missing).",
-        role="method", coefficient="kl_coef", passes=_ppo,
+        role="method", coefficient="kl_coef", tuned=("ppo.kl_coef", "ppo.learning_rate"),
+        held=lambda s: (1 + (s["ppo"]["value_model"] == "separate"), _copies(s)),
     ),
 )  # fmt: skip
 add(
     replace(
         CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, low KL", color="#d55e00", help="",
         changes=lambda p: {"kl_coef": p.ppo.low_kl_coef}, role="variant", variant_of="ppo",
-        passes=None,
+        held=None, tuned=(),
     ),
     Record(
         "grpo", "GRPO", "#009e73",
         runs="rlhf_lib.methods.grpo:train", needs=TRAINED, sections=("grpo",), notebook="05_grpo",
         help="Train with GRPO (SFT and reward model first, if missing).",
-        role="method", coefficient="kl_reward_coef", passes=_grpo,
+        role="method", coefficient="kl_reward_coef",
+        tuned=("grpo.kl_reward_coef", "grpo.learning_rate"),
+        held=lambda settings: (1, _copies(settings)),
     ),
     Record(
         "dpo", "DPO", "#aa4499",
         runs="rlhf_lib.methods.dpo:train", needs=TRAINED, sections=("dpo",), notebook="06_dpo",
         help="Train with DPO (SFT first, and the reward model that its probes are scored with).",
         role="method", rewarded=False, samples=False, coefficient="beta",
-        # the reference's log-probs are taken once, before training
-        passes=lambda settings: Passes(1, _copies(settings), 1, 1),
+        tuned=("dpo.beta", "dpo.learning_rate"),
+        held=lambda settings: (1, _copies(settings)),
     ),
 )  # fmt: skip
 add(
-    _sweep(
-        "ppo_strong", "ppo", "PPO, high KL",
-        lambda p: {"kl_coef": p.sweep.stronger * p.ppo.kl_coef},
-    ),
-)  # fmt: skip
-add(
+    _sweep("ppo_strong", "ppo", "PPO, high KL", _times("ppo", "stronger")),
     replace(
         # as in Ahmadian et al. 2024, arXiv:2402.14740: a step a batch, so that nothing is clipped,
         # and tokens summed, not averaged over each reply
         _sweep("rloo", "grpo", "RLOO", lambda p: {
             "advantage": "leave_one_out", "iterations": 1, "aggregation": "constant",
+            "kl_reward_coef": p.sweep.rloo_kl_reward_coef,
+            "learning_rate": p.sweep.rloo_learning_rate,
         }),
-        color="#e69f00", variant_of="", passes=None,
+        tuned=("sweep.rloo_kl_reward_coef", "sweep.rloo_learning_rate"),
+        color="#e69f00", variant_of="", held=None,
     ),
 )  # fmt: skip
 for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger", "high")):
     add(
-        _sweep(f"grpo_{_suffix}", "grpo", f"GRPO, {_word} KL", _grpo_times(_factor)),
-        _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_word} KL", _grpo_times(_factor)),
-        _sweep(f"dpo_{_suffix}", "dpo", f"DPO, {_word} beta", _beta_times(_factor)),
+        _sweep(f"grpo_{_suffix}", "grpo", f"GRPO, {_word} KL", _times("grpo", _factor)),
+        _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_word} KL", _times("rloo", _factor)),
+        _sweep(f"dpo_{_suffix}", "dpo", f"DPO, {_word} beta", _times("dpo", _factor)),
     )
 add(_unbiased("ppo"), _unbiased("dpo"))
 add(

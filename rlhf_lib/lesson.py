@@ -23,7 +23,7 @@ from rlhf_lib.models.load import (
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.runtime import choose_precision, make_accelerator, seed_everything
 from rlhf_lib.settings import numbers
-from rlhf_lib.show import figures, tables, widgets
+from rlhf_lib.show import costs, figures, tables, widgets
 from rlhf_lib.show.display import say, show, source, table
 from rlhf_lib.show.exercises import check
 from rlhf_lib.study.stages import Study, summarise

@@ -30,8 +30,10 @@ from torch import Tensor
 
 from rlhf_lib import catalogue, user_code
 from rlhf_lib.runtime import (
+    MEASURING,
     choose_precision,
     computed_by,
+    counted,
     environment,
     peak_memory_gb,
     phase,
@@ -150,10 +152,13 @@ class Work:
         self._checkpoint = self.path / "checkpoint"
         self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
         self._started = self._saved = self._logged = time.perf_counter()
-        self._earlier = {"seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}}
+        self._measured = phase_seconds().get(MEASURING, 0.0)
+        self._earlier = {
+            "seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}, "spent": {},
+        }  # fmt: skip
         if (self.keep / "progress.json").exists():  # what was kept took its time
             self._earlier = json.loads((self.keep / "progress.json").read_text())
-        self._phases = phase_seconds()
+        self._phases, self._counted = phase_seconds(), counted()
         self.num_tokens = 0
         write_json(self.path / "config.json", stage.config)
         write_json(self.path / "env.json", environment())
@@ -168,10 +173,12 @@ class Work:
     @property
     def phases(self) -> dict[str, float]:
         """`seconds` by phase; what is missing of the sum was spent otherwise."""
-        spent = Counter(phase_seconds())
-        spent.subtract(self._phases)
-        spent.update(self._earlier["phases"])
-        return {name: seconds for name, seconds in spent.items() if seconds > 0}
+        return _since(self._phases, phase_seconds(), self._earlier["phases"])
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """FLOPs, and tokens generated, without what was spent on measuring."""
+        return _since(self._counted, counted(), self._earlier["spent"])
 
     @property
     def peak_memory_gb(self) -> float:
@@ -184,7 +191,7 @@ class Work:
         of all random number generators: a resumed stage ends bit-identical (on CPU).
         """
         first = self._restore(accelerator)
-        self._logged = time.perf_counter()
+        self._logged, self._measured = time.perf_counter(), phase_seconds().get(MEASURING, 0.0)
         for step in progress(range(first, total), self.stage.name, total=total, done=first):
             yield step
             due = time.perf_counter() - self._saved >= 60 * self.stage.checkpoint_minutes
@@ -193,13 +200,15 @@ class Work:
 
     def log(self, step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl; `num_tokens`: tokens processed in this step."""
-        now = time.perf_counter()
-        duration, self._logged = now - self._logged, now
+        now, measured = time.perf_counter(), phase_seconds().get(MEASURING, 0.0)
+        duration = now - self._logged - (measured - self._measured)
+        self._logged, self._measured = now, measured
         self.num_tokens += num_tokens
         row = {
             "step": step,
             # JSON has no infinity and no number that is none
             **{k: float(v) if math.isfinite(v) else None for k, v in metrics.items()},
+            "flops": self.spent.get("flops", 0.0),
             "step_time": duration,
             "num_tokens": self.num_tokens,
             "tokens_per_second": num_tokens / duration,
@@ -227,6 +236,7 @@ class Work:
         return {
             "seconds": self.seconds, "phases": self.phases, "peak_memory_gb": self.peak_memory_gb,
             "num_tokens": self.num_tokens,
+            "spent": self.spent,
         }  # fmt: skip
 
     def _restore(self, accelerator: Accelerator) -> int:
@@ -238,7 +248,8 @@ class Work:
             metrics.unlink(missing_ok=True)
             return 0
         self._earlier = json.loads((self._checkpoint / "progress.json").read_text())
-        self._started, self._phases = time.perf_counter(), phase_seconds()
+        self._started = time.perf_counter()
+        self._phases, self._counted = phase_seconds(), counted()
         self.num_tokens = self._earlier["num_tokens"]
         step = self._earlier["step"]
         kept = metrics.read_text().splitlines(keepends=True)[:step]
@@ -283,6 +294,14 @@ class Work:
         if self.stage.path.exists():  # a folder that lost its DONE: whatever it holds is not whole
             shutil.rmtree(self.stage.path)
         self.path.rename(self.stage.path)
+
+
+def _since(start: Mapping, now: Mapping, earlier: Mapping) -> dict[str, float]:
+    """What was added to each sum since `start`, and what was there earlier."""
+    added = Counter(now)
+    added.subtract(start)
+    added.update(earlier)
+    return {name: amount for name, amount in added.items() if amount > 0}
 
 
 # ------------------------------------------------------------------------- what a stage runs

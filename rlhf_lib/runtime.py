@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import typing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,7 +188,9 @@ def environment() -> dict:
 
 
 _seconds: dict[str, float] = defaultdict(float)
+_amounts: Counter[str] = Counter()
 _open: list[str] = []
+MEASURING = "measuring"  # the phase of what a method looks at and does not learn from
 _since = 0.0
 
 
@@ -196,10 +198,11 @@ _since = 0.0
 def phase(name: str) -> Iterator[None]:
     """Count the time within, or within the function it decorates, under `name`.
 
-    What a phase inside another takes is counted there alone, so phases add up.
+    What a phase inside another takes is counted there alone, so phases add up. But what is done to
+    measure has no phases of its own.
     """
     _book()
-    _open.append(name)
+    _open.append(MEASURING if MEASURING in _open else name)
     try:
         yield
     finally:
@@ -210,6 +213,17 @@ def phase(name: str) -> Iterator[None]:
 def phase_seconds() -> dict[str, float]:
     """Seconds by phase since the process began."""
     return dict(_seconds)
+
+
+def count(**amounts: float) -> None:
+    """Add to what has been spent, unless it is spent on measuring."""
+    if MEASURING not in _open:
+        _amounts.update(amounts)
+
+
+def counted() -> dict[str, float]:
+    """What has been spent since the process began: `flops`, and tokens `generated`."""
+    return dict(_amounts)
 
 
 def _book() -> None:

@@ -214,6 +214,17 @@ class SweepConfig:
 
     weaker: float = 0.25  # times the method's own coefficient; PPO has ppo.low_kl_coef
     stronger: float = 4.0  # 0 leaves the sweep out
+    rloo_kl_reward_coef: float = 0.2  # RLOO is GRPO but for its advantage, and these two
+    rloo_learning_rate: float = 5e-5
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """The search for each method's coefficient and learning rate: the same effort for each."""
+
+    trials: int = 9  # values tried for each method
+    budget: float = 1.0  # share of a method's training in the study that a trial takes
+    replies: int = 4  # of a trial's policy to each validation prompt
 
 
 @dataclass(frozen=True)
@@ -266,6 +277,7 @@ class Profile:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
@@ -298,7 +310,8 @@ def content_hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-RUNNING = ("jobs", "threads", "checkpoint_minutes")  # how a profile is run, not what it finds
+# how a profile is run or was found, not what it finds
+RUNNING = ("jobs", "threads", "checkpoint_minutes", "tuning")
 
 
 def deciding(settings: typing.Mapping) -> dict:
@@ -322,6 +335,8 @@ REAL_PAIRS = """
     rejection.epochs=1 rejection.learning_rate=1e-5
     ppo.learning_rate=1e-5 ppo.value_learning_rate=1e-5 ppo.kl_coef=0.05 ppo.low_kl_coef=0
     grpo.learning_rate=1e-5 grpo.kl_reward_coef=0.05
+    sweep.rloo_learning_rate=1e-5 sweep.rloo_kl_reward_coef=0.05
+    tuning.trials=4 tuning.budget=0.5
     dpo.epochs=1 dpo.batch_size=32 dpo.learning_rate=5e-6
 """
 PROFILES = {
@@ -337,6 +352,7 @@ PROFILES = {
         dpo.epochs=1 dpo.probes=2 dpo.probe_prompts=16
         evaluation.best_of_n=8 evaluation.best_of_n_prompts=32 evaluation.heldout_texts=64
         evaluation.bootstrap_samples=200 evaluation.probe_prompts=8 evaluation.probe_samples=1
+        tuning.trials=2
     """,
     # the tiny model's matrices are too small for two threads, or for bf16, to pay
     "laptop": "seeds=5 jobs=3 threads=1 model.precision=fp32",
@@ -390,7 +406,7 @@ def _override(profile: Profile, item: str) -> Profile:
     path, equals, text = item.partition("=")
     if not equals:
         raise SettingsError(f"override {item!r} has no '=': write it like ppo.kl_coef=0.02")
-    known = _paths()
+    known = paths()
     if path.strip() not in known:
         raise unknown("setting", path, known)
     value = _parse(known[path.strip()], path, text)
@@ -401,7 +417,7 @@ def _override(profile: Profile, item: str) -> Profile:
     return dataclasses.replace(profile, **{section: changed})
 
 
-def _paths() -> dict[str, typing.Any]:
+def paths() -> dict[str, typing.Any]:
     """Every setting, as `section.key`, and its type."""
     found: dict[str, typing.Any] = {}
     for name, kind in typing.get_type_hints(Profile).items():

@@ -21,7 +21,7 @@ from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage, write_jsonl
-from rlhf_lib.runtime import phase
+from rlhf_lib.runtime import count, phase
 from rlhf_lib.settings import load_profile
 from rlhf_lib.world.grammar import sample_reply, sample_request, write_prompt
 
@@ -30,6 +30,7 @@ POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "g
 PROXY = {"base": -1.0, "ppo": 1.0, "ppo_low_kl": 3.0, "grpo": 0.5}
 GOLD = {"base": -0.5, "ppo": 0.5, "ppo_low_kl": -1.0, "grpo": -0.25}
 PROMPTS = 24
+FLOPS = {"reward_model": 2e9, "ppo": 3e9, "dpo": 4e9}
 STRONG = 4.0  # times the coefficient of `grpo`: that of `grpo_strong`, which only seed 0 has
 
 
@@ -87,6 +88,8 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     ) -> Stage:
         def build(work: Any) -> dict:
             work.num_tokens = 1000
+            sampled = 600 if name in ("ppo", "grpo", "rejection_sft") else 0
+            count(flops=FLOPS.get(name, 1e9), generated=sampled)
             with phase("scoring"):
                 write(work.path, rows)
             return result

@@ -218,6 +218,7 @@ def test_records_of_an_earlier_profile_leave(toy_folder: Path) -> None:
         ("sections=('grpo',), changes=lambda p: {'updats': 3}", "TypeError: .*'updats'"),
         ("sections=('grpo',), coefficient='kl_ceof'", "unknown setting 'kl_ceof': did you mean"),
         ("sections=('grpo',), unread=('betta',)", "unknown setting 'betta': did you mean"),
+        ("tuned=('grpo.learning_rat',)", "unknown tuned 'grpo.learning_rat': did you mean"),
         ("needs=('toy',)", "can never be run: .*toy needs toy"),
         ("needs=('policies',)", "can never be run: .*toy needs toy"),
     ],

@@ -28,7 +28,7 @@ STAGES = (
     "probes",
     "evaluate",
 )
-COMMANDS = ("run", "report", "status", "export", "proofs", "stage", *STAGES)
+COMMANDS = ("run", "report", "status", "tune", "export", "proofs", "stage", *STAGES)
 
 
 @pytest.fixture
@@ -117,6 +117,11 @@ def test_an_unknown_model(cli: Callable, tmp_path: Path, command: str) -> None:
     line = told(cli(command, "--profile", "smoke", "--model", "smollm2-135"), tmp_path)
     assert "unknown model 'smollm2-135': did you mean 'smollm2-135m'?" in line
     assert "model.name=tiny" in line
+
+
+def test_an_unknown_method_to_tune(cli: Callable, tmp_path: Path) -> None:
+    line = told(cli("tune", "--profile", "smoke", "--only", "gpro"), tmp_path)
+    assert "unknown method that is tuned 'gpro': did you mean 'grpo'?" in line
 
 
 def test_an_unknown_notebook(cli: Callable, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ ORDER = (
     "user_code",
     "catalogue",
     "runtime",
+    "flops",
     "runs",
     "objectives",
     "world",

@@ -23,8 +23,9 @@ from benchmarks import text as benchmark_text
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.results import verdict
 from rlhf_lib.results.summary import FORMAT
+from rlhf_lib.show.costs import total_sentence
 from rlhf_lib.show.display import markdown
-from rlhf_lib.show.tables import comparison_table, total_sentence
+from rlhf_lib.show.tables import comparison_table
 
 BLOCK = re.compile(
     r"(<!-- (results|benchmark): ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL

@@ -31,7 +31,7 @@ from rlhf_lib.objectives.preference import (
     orpo_loss,
     simpo_loss,
 )
-from rlhf_lib.runtime import phase, progress
+from rlhf_lib.runtime import MEASURING, phase, progress
 from rlhf_lib.settings import DPOConfig, SettingsError, unknown
 
 Kept = Callable[[str, Callable[[], Tensor]], Tensor]
@@ -69,7 +69,8 @@ def train(
     every = max(1, len(batches) // config.probes)
     for step in steps(len(batches)):
         # 2. now and then, what the policy says by now
-        probe = sampler.sample(policy.model, probes).metrics() if step % every == 0 else {}
+        with phase(MEASURING):
+            probe = sampler.sample(policy.model, probes).metrics() if step % every == 0 else {}
         # 3. a step on the next pairs
         rows = batches[step]
         batch = [pairs[i] for i in rows]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.data.truth import Truth
+from rlhf_lib.flops import spend
 from rlhf_lib.methods.rewards import Reply, Reward, WeightedSum, checked, of_truth, read_replies
 from rlhf_lib.models.generation import generate
 from rlhf_lib.models.load import adapters_off
@@ -204,6 +205,8 @@ class Sampler:
         hidden, labels, mask = response_hidden(policy, prompts, responses)
         with adapters_off(self.reference):
             ref_hidden, _, _ = response_hidden(self.reference, prompts, responses)
+        for model in (policy, self.reference):
+            spend(model, 0, len(labels))
         parts = []
         for part in zip(*(x.split(CHUNK) for x in (hidden, ref_hidden, labels)), strict=True):
             logits = output_logits(policy, part[0], temperature)

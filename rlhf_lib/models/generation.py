@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib.data.batches import by_length
+from rlhf_lib.flops import spend
 from rlhf_lib.models import decoding
 from rlhf_lib.models.decoding import RoomyLayer, roomy_cache
 from rlhf_lib.models.load import eos_id
 from rlhf_lib.models.packing import Tokens
-from rlhf_lib.runtime import phase
+from rlhf_lib.runtime import count, phase
 
 FINISHED_SHARE = 0.25  # of a batch, when its finished rows leave it: leaving copies the cache
 
@@ -56,6 +57,10 @@ def generate(
         drawn = decode(model, cache, mask, logits, draw, luck, eos)
         for row, response in zip(rows, drawn, strict=True):
             responses[row] = response
+        generated = sum(map(len, drawn))
+        asked = {tuple(prompts[i]) for i in rows}
+        spend(model, sum(map(len, asked)) + generated, generated)
+        count(generated=generated)
     return responses
 
 

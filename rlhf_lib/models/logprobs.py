@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_lib.flops import spend
 from rlhf_lib.models.packing import Layout, Tokens, by_prompt, check_rows, lay_out_for, unflatten
 from rlhf_lib.objectives.masked import entropy
 from rlhf_lib.runtime import phase
@@ -35,6 +36,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 
 def hidden_states(model: torch.nn.Module, layout: Layout) -> Tensor:
     """The model's last hidden states, (R, L, width)."""
+    spend(model, layout.tokens)
     return model.base_model(  # type: ignore[operator]
         input_ids=layout.ids, attention_mask=layout.visible, position_ids=layout.positions
     ).last_hidden_state
@@ -68,6 +70,7 @@ def response_logits(
     For looking at a few rows: training takes `response_logprobs`, which never holds them all.
     """
     hidden, labels, mask = response_hidden(model, prompts, responses)
+    spend(model, 0, len(labels))
     return output_logits(model, hidden, temperature), labels, mask
 
 
@@ -97,6 +100,7 @@ def output_logprobs(
         logprobs = token_logprobs(logits, labels)
         return logprobs, entropy(logits.detach()) if with_entropy else None
 
+    spend(model, 0, len(labels))
     parts = [
         checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)

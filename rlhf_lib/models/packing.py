@@ -81,6 +81,7 @@ class Layout(NamedTuple):
     ends: tuple[list[int], list[int]]  # row and place of each response's last token, (B,) both
     labels: Tensor  # (N,)
     mask: Tensor  # (B, T)
+    tokens: int  # what stands in the rows, padding left out
 
 
 def lay_out_for(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Layout:
@@ -139,13 +140,13 @@ def lay_out(
     labels = torch.tensor([token for response in responses for token in response], device=device)
     mask = length_mask([len(r) for r in responses], device)
     if len(ids) == len(responses):  # a row each: plain causal attention will do
-        return Layout(ids, None, None, at, ends, labels, mask)
+        return Layout(ids, None, None, at, ends, labels, mask, sum(sizes))
     owners, branches = owners.to(device), branches.to(device)
     causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
     same_tree = owners[:, :, None] == owners[:, None, :]
     seen = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     visible = (causal & same_tree & seen)[:, None]
-    return Layout(ids, positions.to(device), visible, at, ends, labels, mask)
+    return Layout(ids, positions.to(device), visible, at, ends, labels, mask, sum(sizes))
 
 
 def check_rows(prompts: Tokens, responses: Tokens) -> None:

@@ -73,13 +73,13 @@ def logged(ends: pd.DataFrame, deciding: str) -> list[str]:
 
 
 def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:
-    """What one run had used up at each step that sampled: tokens in thousands, minutes.
+    """What one run had used up at each step that sampled: TFLOPs, minutes.
 
     `reward` ("proxy" or "gold") and kl are moving means over SMOOTH of those steps, so that one
     lucky batch of prompts decides nothing.
     """
     steps = pd.DataFrame(list(metrics))
-    used = {"tokens": steps["num_tokens"] / 1000, "minutes": steps["step_time"].cumsum() / 60}
+    used = {"TFLOPs": steps["flops"] / 1e12, "minutes": steps["step_time"].cumsum() / 60}
     seen = {reward: steps["reward" if reward == "proxy" else reward], "kl": steps["kl"]}
     frame = pd.DataFrame(used | seen).dropna(ignore_index=True)
     frame[[reward, "kl"]] = frame[[reward, "kl"]].rolling(SMOOTH, min_periods=1).mean()
@@ -89,18 +89,18 @@ def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:
 def at_equal_budget(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Where each of the runs (`spent`) stood when it had used what the thriftiest used in all.
 
-    Two budgets, tokens and minutes; columns: budget, amount, method, reward and kl there, and the
+    Two budgets, TFLOPs and minutes; columns: budget, amount, method, reward and kl there, and the
     share of the run that this was.
     """
     rows = []
-    for budget in ("tokens", "minutes"):
+    for budget in ("TFLOPs", "minutes"):
         amount = min(float(run[budget].max()) for run in runs.values())
         for name, run in runs.items():
             within = run[run[budget] <= amount]
             there = run.iloc[max(len(within) - 1, 0)]
             rows.append(
                 {"budget": budget, "amount": amount, "method": name}
-                | there.drop(["tokens", "minutes"]).to_dict()
+                | there.drop(["TFLOPs", "minutes"]).to_dict()
                 | {"share": amount / float(run[budget].max())}
             )
     return pd.DataFrame(rows)

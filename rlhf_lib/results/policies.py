@@ -249,13 +249,13 @@ def comparisons(
 
 
 def needs(
-    samples: Samples, minutes: Mapping[str, float], tokens: Mapping[str, float]
+    samples: Samples, flops: Mapping[str, float], minutes: Mapping[str, float]
 ) -> dict[str, dict]:
     """What a user may ask for, measured of each candidate and compared between them.
 
-    `minutes`, `tokens` (millions): what each candidate's training takes, the reward model included
-    where the method learns from it: means over the seeds, for the load of a machine is no luck of a
-    seed. `better`: which direction is.
+    `flops` (in any unit), `minutes`: what each candidate's training takes, the reward model
+    included where the method learns from it: means over the seeds, for the load of a machine is no
+    luck of a seed. `better`: which direction is.
     """
     names = samples.measured(catalogue.candidates())
     gains = {name: samples.difference(name, "sft", samples.deciding) for name in names}
@@ -268,12 +268,13 @@ def needs(
         partial(samples.estimate, key="kl"),
     )
     nats = _nats(samples)
-    asked = {
-        "reward": (gains, samples.estimate, "higher"),
-        "per_token": (per(tokens), samples.estimate, "higher"),
-        "per_minute": (per(minutes), samples.estimate, "higher"),
-        "kl": (kl, over_kl, "lower"),
+    asked: dict[str, tuple[Mapping, Callable, str]] = {
+        "reward": (gains, samples.estimate, "higher")
     }
+    if all(flops.values()):  # a method of the user's may compute by other ways than the library's
+        asked["per_flop"] = (per(flops), samples.estimate, "higher")
+    asked["per_minute"] = (per(minutes), samples.estimate, "higher")
+    asked["kl"] = (kl, over_kl, "lower")
     if nats:
         known = {name: nats[name] for name in names}
         asked["forgetting"] = (known, samples.over_texts, "lower")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +26,7 @@ from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary, second_opinion
 from rlhf_lib.results.requests import attribution, gains_by_request
 from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
-from rlhf_lib.runtime import environment
+from rlhf_lib.runtime import MEASURING, environment
 from rlhf_lib.settings import as_dict, content_hash
 
 Stages = Mapping[str, Stage]
@@ -84,7 +85,13 @@ def _results(
     runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData, samples: Samples
 ) -> dict:
     profile, resamples = runs[0].profile, runs[0].profile.evaluation.bootstrap_samples
-    picked, asked = best_of_n.read_curves(stages), needs(samples, *_spent(stages))
+    picked, prices = best_of_n.read_curves(stages), _prices(stages)
+    flop, unit = _flop_unit(prices)
+    asked = needs(
+        samples,
+        {name: price["flops"] / unit for name, price in prices.items()},
+        {name: price["minutes"] for name, price in prices.items()},
+    )
     kind, colon, place = profile.data.source.partition(":")
     results = {
         "format": FORMAT,
@@ -101,6 +108,8 @@ def _results(
         "requests": gains_by_request(samples, data.truth),
         "attribution": attribution(stages, samples.unit),
         "needs": asked,
+        "prices": prices,
+        "flop": flop,
         "heldout": {
             "what": stages[0]["evaluate"].result()["heldout"],
             "texts": len(samples.heldout[0]),
@@ -126,18 +135,35 @@ def _results(
     return results
 
 
-def _spent(stages: Sequence[Stages]) -> tuple[dict[str, float], dict[str, float]]:
-    """Minutes, and millions of tokens, that each candidate's training takes, over the seeds.
+def _prices(stages: Sequence[Stages]) -> dict[str, dict[str, float]]:
+    """What each candidate's training takes, a mean over the seeds: FLOPs, tokens that it generates,
+    and minutes, which are this machine's, under its load.
 
-    What learns from rewards pays for the reward model. Minutes are this machine's, under its load.
+    What learns from rewards pays for the reward model. Measuring is in none of them.
     """
-    minutes, tokens = {}, {}
+    prices = {}
     for name in (name for name in catalogue.candidates() if name in stages[0]):
         paid = (name, "reward_model") if catalogue.record(name).rewarded else (name,)
         results = [seed[part].result() for seed in stages for part in paid]
-        minutes[name] = sum(result["seconds"] for result in results) / 60 / len(stages)
-        tokens[name] = sum(result["num_tokens"] for result in results) / 1e6 / len(stages)
-    return minutes, tokens
+        seconds = [r["seconds"] - r["phases"].get(MEASURING, 0.0) for r in results]
+        prices[name] = {
+            **{k: sum(r["spent"].get(k, 0.0) for r in results) for k in ("flops", "generated")},
+            "minutes": sum(seconds) / 60,
+        }
+    return {
+        name: {key: total / len(stages) for key, total in price.items()}
+        for name, price in prices.items()
+    }
+
+
+def _flop_unit(prices: Mapping[str, Mapping[str, float]]) -> tuple[str, float]:
+    """The unit in which the dearest candidate's FLOPs are a number of at most three digits."""
+    most = max(price["flops"] for price in prices.values())
+    units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18}
+    return max(
+        (item for item in units.items() if item[1] <= most),
+        key=itemgetter(1), default=("GFLOP", 1e9),
+    )  # fmt: skip
 
 
 def _cost(stages: Sequence[Stages]) -> dict:
@@ -149,6 +175,8 @@ def _cost(stages: Sequence[Stages]) -> dict:
             key: over_seeds([float(r[key]) for r in results])
             for key in ("seconds", "peak_memory_gb", "num_tokens")
         }
+        flops = [r["spent"].get("flops", 0.0) for r in results]
+        cost[name]["flops"] = over_seeds(flops)
         phases = pd.DataFrame([r["phases"] for r in results]).fillna(0)
         cost[name]["phases"] = phases.mean().to_dict()
     return cost

@@ -16,7 +16,7 @@ from rlhf_lib.measure.statistics import POWER, UNCLEAR, direction, interval, lis
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ASKED = {  # need -> how it reads, its unit, and digits
     "reward": ("Highest {deciding} reward", "gain over SFT", 2),
-    "per_token": ("Most {deciding} reward per million tokens of training", "gain a million", 2),
+    "per_flop": ("Most {deciding} reward for its computing", "gain a {flop}", 3),
     "per_minute": ("Most {deciding} reward per minute, on this machine", "gain a minute", 2),
     "kl": ("Least KL to SFT", "nats a reply", 1),
     "forgetting": ("Least forgetting", "nats a token on held-out text", 3),
@@ -274,6 +274,7 @@ def choices(results: Mapping) -> list[str]:
     said = []
     for key, (title, unit, digits) in ASKED.items():
         if key in needs:
+            unit = unit.format(flop=results["flop"])
             found = _who(needs[key], candidates, able, unit, digits)
             said.append(f"**{title.format(deciding=deciding)}:** {found}")
     said.append(_without_rl(needs["reward"], candidates, able, deciding))

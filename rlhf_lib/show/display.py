@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
@@ -52,6 +53,15 @@ def figure_bundle(figure: Figure) -> dict[str, str]:
     figure.savefig(png, format="png", dpi=120)
     encoded = base64.b64encode(png.getvalue()).decode()
     return {"image/svg+xml": svg.getvalue(), "image/png": encoded, "text/plain": "figure"}
+
+
+def write_figure(figure: Figure, stem: Path) -> list[Path]:
+    """The figure as `stem`.svg and `stem`.png."""
+    bundle = figure_bundle(figure)
+    svg, png = stem.with_suffix(".svg"), stem.with_suffix(".png")
+    svg.write_text(bundle["image/svg+xml"], encoding="utf-8")
+    png.write_bytes(base64.b64decode(bundle["image/png"]))
+    return [svg, png]
 
 
 def table_bundle(frame: pd.DataFrame) -> dict[str, str]:

@@ -157,18 +157,46 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
 
 
 def budgets(runs: Mapping[str, pd.DataFrame], reward: str) -> Figure:
-    """Reward along training against tokens and against minutes, a line a method (`spent`)."""
-    titles = {"tokens": "thousand tokens", "minutes": "minutes"}
-    figure, axes = _panels(len(titles), 3.0, sharey=True)
-    for axis, (budget, title) in zip(axes, titles.items(), strict=True):
+    """Reward along training against FLOPs and against minutes, a line a method (`spent`)."""
+    budgets = "TFLOPs", "minutes"
+    figure, axes = _panels(len(budgets), 3.0, sharey=True)
+    for axis, budget in zip(axes, budgets, strict=True):
         smallest = min(run[budget].max() for run in runs.values())
         axis.axvline(smallest, color=GREY, lw=0.8, ls=":")
         for name, run in runs.items():
             sns.lineplot(run, x=budget, y=reward, color=color(name), estimator=None, ax=axis)
-        axis.set(xlabel=title, ylabel=f"{reward} reward")
-    for axis, budget in zip(axes, titles, strict=True):
+        axis.set(xlabel=budget, ylabel=f"{reward} reward")
+    for axis, budget in zip(axes, budgets, strict=True):
         ends = {name: run[[budget, reward]].iloc[-1] for name, run in runs.items()}
         name_ends(axis, [(label(name), *end, color(name)) for name, end in ends.items()])
+    return figure
+
+
+def tuning(trials: Sequence[Mapping]) -> Figure:
+    """One panel a method: reward on validation prompts by its first tuned setting, a line for each
+    value of its second; a ring around the best. Trials that diverged are left out.
+    """
+    rows = [dict(trial) for trial in trials if trial["mean"] is not None]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = _panels(len(names), 2.5, wide=3, sharey=True)
+    figure.supylabel(f"{rows[0]['rater']} reward", fontsize="medium")
+    for axis, name in zip(axes, names, strict=True):
+        own = [row for row in rows if row["method"] == name]
+        first, second = own[0]["values"]
+        steps = sorted({row["values"][second] for row in own})
+        shades = sns.light_palette(color(name), len(steps) + 1).as_hex()[1:]
+        for step, shade in zip(steps, shades, strict=True):
+            line = [row for row in own if row["values"][second] == step]
+            line.sort(key=lambda row: row["values"][first])
+            places = [row["values"][first] for row in line]
+            dots(axis, line, places, shade, upright=True, fmt="o-", label=f"{step:g}")
+        top = max(own, key=lambda row: row["mean"])
+        axis.plot(top["values"][first], top["mean"], "o", ms=11, mfc="none", mec="black")
+        axis.set(xscale="log", xlabel=first.rpartition(".")[2], title=label(name))
+        tried = sorted({row["values"][first] for row in own})
+        axis.set_xticks(tried, [f"{value:g}" for value in tried])
+        axis.minorticks_off()
+        axis.legend(title=second.rpartition(".")[2], fontsize=6.5, title_fontsize=6.5)
     return figure
 
 

@@ -12,8 +12,8 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
-from rlhf_lib.catalogue import CATALOGUE, Passes, label
-from rlhf_lib.measure.statistics import contrast, interval, listed
+from rlhf_lib.catalogue import label
+from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl
@@ -223,94 +223,6 @@ def need_table(results: Mapping) -> pd.DataFrame:
     candidates = [name for name in catalogue.candidates() if name in results["policies"]]
     needs = [need(key) for key in results["needs"] if key in ASKED]
     return table_of(candidates, [("candidate", label), *needs])
-
-
-# --------------------------------------------------------------------------------------- costs
-
-
-def cost_table(results: Mapping) -> pd.DataFrame:
-    """Minutes, peak memory and tokens of each stage, per seed."""
-    columns = [
-        ("stage", named),
-        ("minutes", spent("seconds", 60, 2)),
-        ("peak memory (GB)", spent("peak_memory_gb", 1, 2)),
-        ("tokens (thousands)", spent("num_tokens", 1000, 0)),
-    ]
-    return table_of([{"name": name, **cost} for name, cost in results["cost"].items()], columns)
-
-
-def phase_table(results: Mapping) -> pd.DataFrame:
-    """Minutes of each stage by phase; phases that no stage spent time in are left out."""
-    phases = {name: cost["phases"] for name, cost in results["cost"].items()}
-    seconds = pd.DataFrame.from_dict(phases, orient="index").sort_index(axis=1).fillna(0.0)
-    everything = pd.Series({n: cost["seconds"]["mean"] for n, cost in results["cost"].items()})
-    seconds["other"], seconds["all"] = everything - seconds.sum(axis=1), everything
-    seconds.loc["sum"] = seconds.sum()
-    frame = (seconds / 60).clip(lower=0.0).map("{:.2f}".format)
-    frame.insert(0, "stage", [label(str(name)) for name in frame.index])
-    return frame
-
-
-def total_sentence(results: Mapping) -> str:
-    """Minutes of all stages of all seeds, and of one seed's methods with their evaluation."""
-    cost = results["cost"]
-    everything = sum(sum(stage["seconds"]["per_seed"]) for stage in cost.values()) / 60
-    # what a comparison of the methods cannot do without; the other stages say how far to trust it
-    core = ["reward_model", "sft", *catalogue.methods(), *({"judge"} & set(cost)), "evaluate"]
-    theirs = sum(cost[name]["seconds"]["mean"] for name in ("dataset", *core) if name in cost)
-    return (
-        f"Time in stages, added up over all jobs: {everything:.1f} minutes. A seed's "
-        f"{listed([label(name) for name in core])} take {theirs / 60:.1f} of them on average."
-    )
-
-
-def passes(settings: Mapping) -> dict[str, Passes]:
-    """Models in memory and passes over an update's tokens, of each stage that says so."""
-    stages = (stage for stage in CATALOGUE.values() if not stage.variant_of)
-    return {stage.name: stage.passes(settings) for stage in stages if stage.passes}
-
-
-def update_table(results: Mapping, updates: Mapping[str, int]) -> pd.DataFrame:
-    """Tokens and passes of one update; `updates`: how many each stage made."""
-    made, cost = passes(results["settings"]), results["cost"]
-    columns = [
-        ("stage", label),
-        ("updates", lambda name: updates[name]),
-        ("tokens an update", lambda name: round(cost[name]["num_tokens"]["mean"] / updates[name])),
-        ("forward passes", lambda name: made[name].forward),
-        ("backward passes", lambda name: made[name].backward),
-    ]
-    return table_of([name for name in made if name in cost], columns)
-
-
-def memory_table(results: Mapping, weights: int, learnt: int, read_bytes: int) -> pd.DataFrame:
-    """Peak memory by part, in MB. `weights` of one model, `learnt` ones among them (fewer with
-    adapters); `read_bytes`: of a weight that is only read.
-    """
-    rows, held, cost = [], passes(results["settings"]), results["cost"]
-    for name in (name for name in held if name in cost):
-        counted = {
-            "weights learnt": 4 * weights * held[name].learnt,
-            "gradients": 4 * learnt * held[name].learnt,
-            "moments": 8 * learnt * held[name].learnt,
-            "models read": read_bytes * weights * held[name].read,
-        }
-        peak = 1e9 * cost[name]["peak_memory_gb"]["mean"]
-        counted |= {"the rest": peak - sum(counted.values()), "peak": peak}
-        rows.append({"stage": label(name)} | {k: f"{v / 1e6:,.0f}" for k, v in counted.items()})
-    return pd.DataFrame(rows)
-
-
-def price_table(results: Mapping) -> pd.DataFrame:
-    """Gain over SFT per million tokens and per minute of each candidate's training."""
-    found = results["needs"]
-    candidates = [name for name in catalogue.candidates() if name in results["policies"]]
-    columns = [
-        ("policy", label),
-        ("gain a million tokens", lambda n: interval(found["per_token"]["policies"][n])),
-        ("gain a minute", lambda n: interval(found["per_minute"]["policies"][n])),
-    ]
-    return table_of(candidates, columns)
 
 
 # -------------------------------------------------------------------------------------- probes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.display import figure_bundle, table_bundle, write_figure
 from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
 from rlhf_lib.study.schedule import StudyError, notebook_path
 
@@ -202,9 +201,5 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     }
     paths = [target / "results.json", target / "frontier.csv"]
     for name, figure in drawn.items():
-        bundle = figure_bundle(figure)
-        svg, png = target / f"{name}.svg", target / f"{name}.png"
-        svg.write_text(bundle["image/svg+xml"], encoding="utf-8")
-        png.write_bytes(base64.b64decode(bundle["image/png"]))
-        paths += [svg, png]
+        paths += write_figure(figure, target / name)
     return paths

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -80,14 +81,21 @@ def run_study(
     jobs = plan(profile)
     if only is not None:
         jobs = [replace(job, needs=()) for job in jobs if job.key == f"{only}/0"]
+    with worker_pool(profile) as (pool, workers):
+        _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
+    return [notebook_path(profile, run_dir, job.name) for job in jobs if job.notebook]
+
+
+@contextmanager
+def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
+    """Processes that work side by side, and how many: on a CPU `profile.jobs` or its cores."""
     cores = psutil.cpu_count(logical=False) or 1
     workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
     # workers and kernels inherit both: no progress bars in there, and where the user's files are
     os.environ |= {"RLHF_BATCH": "1", "RLHF_FOLDER": str(Path.cwd())}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
-    return [notebook_path(profile, run_dir, job.name) for job in jobs if job.notebook]
+        yield pool, workers
 
 
 def _run_jobs(

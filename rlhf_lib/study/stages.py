@@ -59,18 +59,18 @@ class Study:
         record = self._record(name)
         profile = self.run.profile
         check_stage(record, profile, truth_of(profile.data.source))
-        return run_stage(self.run, record, self._data(record), self._needed(name))
+        return run_stage(self.run, record, self._data(record), self.needed(name))
 
     def variant(self, name: str, of: str, **changes: object) -> Stage:
         """The stage `of` once more, under another name and with other settings."""
         record = self._record(of)
         record = replace(record, name=name, changes=lambda p, c=record.changes: c(p) | changes)
-        return run_stage(self.run, record, self._data(record), self._needed(of))
+        return run_stage(self.run, record, self._data(record), self.needed(of))
 
     def offer(self, name: str) -> Offer:
         """The live objects that the stage `name` works on, to be looked at: nothing is trained."""
         record = self._record(name)
-        return Offer(self.run, record, self._data(record), self._needed(name))
+        return Offer(self.run, record, self._data(record), self.needed(name))
 
     def _record(self, name: str) -> Record:
         known = {
@@ -83,7 +83,7 @@ class Study:
     def _data(self, record: Record) -> PreferenceData:
         return self.control_data if record.pairs == "control" else self.data
 
-    def _needed(self, name: str) -> dict[str, Stage]:
+    def needed(self, name: str) -> dict[str, Stage]:
         """The stages that `name` reads, run if missing."""
         profile, seed = self.run.profile, self.run.seed
         needed = {other: self.stage(other) for other in catalogue.needs(profile, name, seed)}

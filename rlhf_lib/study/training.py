@@ -30,7 +30,7 @@ from rlhf_lib.models.load import (
 )
 from rlhf_lib.objectives.losses import reward_loss
 from rlhf_lib.runs import Run, Stage, Work
-from rlhf_lib.runtime import bundled_folder
+from rlhf_lib.runtime import MEASURING, bundled_folder, phase
 from rlhf_lib.settings import (
     Profile,
     RejectionConfig,
@@ -161,9 +161,10 @@ def reward_model(
     model = reward_model.model
     with reward_model.accelerator.autocast():
         mean, std = bradley_terry.measure_scale(model, data.demonstrations)
-        test, validation = (
-            bradley_terry.score_pairs(model, data.pairs[split]) for split in ("test", "validation")
-        )
+        with phase(MEASURING):
+            test, validation = (
+                bradley_terry.score_pairs(model, data.pairs[s]) for s in ("test", "validation")
+            )
     model.config.reward_mean, model.config.reward_std = mean, std
     work.write_samples(_score_rows(*test))
     (_, stats), (_, at_validation) = reward_loss(*test), reward_loss(*validation)

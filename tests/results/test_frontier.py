@@ -71,12 +71,12 @@ def test_a_run_ends_with_the_mean_of_its_last_quarter() -> None:
     assert ends["gold"].tolist() == [-6.5, -6.5, -2.0]
 
 
-def used(tokens: int, seconds: float, count: int = 6) -> pd.DataFrame:
+def used(flops: float, seconds: float, count: int = 6) -> pd.DataFrame:
     return spent(
         [
-            {"num_tokens": tokens * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
+            {"flops": flops * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
             if s % 2 == 0
-            else {"num_tokens": tokens * (s + 1), "step_time": seconds}
+            else {"flops": flops * (s + 1), "step_time": seconds}
             for s in range(count)
         ],
         "proxy",
@@ -84,18 +84,18 @@ def used(tokens: int, seconds: float, count: int = 6) -> pd.DataFrame:
 
 
 def test_what_was_spent_counts_steps_that_sampled_nothing() -> None:
-    frame = used(1000, 60.0)
-    assert frame["tokens"].tolist() == [1.0, 3.0, 5.0]
+    frame = used(1e12, 60.0)
+    assert frame["TFLOPs"].tolist() == [1.0, 3.0, 5.0]
     assert frame["minutes"].tolist() == [1.0, 3.0, 5.0]
     assert frame["proxy"].tolist() == [0.0, 1.0, 2.0], "running means of 0, 2, 4"
 
 
 def test_runs_are_read_where_the_thriftiest_ended() -> None:
-    runs = {"ppo": used(1000, 60.0), "dpo": used(3000, 30.0)}
+    runs = {"ppo": used(1e12, 60.0), "dpo": used(3e12, 30.0)}
     table = at_equal_budget(runs).set_index(["budget", "method"])
-    assert table.loc[("tokens", "ppo"), ["amount", "proxy", "share"]].tolist() == [5.0, 2.0, 1.0]
-    # 9,000 tokens after its third step: only its first is within 5,000
-    assert table.loc[("tokens", "dpo"), ["proxy", "share"]].tolist() == [0.0, 5.0 / 15.0]
+    assert table.loc[("TFLOPs", "ppo"), ["amount", "proxy", "share"]].tolist() == [5.0, 2.0, 1.0]
+    # 9 TFLOPs after its third step: only its first is within 5
+    assert table.loc[("TFLOPs", "dpo"), ["proxy", "share"]].tolist() == [0.0, 5.0 / 15.0]
     assert table.loc[("minutes", "dpo"), ["amount", "proxy", "share"]].tolist() == [2.5, 2.0, 1.0]
     assert table.loc[("minutes", "ppo"), "proxy"] == 0.0
     figure = figures.budgets(runs, "proxy")
@@ -165,8 +165,8 @@ def test_a_further_method_is_on_the_frontier_and_its_minutes_are_counted(
     points = found[(found["policy"] == "toy") & (found["kind"] == "training")]
     assert points["step"].tolist() == [0, 1]
     assert points["coefficient"].isna().all(), "its record names no coefficient"
-    for price in summary._spent([stages]):
-        assert price["toy"] == price["grpo"]
+    prices = summary._prices([stages])
+    assert prices["toy"] == prices["grpo"]
 
 
 def test_the_figure_joins_the_ends_of_each_method() -> None:

@@ -73,7 +73,7 @@ def test_methods_are_compared_with_each_other(results: dict) -> None:
 
 def test_needs_compare_the_candidates_in_what_a_user_may_ask_for(results: dict) -> None:
     needs = results["needs"]
-    assert list(needs) == ["reward", "per_token", "per_minute", "kl", "forgetting"]
+    assert list(needs) == ["reward", "per_flop", "per_minute", "kl", "forgetting"]
     assert [need["better"] for need in needs.values()] == 3 * ["higher"] + 2 * ["lower"]
     assert needs["reward"]["comparisons"] == results["comparisons"]
     kl = needs["kl"]["comparisons"]["ppo_minus_dpo"]
@@ -123,10 +123,12 @@ def test_twice_the_price_is_half_the_gain_for_it() -> None:
     two = dict.fromkeys(catalogue.candidates(), 2.0)
     found = policies.needs(samples, one, two)
     gain = found["reward"]["policies"]["ppo"]
-    for need, price in (("per_minute", 1), ("per_token", 2)):
+    for need, price in (("per_flop", 1), ("per_minute", 2)):
         record = found[need]["policies"]["ppo"]
         assert record["mean"] == pytest.approx(gain["mean"] / price)
         assert record["se"] == pytest.approx(gain["se"] / price)
+    uncounted = policies.needs(samples, one | {"ppo": 0.0}, two)
+    assert list(uncounted) == ["reward", "per_minute", "kl"], "a method that nobody counted"
 
 
 def test_families_are_fixed_and_a_demonstration_costs_nobody_anything() -> None:

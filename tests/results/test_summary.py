@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ import pytest
 
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run
+from rlhf_lib.runtime import MEASURING, count, phase
 from rlhf_lib.settings import load_profile
 from tests.made_up_study import PROMPTS, stages_of, strict, summarise
 
@@ -44,9 +46,8 @@ def test_a_methods_minutes_hold_the_reward_model_it_learns_from(tmp_path: Path) 
     for name, value in seconds.items():
         file = stages[name].path / "result.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": value}))
-    minutes, tokens = summary._spent([stages, stages])
+    minutes = {n: price["minutes"] for n, price in summary._prices([stages, stages]).items()}
     assert minutes == {"ppo": 3.0, "grpo": 1.5, "dpo": 0.1, "rejection_sft": 1.0}
-    assert tokens == {"ppo": 0.002, "grpo": 0.002, "dpo": 0.001, "rejection_sft": 0.002}
 
 
 def test_overoptimisation_is_the_low_kl_run_minus_the_default(results: dict) -> None:
@@ -72,6 +73,7 @@ def test_best_of_n_and_costs_are_averaged_over_seeds(results: dict) -> None:
     assert two["proxy"]["low"] < 3 < two["proxy"]["high"]
     assert two["gold"]["over"] == "seeds and prompts"
     assert results["cost"]["ppo"]["num_tokens"]["mean"] == 1000
+    assert results["cost"]["ppo"]["flops"]["mean"] == 3e9
     assert results["cost"]["evaluate"]["seconds"]["mean"] > 0
     lone = {"reward_model_curve", "grpo_strong", "attribution"}
     assert results["stages"]["0"].keys() == results["cost"].keys()
@@ -85,6 +87,42 @@ def test_what_only_the_first_seed_ran_costs_what_it_cost_there(results: dict) ->
     phases = results["cost"]["grpo"]["phases"]
     assert list(phases) == ["scoring"]
     assert 0 < phases["scoring"] <= results["cost"]["grpo"]["seconds"]["mean"]
+
+
+def test_a_price_has_the_reward_model_in_it_where_the_method_learns_from_it(results: dict) -> None:
+    prices, cost = results["prices"], results["cost"]
+    assert {n: price["flops"] for n, price in prices.items()} == {
+        "ppo": 5e9, "grpo": 3e9, "dpo": 4e9, "rejection_sft": 3e9,
+    }  # fmt: skip
+    assert [price["generated"] for price in prices.values()] == [600, 600, 0, 600]
+    assert results["flop"] == "GFLOP"
+    seconds = cost["ppo"]["seconds"]["mean"] + cost["reward_model"]["seconds"]["mean"]
+    assert prices["ppo"]["minutes"] == pytest.approx(seconds / 60)
+    gain = results["needs"]["reward"]["policies"]["ppo"]["mean"]
+    assert results["needs"]["per_flop"]["policies"]["ppo"]["mean"] == pytest.approx(gain / 5)
+
+
+def test_measuring_is_in_no_price(tmp_path: Path) -> None:
+    run = Run(load_profile("smoke"), 0, tmp_path)
+
+    def build(work: Any) -> dict:
+        count(flops=1e12, generated=5)
+        with phase(MEASURING):
+            count(flops=9e12, generated=9)
+            sleep(0.2)
+        return {}
+
+    stages = {n: run.stage(n, {}, {}, "config").ensure(build) for n in ("dpo", "reward_model")}
+    price = summary._prices([stages])["dpo"]
+    assert (price["flops"], price["generated"]) == (1e12, 5)
+    assert 60 * price["minutes"] < 0.2 < stages["dpo"].result()["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("most", "unit"), [(3e8, "GFLOP"), (2e12, "TFLOP"), (9e14, "TFLOP"), (1e15, "PFLOP")]
+)
+def test_flops_come_in_a_unit_of_their_size(most: float, unit: str) -> None:
+    assert summary._flop_unit({"a": {"flops": most}, "b": {"flops": 1.0}})[0] == unit
 
 
 def test_the_frontier_has_final_points_the_way_there_and_best_of_n(folder: Path) -> None:

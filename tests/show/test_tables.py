@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_lib.catalogue import CATALOGUE, candidates, label, policies
 from rlhf_lib.measure.statistics import interval
-from rlhf_lib.show import figures, tables
+from rlhf_lib.show import costs, figures, tables
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -154,12 +154,12 @@ def test_a_method_of_ones_own_stands_in_every_table_and_in_the_main_figure(
 ) -> None:
     toy = replace(CATALOGUE["grpo"], name="toy", label="Toy", notebook="")
     monkeypatch.setitem(CATALOGUE, "toy", toy)
-    for place in (results["policies"], results["cost"]):
+    for place in (results["policies"], results["cost"], results["prices"]):
         place["toy"] = place["grpo"]
     for need in results["needs"].values():
         need["policies"]["toy"] = need["policies"]["grpo"]
     made = [tables.comparison_table, tables.gain_table, tables.win_table, tables.distance_table]
-    made += [tables.reply_table, tables.need_table, tables.cost_table, tables.price_table]
+    made += [tables.reply_table, tables.need_table, costs.cost_table, costs.price_table]
     for table in (make(results) for make in made):
         assert (table.iloc[:, 0] == "Toy").sum() == 1
     rows = figures.gains(results).axes[0].get_yticklabels()

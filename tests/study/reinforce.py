@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rlhf_lib.catalogue import Passes, record
+from rlhf_lib.catalogue import record
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.settings import numbers
 
@@ -36,5 +36,5 @@ RECORD = replace(
     coefficient="",  # none holds it near its reference
     # it learns one model and reads two; replies are sampled, scored, read by policy and reference,
     # and learnt from once
-    passes=lambda settings: Passes(learnt=1, read=2, forward=5, backward=1),
+    held=lambda settings: (1, 2),
 )

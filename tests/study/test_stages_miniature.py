@@ -24,7 +24,7 @@ from rlhf_lib import catalogue, runs
 from rlhf_lib.__main__ import main
 from rlhf_lib.results import verdict
 from rlhf_lib.settings import as_dict, of_settings
-from rlhf_lib.show import figures, tables
+from rlhf_lib.show import costs, figures, tables
 from rlhf_lib.study import stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,8 +175,8 @@ def test_it_is_compared_with_every_other_method(study: Any) -> None:
         tables.distance_table,
         tables.reply_table,
         tables.need_table,
-        tables.cost_table,
-        tables.price_table,
+        costs.cost_table,
+        costs.price_table,
     ],
 )
 def test_every_table_has_it(table: Any, study: Any) -> None:
@@ -185,7 +185,7 @@ def test_every_table_has_it(table: Any, study: Any) -> None:
 
 @pytest.mark.slow
 def test_costs_know_what_it_holds(study: Any) -> None:
-    assert tables.passes(study.results["settings"])["reinforce"].learnt == 1
+    assert costs.held(study.results["settings"])["reinforce"] == (1, 2)
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import pytest
 from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.settings import as_dict, load_profile
-from rlhf_lib.show.tables import (
+from rlhf_lib.show.costs import (
     cost_table,
+    held,
     memory_table,
-    passes,
     phase_table,
     price_table,
     total_sentence,
@@ -74,10 +74,14 @@ def test_all_seeds_count_in_the_sum_and_one_in_the_methods() -> None:
 def test_what_training_bought_is_what_the_needs_say() -> None:
     results = json.loads((MADE_UP / "gold.json").read_text())
     table = price_table(results).set_index("policy")
-    for key, column in (("per_minute", "gain a minute"), ("per_token", "gain a million tokens")):
+    for key, column, digits in (("per_minute", "a minute", 2), ("per_flop", "a GFLOP", 3)):
         found = results["needs"][key]["policies"]
         for name in ("ppo", "rejection_sft"):
-            assert table.loc[label(name), column] == interval(found[name])
+            assert table.loc[label(name), f"gain {column}"] == interval(found[name], digits)
+    assert table.loc["PPO", "GFLOP"] == "5.0"  # 3 of its own and 2 of the reward model's
+    assert table.loc["DPO", "tokens generated"] == "0"
+    del results["needs"]["per_flop"]  # a method that nobody counted
+    assert "gain a GFLOP" not in price_table(results)
 
 
 def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands() -> None:
@@ -93,18 +97,17 @@ def settings(*overrides: str) -> dict:
     return as_dict(load_profile("smoke", overrides))
 
 
-def test_passes_follow_the_settings() -> None:
-    plain = passes(settings("ppo.epochs=3", "grpo.iterations=2"))
-    # sampling, score, two log-probs, values; then three epochs of policy and value model
-    assert plain["ppo"] == (2, 2, 5 + 6, 6)
-    assert plain["grpo"] == (1, 2, 4 + 2, 2)
-    shared = passes(settings("ppo.value_model=shared", "ppo.epochs=3", "model.lora_rank=4"))
-    assert shared["ppo"] == (1, 1, 5 + 3, 3), "one trunk, and no copy for a reference"
+def test_models_in_memory_follow_the_settings() -> None:
+    plain = held(settings())
+    assert (plain["ppo"], plain["grpo"], plain["sft"]) == ((2, 2), (1, 2), (1, 0))
+    shared = held(settings("ppo.value_model=shared", "model.lora_rank=4"))
+    assert shared["ppo"] == (1, 1), "one trunk, and no copy for a reference"
 
 
 def test_memory_by_part_adds_up_to_the_peak() -> None:
-    names = passes(settings())
-    costs = {n: {"peak_memory_gb": {"mean": 1.0}, "num_tokens": {"mean": 1000}} for n in names}
+    names = held(settings())
+    spent = {"peak_memory_gb": 1.0, "num_tokens": 1000, "flops": 4e9}
+    costs = {name: {key: {"mean": mean} for key, mean in spent.items()} for name in names}
     results = {"settings": settings(), "cost": costs}
     table = memory_table(results, weights=1_000_000, learnt=500_000, read_bytes=2)
     rows = table.set_index("stage").astype(str).replace(",", "", regex=True).astype(int)
@@ -112,7 +115,7 @@ def test_memory_by_part_adds_up_to_the_peak() -> None:
     assert rows.loc["PPO"].tolist() == [8, 4, 8, 4, 976, 1000]
     assert rows.loc["SFT"].tolist() == [4, 2, 4, 0, 990, 1000]
     tokens = update_table(results, dict.fromkeys(names, 8)).set_index("stage")
-    assert tokens.loc["PPO", "tokens an update"] == 125
+    assert tokens.loc["PPO"].tolist() == [8, "125", "0.5"]
 
 
 @pytest.mark.parametrize("kind", ["gold", "proxy"])
