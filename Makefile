@@ -82,6 +82,8 @@ $(BENCH_STAMP): | $(STAMP)
 
 bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transformers
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python --threads 1 \
+	  --out runs/benchmarks/one-thread.json $(BENCH_ARGS)
 
 readme: $(STAMP) ## fill the README's numbers from the exported studies
 	$(BIN)/python -m tools.readme

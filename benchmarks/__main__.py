@@ -24,7 +24,9 @@ def run(
     model: Annotated[str, typer.Option(help="name, folder or hub id; `random`: GPT-2's size")] = "",
     data: Annotated[str, typer.Option(help="a source, like path:FILE; empty: drawn rows")] = "",
     only: Annotated[str, typer.Option(help="stages, separated by commas")] = ",".join(STAGES),
-    rounds: Annotated[int, typer.Option(help="measured rounds of each side", min=2)] = 5,
+    rounds: Annotated[int, typer.Option(help="measured rounds of each process", min=1)] = 2,
+    processes: Annotated[int, typer.Option(help="fresh processes of each side", min=2)] = 3,
+    threads: Annotated[int, typer.Option(help="of each side; 0: one for each core", min=0)] = 0,
     pairs: Annotated[int, typer.Option(help="pairs in a round", min=8)] = 32,
     samples: Annotated[int, typer.Option(help="samples in a round, by 16", min=16)] = 32,
     peer_python: Annotated[str, typer.Option(help="an interpreter that has TRL")] = "",
@@ -39,7 +41,7 @@ def run(
 
     stages = _stages(only)
     peer = _peer(peer_python)
-    set_up_process()
+    set_up_process(threads)
     with tempfile.TemporaryDirectory() as folder:
         print("preparing rows and models ...", flush=True)
         job = make_job(Path(folder), model or default_model(), data, pairs)
@@ -52,7 +54,8 @@ def run(
         def keep(results: dict) -> None:
             _write(out, results | named | {"prediction": predicted.predict(results)})
 
-        benchmark(job, Path(folder) / "job.json", stages, rounds, peer, _say, keep)
+        path = Path(folder) / "job.json"
+        benchmark(job, path, stages, rounds, processes, peer, _say, keep)
     print(benchmark_summary(json.loads(out.read_text(encoding="utf-8"))))
 
 

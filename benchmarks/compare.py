@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3 if torch.cuda.is_available() else 2
 PEERS = {
     **dict.fromkeys(("sft", "reward_model", "dpo", "grpo"), "TRL"),
-    "ppo": "plain PPO",
+    **dict.fromkeys(("ppo", "dpo_plain", "grpo_plain"), "bare torch"),
     "generation": "transformers",
 }
 # what results do not say of a job: paths, texts, and what no side is measured by
@@ -32,26 +32,32 @@ UNSAID |= {"kl_coef", "beta", "learning_rate"}
 
 
 def run_rounds(
-    commands: Mapping[str, Sequence[str]], rounds: int, say: Callable[[str], None]
+    commands: Mapping[str, Sequence[str]], rounds: int, processes: int, say: Callable[[str], None]
 ) -> dict[str, list[dict]]:
     """Rounds of both in turn, the first WARM_UP of each left out: `{"library": [...], ...}`.
 
+    All of it `processes` times, each time with two new processes: where a process puts its memory
+    moves its speed for as long as it lives, so rounds of one pair are no independent measurements.
     Nothing goes to the network: models are folders, and the hub's client is told to stay offline.
     """
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": search}
     found: dict[str, list[dict]] = {name: [] for name in commands}
-    # both load at once; only then does one compute while the other waits
-    library, peer = Worker(commands["library"], settings), Worker(commands["peer"], settings)
-    with library, peer:
-        for number in range(WARM_UP + rounds):
-            for name, worker in (("library", library), ("peer", peer)):
-                record = worker.ask(number)
-                rate = record["items"] / record["seconds"]
-                note = " (warm-up)" if number < WARM_UP else ""
-                say(f"  round {number} {name}: {record['seconds']:.1f} s, {rate:.2f} items/s{note}")
-                if number >= WARM_UP:
-                    found[name].append(record)
+    for process in range(processes):
+        # both load at once; only then does one compute while the other waits
+        library, peer = Worker(commands["library"], settings), Worker(commands["peer"], settings)
+        with library, peer:
+            for number in range(WARM_UP + rounds):
+                for name, worker in (("library", library), ("peer", peer)):
+                    record = worker.ask(number)
+                    rate = record["items"] / record["seconds"]
+                    note = " (warm-up)" if number < WARM_UP else ""
+                    say(
+                        f"  processes {process + 1}/{processes}, round {number}, {name}: "
+                        f"{record['seconds']:.1f} s, {rate:.2f} items/s{note}"
+                    )
+                    if number >= WARM_UP:
+                        found[name].append(record | {"process": process})
     return found
 
 
@@ -60,6 +66,7 @@ def benchmark(
     path: Path,
     stages: Sequence[str],
     rounds: int,
+    processes: int,
     peer_python: str,
     say: Callable[[str], None],
     keep: Callable[[dict], None],
@@ -77,7 +84,7 @@ def benchmark(
     results = {
         "environment": environment(),
         "peer_packages": peer_packages(peer_python),
-        "settings": settings(job, rounds),
+        "settings": settings(job, rounds) | {"processes": processes},
         "roof": limit,
         "stages": found,
     }
@@ -87,7 +94,7 @@ def benchmark(
             "library": [sys.executable, "-m", "benchmarks.library_worker", str(path), stage],
             "peer": [peer_python, "-m", "benchmarks.peer_worker", str(path), stage],
         }
-        sides = run_rounds(commands, rounds, say)
+        sides = run_rounds(commands, rounds, processes, say)
         record = ratios.compare(sides["library"], sides["peer"], limit["flops_per_second"])
         found[stage] = {"peer_name": PEERS[stage], **record}
         keep(results)

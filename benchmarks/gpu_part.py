@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from benchmarks.plain_ppo import sample
+from benchmarks.plain_peer import sample
 from benchmarks.prepare import drawn_rows, random_policy
 from benchmarks.protocol import timed
 from benchmarks.stream import write_rows

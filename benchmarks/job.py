@@ -1,7 +1,6 @@
 """The job: rows of token ids, models on disk and settings, written once and read by both sides.
 
-The peer's interpreter may not have this library's dependencies: what reads a job imports torch,
-transformers and this file alone.
+The peer's interpreter may not have all of this library's dependencies: this file imports none.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from benchmarks.work import Sizes, Work, count
 
-STAGES = ("sft", "reward_model", "dpo", "grpo", "ppo", "generation")
+# what is compared with TRL or transformers; with bare torch
+STAGES = ("sft", "reward_model", "dpo", "grpo", "generation", "ppo", "dpo_plain", "grpo_plain")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def load(stage: str, job: Job) -> Round:
         "ppo": _ppo,
         "generation": _generation,
     }
-    return loaders[stage](job, make_accelerator(job.precision))
+    return loaders[stage.removesuffix("_plain")](job, make_accelerator(job.precision))
 
 
 def _learner(job: Job, accelerator: Accelerator, model: PreTrainedModel) -> Learner:

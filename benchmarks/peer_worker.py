@@ -1,28 +1,40 @@
-"""The other side: TRL's trainers as their documentation uses them, and transformers' generation.
+"""The other side: TRL's trainers, transformers' generation, and bare torch.
 
 python -m benchmarks.peer_worker JOB.json STAGE
 
-It runs under an interpreter of its own and imports nothing of `rlhf_lib` but `proofs/plain.py`,
-which stands on torch alone. TRL gets the same token ids as the library: its own tokenization is
-skipped, and its time does not count.
+It runs under an interpreter of its own, with the library's settings of the process: threads, and
+the allocator, which alone makes TRL's SFT on a CPU up to a quarter faster. Of `rlhf_lib` it imports
+these, and `proofs/plain.py`, which stands on torch alone. TRL gets the same token ids as the
+library: its own tokenization is skipped, and its time does not count.
+
+TRL as one would run it at its best here:
+- fused AdamW, torch's fused attention ("sdpa"), fp32 weights under autocast: its defaults.
+- Examples of similar length together in SFT and reward model (`group_by_length`): padding is what
+  TRL loses most by. Its packing and `padding_free` ask for FlashAttention, which no CPU has.
+- GRPO generates a whole step at once (its default), by `transformers`; vLLM needs a GPU of its own.
+- DPO takes the reference's log-probs with each batch. `precompute_ref_log_probs` would do the same
+  work once, before the first round: in one epoch nothing is saved, in measured rounds all of it.
+- The KL coefficient and beta are the library's, so that both sides run the reference.
+- Liger kernels on a GPU, where they install.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from benchmarks.job import Job, read_job
-from benchmarks.plain_ppo import load as load_ppo
-from benchmarks.plain_ppo import sample
+from benchmarks.plain_peer import load as load_plain
+from benchmarks.plain_peer import sample
 from benchmarks.protocol import Round, serve
 from benchmarks.roof import DTYPES
 from benchmarks.work import Work
+from rlhf_lib.runtime import set_up_process
 
 
 def load(stage: str, job: Job) -> Round:
@@ -32,10 +44,9 @@ def load(stage: str, job: Job) -> Round:
         "reward_model": _reward_model,
         "dpo": _dpo,
         "grpo": _grpo,
-        "ppo": load_ppo,
         "generation": _generation,
     }
-    return loaders[stage](job)
+    return loaders[stage](job) if stage in loaders else load_plain(stage, job)
 
 
 def _settings(job: Job, batch_size: int) -> dict[str, Any]:
@@ -54,7 +65,12 @@ def _settings(job: Job, batch_size: int) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": False,
         "gradient_checkpointing": False,
+        "use_liger_kernel": torch.cuda.is_available() and find_spec("liger_kernel") is not None,
     }
+
+
+LENGTHS = "length"  # a column that says how long each row is, where "input_ids" does not
+SORTED = {"train_sampling_strategy": "group_by_length", "length_column_name": LENGTHS}
 
 
 FP32 = {"dtype": "float32"}  # master weights; the forward runs in the job's precision
@@ -73,8 +89,9 @@ def _sft(job: Job) -> Round:
         for row in job.rows
     ]
     config = SFTConfig(
-        max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
-    )
+        max_length=job.max_length, model_init_kwargs=FP32, **SORTED,
+        **_settings(job, job.batch_size),
+    )  # fmt: skip
     trainer = SFTTrainer(job.model, args=config, train_dataset=Dataset.from_list(rows))
     return _epochs(trainer, job, "sft")
 
@@ -85,13 +102,19 @@ def _reward_model(job: Job) -> Round:
     from trl.trainer.reward_trainer import RewardTrainer
 
     rows = [
-        {"chosen_ids": row.prompt + row.chosen, "rejected_ids": row.prompt + row.rejected}
+        {
+            "chosen_ids": row.prompt + row.chosen,
+            "rejected_ids": row.prompt + row.rejected,
+        }
         for row in job.rows
     ]
     config = RewardConfig(
-        max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
-    )
+        max_length=job.max_length, model_init_kwargs=FP32, **SORTED, remove_unused_columns=False,
+        **_settings(job, job.batch_size),
+    )  # fmt: skip
     trainer = RewardTrainer(job.reward_model, args=config, train_dataset=Dataset.from_list(rows))
+    lengths = [max(map(len, row.values())) for row in rows]  # it drops such a column of the rows
+    trainer.train_dataset = trainer.train_dataset.add_column(LENGTHS, lengths)  # type: ignore
     return _epochs(trainer, job, "reward_model")
 
 
@@ -190,7 +213,6 @@ def _generation(job: Job) -> Round:
 
 if __name__ == "__main__":
     wanted = read_job(sys.argv[1])
-    logging.set_verbosity_error()
-    torch.set_num_threads(wanted.threads)
+    set_up_process(wanted.threads)
     torch.manual_seed(0)
     serve(lambda: load(sys.argv[2], wanted))

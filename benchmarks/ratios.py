@@ -16,15 +16,19 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Median, range and Student's t interval of ours / theirs, round by round.
+def ratio(
+    ours: Sequence[float], theirs: Sequence[float], processes: Sequence[int]
+) -> dict[str, float]:
+    """Median, range and Student's t interval of ours / theirs, over pairs of processes.
 
-    The interval is of the geometric mean: log-ratios are averaged, because a ratio and its inverse
-    have to be judged alike. Raises ValueError for fewer than two rounds.
+    `processes`: which pair each round was of; its rounds count as one, their mean. The interval is
+    of the geometric mean: log-ratios are averaged, because a ratio and its inverse have to be
+    judged alike. Raises ValueError for fewer than two pairs of processes.
     """
-    if len(ours) < 2:
-        raise ValueError(f"{len(ours)} round says nothing of its spread: run two at least")
-    logs = np.log(np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float))
+    rounds = np.log(np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float))
+    logs = np.array([rounds[np.asarray(processes) == p].mean() for p in sorted(set(processes))])
+    if len(logs) < 2:
+        raise ValueError("one pair of processes says nothing of their spread: run two at least")
     half = stats.sem(logs) * stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1)
     low, high = np.exp([logs.mean() - half, logs.mean() + half])
     mean = float(np.exp(logs.mean()))
@@ -50,12 +54,12 @@ def compare(
     library: Sequence[Mapping[str, float]], peer: Sequence[Mapping[str, float]], roof: float
 ) -> dict:
     """The record of one stage: both sides, the ratio of items a second, and of memory."""
-    rates = [[r["items"] / r["seconds"] for r in side] for side in (library, peer)]
+    ours_rate, their_rate = ([r["items"] / r["seconds"] for r in side] for side in (library, peer))
     ours, theirs = summarise(library, roof), summarise(peer, roof)
     return {
         "library": ours,
         "peer": theirs,
-        "ratio": ratio(*rates),
+        "ratio": ratio(ours_rate, their_rate, [int(r["process"]) for r in library]),
         "memory_ratio": ours["peak_memory_gb"] / theirs["peak_memory_gb"],
         "rounds": {"library": list(library), "peer": list(peer)},
     }

@@ -30,7 +30,8 @@ def benchmark_summary(results: Mapping) -> str:
     """What was compared on which machine, the table of stages, and the targets, as Markdown."""
     env, settings, stages = results["environment"], results["settings"], results["stages"]
     tokens = settings["mean_tokens"]
-    machine = env["gpu"] or f"{env['cpu_cores']} CPU cores, {env['threads']} threads"
+    cores = f"{env.get('cpu', 'unnamed processor')}, {env['cpu_cores']} cores"
+    machine = env["gpu"] or f"{cores}; threads of each side: {env['threads']}"
     head = (
         f"{machine}; {settings['precision']}; matmul roof "
         f"{results['roof']['flops_per_second'] / 1e9:,.0f} GFLOP/s. A round has "
@@ -38,7 +39,8 @@ def benchmark_summary(results: Mapping) -> str:
         f"{tokens['chosen']:.0f}, rejected {tokens['rejected']:.0f}) in batches of "
         f"{settings['batch_size']}, or {settings['samples']} samples of "
         f"{settings['max_new_tokens']} new tokens at most in steps of "
-        f"{settings['samples_per_step']}; {settings['rounds']} rounds each, in turn. Peers: TRL "
+        f"{settings['samples_per_step']}; {settings.get('processes', 1)} pairs of processes with "
+        f"{settings['rounds']} rounds each, in turn. Peers: TRL "
         f"{results['peer_packages']['trl']}, transformers "
         f"{results['peer_packages']['transformers']}."
     )
@@ -98,7 +100,7 @@ def _benchmark_targets(stages: Mapping) -> list[str]:
         "The roof is the best matrix product of the model's own shapes. Both sides are credited "
         "with the same work: each prompt once, every reply, no padding, and the output layer at "
         "reply tokens only. Ratios are of items a second, geometric means with 95 % intervals over "
-        "rounds; rates are medians with their range.",
+        "pairs of processes; rates are medians with their range.",
     ]
 
 

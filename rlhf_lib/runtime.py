@@ -178,6 +178,7 @@ def environment() -> dict:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
         "cpu_cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
@@ -185,6 +186,19 @@ def environment() -> dict:
         "bf16_hardware": choose_precision("auto") == "bf16",
         "packages": versions,
     }
+
+
+def _cpu_name() -> str:
+    """The processor, and the widest of what it multiplies with: speeds hang on both."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = (line.partition(":")[2] for line in lines if line.startswith("model name"))
+            name = " ".join(next(names, "").split())
+    except OSError:  # no Linux
+        name = platform.processor()
+    units = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    widest = next((word for flag, word in units.items() if flag in _cpu_flags()), "")
+    return ", ".join(filter(None, (name, widest))) or platform.machine()
 
 
 _seconds: dict[str, float] = defaultdict(float)

@@ -164,6 +164,7 @@ def test_progress_draws_on_a_terminal(
 
 def test_the_environment_is_json_and_names_no_place() -> None:
     snapshot = environment()
+    assert snapshot["cpu"]
     text = json.dumps(snapshot)
     assert snapshot["packages"]["torch"] == torch.__version__
     assert snapshot["threads"] == torch.get_num_threads()

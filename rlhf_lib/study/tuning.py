@@ -156,7 +156,7 @@ def _try(study: Asked, method: str, values: Values) -> Trial:
         stage = run_stage(opened.run, record, data, opened.needed(method))
     except DivergedError as error:
         return trial | {"mean": None, "diverged": str(error)}
-    machine = {key: environment()[key] for key in ("system", "gpu", "cpu_cores")}
+    machine = {key: environment()[key] for key in ("cpu", "gpu")}
     spent = {"seconds": stage.result()["seconds"], "environment": machine}
     return trial | _judged(opened, method, stage) | spent
 

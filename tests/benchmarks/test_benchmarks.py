@@ -46,16 +46,17 @@ def test_both_workers_answer_in_turn_and_the_warm_up_does_not_count(
     monkeypatch.chdir(tmp_path)  # the workers find the package wherever the driver was started
     commands = {name: fake(tmp_path, name) for name in ("library", "peer")}
     lines: list[str] = []
-    found = compare.run_rounds(commands, 2, lines.append)
+    found = compare.run_rounds(commands, 2, 2, lines.append)
     order = (tmp_path / "log").read_text().split("\n")[:-1]
-    assert order == [
-        f"{name} {n}" for n in range(compare.WARM_UP + 2) for name in ("library", "peer")
-    ]
+    once = [f"{name} {n}" for n in range(compare.WARM_UP + 2) for name in ("library", "peer")]
+    assert order == 2 * once
     for side in found.values():
-        assert [record["items"] for record in side] == [10 + compare.WARM_UP, 11 + compare.WARM_UP]
+        kept = [10 + compare.WARM_UP, 11 + compare.WARM_UP]
+        assert [record["items"] for record in side] == 2 * kept
+        assert [record["process"] for record in side] == [0, 0, 1, 1]
         assert all(record["seconds"] > 0 for record in side)
         assert all(0.01 < record["peak_memory_gb"] < 100 for record in side)
-    assert sum("warm-up" in line for line in lines) == 2 * compare.WARM_UP
+    assert sum("warm-up" in line for line in lines) == 2 * 2 * compare.WARM_UP
 
 
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_leaving_ends_the_process(tmp_path: Path) -> None:
 
 def test_a_ratio_is_a_geometric_mean_with_its_t_interval() -> None:
     ours, theirs = [6.0, 8.0, 12.0], [2.0, 2.0, 2.0]
-    found = ratios.ratio(ours, theirs)
+    found = ratios.ratio(ours, theirs, [0, 1, 2])
     logs = [math.log(3), math.log(4), math.log(6)]
     expected = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     assert found["mean"] == pytest.approx(72 ** (1 / 3))
@@ -85,20 +86,33 @@ def test_a_ratio_is_a_geometric_mean_with_its_t_interval() -> None:
 
 def test_a_ratio_and_its_inverse_are_judged_alike() -> None:
     ours, theirs = [3.0, 5.0, 4.0], [1.0, 2.0, 2.5]
-    one, other = ratios.ratio(ours, theirs), ratios.ratio(theirs, ours)
+    one, other = ratios.ratio(ours, theirs, [0, 1, 2]), ratios.ratio(theirs, ours, [0, 1, 2])
     assert one["mean"] * other["mean"] == pytest.approx(1)
     assert one["low"] * other["high"] == pytest.approx(1)
 
 
 def test_what_slows_both_sides_of_a_round_leaves_the_ratio_alone() -> None:
-    steady = ratios.ratio([6.0, 6.6, 6.0], [2.0, 2.0, 2.2])
-    disturbed = ratios.ratio([6.0, 3.3, 6.0], [2.0, 1.0, 2.2])
+    steady = ratios.ratio([6.0, 6.6, 6.0], [2.0, 2.0, 2.2], [0, 1, 2])
+    disturbed = ratios.ratio([6.0, 3.3, 6.0], [2.0, 1.0, 2.2], [0, 1, 2])
     assert disturbed == pytest.approx(steady)
 
 
-def test_one_round_has_no_spread() -> None:
+def test_rounds_of_one_process_are_one_measurement() -> None:
+    """Each process has luck of its own, which its rounds share: more of them prove nothing."""
+    few = ratios.ratio([2.0, 3.0], [1.0, 1.0], [0, 1])
+    many = ratios.ratio([2.0] * 9 + [3.0] * 9, [1.0] * 18, [0] * 9 + [1] * 9)
+    assert {key: many[key] for key in ("mean", "low", "high")} == pytest.approx(
+        {key: few[key] for key in ("mean", "low", "high")}
+    )
     with pytest.raises(ValueError, match="run two at least"):
-        ratios.ratio([1.0], [1.0])
+        ratios.ratio([1.0, 2.0], [1.0, 1.0], [0, 0])
+
+
+def test_both_sides_set_their_process_up_alike() -> None:
+    """The allocator alone is worth up to a quarter of a step."""
+    for side in ("library_worker", "peer_worker"):
+        source = (compare.ROOT / "benchmarks" / f"{side}.py").read_text()
+        assert "set_up_process(wanted.threads)" in source.partition("__main__")[2], side
 
 
 def rounds(rate: float, memory: float, flops: float) -> list[dict]:
@@ -109,8 +123,9 @@ def rounds(rate: float, memory: float, flops: float) -> list[dict]:
             "tokens": 50 * rate * s,
             "flops": flops * s,
             "peak_memory_gb": memory,
+            "process": process,
         }
-        for s in (1.0, 2.0, 4.0)
+        for process, s in enumerate((1.0, 2.0, 4.0))
     ]
 
 
@@ -223,7 +238,7 @@ def test_each_stage_is_kept_before_the_next_begins(
 ) -> None:
     sides = {side: rounds(rate, 1.0, 1e9) for side, rate in (("library", 20.0), ("peer", 10.0))}
 
-    def run_rounds(commands: dict, count: int, say: object) -> dict:
+    def run_rounds(commands: dict, rounds: int, processes: int, say: object) -> dict:
         if commands["library"][-1] == "dpo":
             raise RuntimeError("cut off")
         return sides
@@ -240,6 +255,7 @@ def test_each_stage_is_kept_before_the_next_begins(
             job,  # type: ignore[arg-type]
             tmp_path,
             ("sft", "dpo"),
+            2,
             2,
             sys.executable,
             lambda line: None,

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from benchmarks import growth, library_worker, predict, prepare, text
 from benchmarks.job import STAGES, Job, Row, read_job
 from benchmarks.peer_worker import load as load_peer
-from benchmarks.work import PASSES, Sizes, count, sizes_of
+from benchmarks.work import PASSES, Sizes, count
 from rlhf_lib import catalogue
+from rlhf_lib.flops import sizes_of
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.settings import PROFILES, SettingsError, load_profile
 
@@ -41,14 +42,16 @@ def test_flops_are_those_that_torch_counts(causal_model: PreTrainedModel, backwa
         if backward:
             logits.sum().backward()
     passes = "sft" if backward else "generation"  # three passes, or one
-    work = count(passes, sizes_of(model), 3, 3 * 6, 3 * 4)
+    work = count(passes, Sizes(*sizes_of(model)), 3, 3 * 6, 3 * 4)
     # all ten positions meet the trunk, the four reply positions the output layer
     assert matmul_flops(counter) == work.flops
     assert work.tokens == 30
 
 
 def test_embeddings_and_biases_are_no_work(make_model: Callable) -> None:
-    sizes = sizes_of(make_model("gpt2"))  # 2 layers of width 16: attention 4 w², feed-forward 8 w²
+    sizes = Sizes(
+        *sizes_of(make_model("gpt2"))
+    )  # 2 layers of width 16: attention 4 w², feed-forward 8 w²
     assert sizes == Sizes(2 * 12 * 16 * 16, 16 * 32)
 
 
@@ -60,7 +63,7 @@ def test_epochs_add_what_is_trained_alone() -> None:
 
 
 def test_every_stage_has_its_count() -> None:
-    assert set(STAGES) <= set(PASSES)
+    assert {stage.removesuffix("_plain") for stage in STAGES} <= set(PASSES)
 
 
 @pytest.fixture
@@ -90,12 +93,12 @@ def test_a_job_comes_back_as_it_was_written(tiny_job: Job, tmp_path: Path) -> No
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_library_worker_computes_a_round(stage: str, tiny_job: Job) -> None:
     run = library_worker.load(stage, tiny_job)
-    check_round(stage, tiny_job, run)
+    check_round(stage.removesuffix("_plain"), tiny_job, run)
 
 
-@pytest.mark.parametrize("stage", ["generation", "ppo"])
-def test_the_peers_of_sampling_need_no_trl(stage: str, tiny_job: Job) -> None:
-    check_round(stage, tiny_job, load_peer(stage, tiny_job))
+@pytest.mark.parametrize("stage", ["generation", "ppo", "dpo_plain", "grpo_plain"])
+def test_bare_torch_and_transformers_need_no_trl(stage: str, tiny_job: Job) -> None:
+    check_round(stage.removesuffix("_plain"), tiny_job, load_peer(stage, tiny_job))
 
 
 def check_round(stage: str, job: Job, run: Callable) -> None:
