@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import PROFILES, Profile, UserError, load_profile, unknown
+from rlhf_lib.settings import PROFILES, UserError, load_profile, unknown
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -54,11 +54,8 @@ def run(
 
     overrides = _overrides(data, model, settings, seeds)
     chosen = catalogue.load(profile, overrides)
-    notebooks = schedule.run_study(chosen, run_dir, overrides, only or None)
-    for notebook in notebooks if only else []:
+    for notebook in schedule.run_study(chosen, run_dir, overrides, only or None):
         print(f"executed: {notebook}")
-    if not only:
-        _write_report(chosen, run_dir)
 
 
 @app.command()
@@ -71,13 +68,10 @@ def report(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Render the executed notebooks into index.html and report.pdf."""
-    _write_report(catalogue.load(profile, _overrides(data, model, settings, seeds)), run_dir)
-
-
-def _write_report(profile: Profile, run_dir: Path) -> None:
     from rlhf_lib.study import book
 
-    for path in book.write_report(profile, run_dir):
+    chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
+    for path in book.write_report(chosen, run_dir):
         print(f"report: {path.resolve()}")
 
 

@@ -253,8 +253,12 @@ def _of_world(profile: Profile, seed: int) -> bool:
     return profile.data.source == "bundled"  # a control has to have its unbiased labels
 
 
+def _extra(profile: Profile, seed: int) -> bool:
+    return seed == 0 and profile.extras
+
+
 def _attributed(profile: Profile, seed: int) -> bool:
-    return seed == 0 and _of_world(profile, seed)
+    return _extra(profile, seed) and _of_world(profile, seed)
 
 
 def _unbiased(of: str) -> Record:
@@ -267,7 +271,7 @@ def _unbiased(of: str) -> Record:
 
 
 def _swept(profile: Profile, seed: int) -> bool:
-    return seed == 0 and profile.sweep.stronger > 0
+    return _extra(profile, seed) and profile.sweep.stronger > 0
 
 
 def _copies(settings: Mapping) -> int:
@@ -311,7 +315,7 @@ add(
         "reward_model_curve", "reward model, less data",
         runs="rlhf_lib.study.training:reward_model_curve", needs=("reward_model",),
         sections=("reward_model",), notebook="02_reward_model",
-        exists=lambda profile, seed: seed == 0 and profile.reward_model.curve_points > 0,
+        exists=lambda p, seed: _extra(p, seed) and p.reward_model.curve_points > 0,
     ),
     Record(
         "judge", "held-out judge",
@@ -414,7 +418,7 @@ add(
     Record(
         "second_opinion", "second opinion",
         runs="rlhf_lib.measure.opinions:measure",
-        needs=("evaluate", "reward_model"),  # and the next seed's reward model
+        needs=("evaluate", "reward_model"),  # and another seed's reward model
         sections=("evaluation",), exists=lambda profile, seed: profile.seeds > 1,
         unread=("temperature", "best_of_n", "best_of_n_prompts", *REPLIES, "heldout_texts",
                 "bootstrap_samples", "probe_prompts", "probe_samples"),

@@ -54,14 +54,19 @@ def evaluation_folder(profile: Profile, run_dir: Path) -> Path:
     return max(found, key=lambda done: done.stat().st_mtime).parent
 
 
-def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
+def write_report(
+    profile: Profile, run_dir: Path, whole: Profile | None = None
+) -> tuple[Path, Path]:
     """Render `index.html` and `report.pdf` into runs/<profile>/report; returns their paths.
 
-    A report of settings that are not the profile's own has a folder of its own.
+    A report of settings that are not the profile's own has a folder of its own. `whole`: the study
+    of which this is a part, and in whose place it stands until that has ended.
 
     Raises StudyError when a notebook has not been executed yet, or cannot be typeset.
     """
     results = load_results(evaluation_folder(profile, run_dir))
+    part = f"{profile.seeds} of {whole.seeds} seeds so far" if whole and whole != profile else ""
+    profile = whole or profile
     chapters = [notebook_path(profile, run_dir, name) for name in catalogue.notebooks()]
     for path in chapters:
         if not path.exists():
@@ -70,6 +75,8 @@ def write_report(profile: Profile, run_dir: Path) -> tuple[Path, Path]:
                 f"python -m rlhf_lib run --profile {profile.name} --only {path.stem}"
             )
     banner = None
+    if part:
+        banner = f"{part}: this report is written again as the study goes on"
     if profile.name == "smoke":
         banner = "Smoke run: it shows that everything works, its numbers mean nothing"
     with tempfile.TemporaryDirectory() as folder:

@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -20,70 +21,102 @@ from traitlets.config import Config
 from rlhf_lib import catalogue
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import Profile, UserError, load_profile, of_settings, unknown
-from rlhf_lib.study.stages import Study, next_seed
+from rlhf_lib.study.stages import Study, rival
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook of seed 0 or a stage of another seed, and the jobs that come before it."""
+    """A stage of a seed, a notebook of seed 0 or a report, and the jobs that come before it.
 
+    `tier`: how many seeds a notebook or report speaks of; 0 for all, with what seed 0 has besides.
+    """
+
+    kind: Literal["stage", "notebook", "report"]
     name: str
-    seed: int
-    notebook: bool
-    needs: tuple[str, ...]
+    seed: int = 0
+    tier: int = 0
+    needs: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        return f"{self.name}/{self.seed}"
+        place = f"seed {self.seed}" if self.kind == "stage" else tier_name(self.tier)
+        return f"{place}: {self.name}"
+
+    @property
+    def overrides(self) -> list[str]:
+        """The settings of what it speaks of; the hashes of stages are those of the whole study."""
+        return [f"seeds={self.tier}", "extras=false"] if self.tier else []
+
+
+def tier_name(tier: int) -> str:
+    if not tier:
+        return "whole study"
+    return f"{tier} seed{'s' if tier > 1 else ''} so far"
 
 
 def plan(profile: Profile) -> list[Job]:
-    """Seed 0 trains in notebooks, further seeds in bare stages; notebook 07 comes last."""
+    """All jobs, those that matter first: seed 0 and a report of it, each further seed and a report
+    of all so far, what seed 0 runs beside the comparison, and the report of the whole study.
+    """
+    jobs: list[Job] = []
     chapters = catalogue.notebooks()
     last = list(chapters)[-1]
-    home = {
-        stage: notebook
-        for notebook, stages in chapters.items()
-        if notebook != last
-        for stage in stages
-    }
+    opinion = {"second_opinion"}
+    everything = {record.name for record in catalogue.stages(profile)}
+    core = {record.name for record in catalogue.stages(replace(profile, extras=False))}
 
-    def key(stage: str, seed: int) -> str:
-        return f"{stage if seed else home.get(stage, stage)}/{seed}"
+    def add_stages(seed: int, wanted: set[str]) -> None:
+        for record in catalogue.stages(profile, seed):
+            if record.name in wanted:
+                needs = [f"seed {seed}: {n}" for n in catalogue.needs(profile, record.name, seed)]
+                if record.name in opinion:
+                    needs.append(f"seed {rival(seed)}: reward_model")
+                jobs.append(Job("stage", record.name, seed, needs=tuple(needs)))
 
-    before: dict[str, set[str]] = {}  # of each job, in the order in which jobs are listed
+    def add_report(tier: int, names: Iterable[str]) -> None:
+        stages = {job.key for job in jobs if job.kind == "stage"}
+        written, reported = [], earlier("report")
+        for name in names:
+            own = {f"seed 0: {stage}" for stage in chapters[name]} & stages
+            needs = stages if name == last else own
+            # a report that is being written reads all notebooks: none may change under it
+            before = {*needs, *earlier(name), *reported}
+            jobs.append(Job("notebook", name, tier=tier, needs=tuple(sorted(before))))
+            written.append(jobs[-1].key)
+        jobs.append(Job("report", "report", tier=tier, needs=(*written, *reported)))
+
+    def earlier(name: str) -> list[str]:
+        """The job that wrote the same file last."""
+        return [job.key for job in jobs if job.name == name][-1:]
+
     for seed in range(profile.seeds):
-        for stage in catalogue.stages(profile, seed):
-            needs = {key(need, seed) for need in catalogue.needs(profile, stage.name, seed)}
-            if stage.name == "second_opinion":
-                needs.add(key("reward_model", next_seed(profile, seed)))
-            mine = key(stage.name, seed)
-            before.setdefault(mine, set()).update(needs - {mine})
-    jobs = [
-        Job(name, int(seed), f"{name}/{seed}" in {f"{n}/0" for n in home.values()}, needs)
-        for (name, seed), needs in ((k.split("/"), tuple(sorted(n))) for k, n in before.items())
-    ]
-    jobs.sort(key=lambda job: job.name == "second_opinion")  # other seeds come before it
-    return [*jobs, Job(last, 0, True, tuple(job.key for job in jobs))]
+        add_stages(seed, core if seed else core - opinion)
+        if seed == 1:  # only now there is a reward model for it
+            add_stages(0, opinion)
+        if profile.seeds > 1:
+            add_report(seed + 1, [last] if seed else chapters)
+    add_stages(0, everything - core)
+    add_report(0, chapters)
+    return jobs
 
 
 def run_study(
     profile: Profile, run_dir: Path, overrides: Sequence[str], only: str | None = None
 ) -> list[Path]:
-    """Run the notebooks (all, or `only` one) and every further seed; returns their executed copies.
+    """Run every stage, the notebooks and the report; returns the executed notebooks.
 
-    On a CPU up to `profile.jobs` jobs run side by side. Whatever is done already is not run again.
+    `only` one notebook runs what it needs itself, and writes no report. On a CPU up to
+    `profile.jobs` jobs run side by side. Whatever is done already is not run again.
     """
     if only is not None and only not in catalogue.notebooks():
         raise unknown("notebook", only, catalogue.notebooks())
-    jobs = plan(profile)
-    if only is not None:
-        jobs = [replace(job, needs=()) for job in jobs if job.key == f"{only}/0"]
+    jobs = plan(profile) if only is None else [Job("notebook", only)]
     with worker_pool(profile) as (pool, workers):
         _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
-    return [notebook_path(profile, run_dir, job.name) for job in jobs if job.notebook]
+    notebooks = (job for job in jobs if job.kind == "notebook" and not job.tier)
+    return [notebook_path(profile, run_dir, job.name) for job in notebooks]
 
 
 @contextmanager
@@ -129,13 +162,13 @@ def _run_jobs(
             except Exception as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise StudyError(
-                    f"{job.name} (seed {job.seed}) failed: {error}\n"
+                    f"{job.key} failed: {error}\n"
                     "What was finished is kept: the same command goes on from here."
                 ) from error
             order.done(job.key)
             ended += 1
             count = f"{ended:3}/{len(jobs)}"
-            print(f"{count}  seed {job.seed}  {job.name:<22} {seconds:7.1f} s", flush=True)
+            print(f"{count}  {job.key:<36} {seconds:7.1f} s", flush=True)
             next(bar, None)
 
 
@@ -145,10 +178,19 @@ class StudyError(UserError):
 
 def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> float:
     started = time.perf_counter()
-    if job.notebook:
-        run_notebook(job.name, profile, job.seed, run_dir, overrides)
-    else:
+    if job.kind == "stage":
         Study.open(profile, job.seed, run_dir, overrides).stage(job.name)
+    elif job.kind == "notebook":
+        whole = load_profile(profile, overrides)
+        target = notebook_path(whole, run_dir, job.name)
+        run_notebook(job.name, profile, run_dir, [*overrides, *job.overrides], target)
+    else:
+        from rlhf_lib.study import book  # which takes names from here
+
+        whole = catalogue.load(profile, overrides)
+        spoken_of = catalogue.load(profile, [*overrides, *job.overrides])
+        for path in book.write_report(spoken_of, Path(run_dir), whole):
+            print(f"report, {tier_name(job.tier)}: {path.resolve()}", flush=True)
     return time.perf_counter() - started
 
 
@@ -158,16 +200,15 @@ def notebook_path(profile: Profile, run_dir: str | Path, name: str) -> Path:
 
 
 def run_notebook(
-    name: str, profile: str, seed: int, run_dir: str, overrides: Sequence[str]
+    name: str, profile: str, run_dir: str, overrides: Sequence[str], target: Path
 ) -> Path:
-    """Execute one notebook headless with papermill; returns the executed copy."""
+    """Execute one notebook of seed 0 headless with papermill; returns the executed copy."""
     import papermill
 
     source = NOTEBOOK_FOLDER / f"{name}.ipynb"
-    target = notebook_path(load_profile(profile, overrides), run_dir, name)
     parameters = {
         "PROFILE": profile,
-        "SEED": seed,
+        "SEED": 0,
         "RUN_DIR": str(Path(run_dir).resolve()),
         "OVERRIDES": shlex.join(overrides),
     }

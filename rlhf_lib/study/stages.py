@@ -20,9 +20,9 @@ from rlhf_lib.settings import DataConfig, Profile, unknown
 from rlhf_lib.study.training import Offer, check_stage, run_stage
 
 
-def next_seed(profile: Profile, seed: int) -> int:
-    """The seed whose reward model gives the second opinion."""
-    return (seed + 1) % profile.seeds
+def rival(seed: int) -> int:
+    """The seed whose reward model gives the second opinion: however many there are, the same."""
+    return seed - 1 if seed else 1
 
 
 class Study:
@@ -88,8 +88,8 @@ class Study:
         profile, seed = self.run.profile, self.run.seed
         needed = {other: self.stage(other) for other in catalogue.needs(profile, name, seed)}
         if name == "second_opinion":
-            rival = replace(self.run, seed=next_seed(profile, seed))
-            needed["rival"] = run_stage(rival, self._record("reward_model"), self.data, {})
+            other = replace(self.run, seed=rival(seed))
+            needed["rival"] = run_stage(other, self._record("reward_model"), self.data, {})
         return needed
 
     def stages(self) -> dict[str, Stage]:

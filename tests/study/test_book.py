@@ -98,6 +98,20 @@ def test_chapters_and_report_of_other_settings_stand_apart(tmp_path: Path) -> No
     assert "said of A" in (tmp_path / "laptop/report/index.html").read_text(encoding="utf-8")
 
 
+def test_a_part_stands_in_the_place_of_the_whole_and_says_so(tmp_path: Path) -> None:
+    whole = load_profile("laptop")
+    part = load_profile("laptop", ["seeds=2", "extras=false"])
+    publish(tmp_path, name="part", settings=part)
+    executed(tmp_path, "laptop", mark="said of two seeds")
+    page, _ = book.write_report(part, tmp_path, whole)
+    assert page == tmp_path / "laptop/report/index.html"
+    assert "2 of 5 seeds so far" in page.read_text(encoding="utf-8")
+    publish(tmp_path, name="whole")
+    again, _ = book.write_report(whole, tmp_path, whole)
+    assert again == page
+    assert "so far" not in page.read_text(encoding="utf-8")
+
+
 def test_how_it_is_run_makes_no_other_study(tmp_path: Path) -> None:
     """Whoever gives more jobs or saves more often after a kill finds what was finished."""
     publish(tmp_path, name="A")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,52 +14,93 @@ import nbformat
 import pytest
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import SettingsError, load_profile
-from rlhf_lib.study import schedule
+from rlhf_lib.settings import Profile, SettingsError, load_profile
+from rlhf_lib.study import book, schedule
 from rlhf_lib.study.schedule import Job, StudyError, plan, run_study
 
 # further runs at other coefficients, in the first seed; PPO at a low one has a notebook
 SWEPT = {"ppo_strong", "rloo"}
 SWEPT |= {f"{name}_{how}" for name in ("grpo", "rloo", "dpo") for how in ("weak", "strong")}
-MEASURED = ("probes", "evaluate", "second_opinion")  # of all policies of a seed
 UNBIASED = {"ppo_control", "dpo_control"}  # on other labels, in the first seed
 
 # -------------------------------------------------------------------------------------- the plan
 
 
-def test_one_seed_is_seven_notebooks_in_order() -> None:
-    jobs = {job.name: job for job in plan(load_profile("smoke"))}
-    assert [name for name, job in jobs.items() if job.notebook] == list(catalogue.notebooks())
-    bare = {name for name, job in jobs.items() if not job.notebook}
-    assert bare == {"evaluate", "probes", "attribution", *SWEPT, *UNBIASED}
-    assert all(job.seed == 0 for job in jobs.values())
-    assert (jobs["01_dataset"].needs, jobs["03_sft"].needs) == ((), ("02_reward_model/0",))
-    for name in ("04_ppo", "05_grpo", "06_dpo", *SWEPT):
-        assert jobs[name].needs == ("02_reward_model/0", "03_sft/0")
-    for name in UNBIASED:  # the second notebook trains the reward model of these labels
-        assert jobs[name].needs == ("02_reward_model/0", "03_sft/0")
-    assert set(jobs["07_evaluation"].needs) == {f"{n}/0" for n in jobs} - {"07_evaluation/0"}
+def keys(profile: Profile) -> list[str]:
+    return [job.key for job in plan(profile)]
 
 
-def test_further_seeds_are_bare_stages_and_the_last_notebook_waits_for_all_of_them() -> None:
-    profile = load_profile("laptop", ["seeds=3"])
-    jobs = plan(profile)
-    keys = [job.key for job in jobs]
-    further = {record.name for record in catalogue.stages(profile, 1)}
-    lone = {"attribution", *SWEPT, *UNBIASED}
-    assert not {"reward_model_curve", *lone} & further, "of the first seed"
-    assert len(set(keys)) == len(keys) == 7 + len(lone) + len(MEASURED) + 2 * len(further)
-    assert jobs[-1].name == "07_evaluation"
-    assert set(jobs[-1].needs) == set(keys[:-1])
-    ended: set[str] = set()
-    for job in jobs:  # the order of the list is an order that works
-        assert set(job.needs) <= ended
+@pytest.mark.parametrize("profile", ["smoke", "laptop", "offline", "t4", "full"])
+def test_the_plan_is_an_order_that_works_and_has_every_stage_once(profile: str) -> None:
+    chosen, ended = load_profile(profile), set()
+    jobs = plan(chosen)
+    for job in jobs:
+        assert set(job.needs) <= ended, job.key
         ended.add(job.key)
-    bare = {job.key: job for job in jobs if not job.notebook}
-    assert set(bare["dpo/2"].needs) == {"sft/2", "reward_model/2"}, "seeds wait for themselves only"
-    assert "grpo_strong/0" not in bare["evaluate/0"].needs, "the sweep is not evaluated"
-    rival = {"evaluate/2", "reward_model/2", "02_reward_model/0"}
-    assert set(bare["second_opinion/2"].needs) == rival, "the last seed asks the first"
+    assert len(ended) == len(jobs), "no job twice"
+    wanted = {
+        (seed, record.name)
+        for seed in range(chosen.seeds)
+        for record in catalogue.stages(chosen, seed)
+    }
+    assert {(job.seed, job.name) for job in jobs if job.kind == "stage"} == wanted
+
+
+def test_one_seed_has_one_report_of_all_notebooks() -> None:
+    jobs = plan(load_profile("smoke"))
+    shown = [job for job in jobs if job.kind != "stage"]
+    assert [job.name for job in shown] == [*catalogue.notebooks(), "report"]
+    assert not any(job.tier for job in jobs)
+    by_name = {job.name: job for job in jobs}
+    assert by_name["03_sft"].needs == ("seed 0: rejection_sft", "seed 0: sft")
+    stages = {job.key for job in jobs if job.kind == "stage"}
+    assert set(by_name["07_evaluation"].needs) == stages
+    assert jobs[-1].needs == tuple(f"whole study: {name}" for name in catalogue.notebooks())
+
+
+def test_seed_0_comes_first_then_each_seed_and_what_seed_0_has_besides_at_the_end() -> None:
+    profile = load_profile("laptop", ["seeds=3"])
+    order = keys(profile)
+    places = [order.index(f"{n} so far: report") for n in ("1 seed", "2 seeds", "3 seeds")]
+    before = [order[start:end] for start, end in pairwise([-1, *places, len(order)])]
+    for seed, part in enumerate(before[:3]):
+        seeds = {key.partition(":")[0] for key in part if key.startswith("seed ")}
+        assert seeds <= {f"seed {seed}", "seed 0"}
+    lone = {"reward_model_curve", "attribution", *SWEPT, *UNBIASED}
+    extras = {key for key in before[3] if key.startswith("seed ")}
+    assert extras == {f"seed 0: {name}" for name in lone}
+    assert [key for key in before[1] if key.startswith("seed 0")] == ["seed 0: second_opinion"]
+    jobs = {job.key: job for job in plan(profile)}
+    assert "seed 0: grpo_strong" not in jobs["seed 0: evaluate"].needs, "it is not evaluated"
+    needs = jobs["seed 2: second_opinion"].needs
+    assert set(needs) == {"seed 2: evaluate", "seed 2: reward_model", "seed 1: reward_model"}
+
+
+def test_no_notebook_changes_while_a_report_reads_it() -> None:
+    written: dict[str, str] = {}
+    jobs = plan(load_profile("laptop", ["seeds=2"]))
+    above = {job.key: set(job.needs) for job in jobs}
+    for job in jobs:  # all that comes before it, however far
+        above[job.key] = above[job.key].union(*(above[need] for need in job.needs))
+    for job in jobs:
+        if job.kind == "notebook" and job.name in written:
+            assert written[job.name] in above[job.key]
+        written |= {job.name: job.key} if job.kind == "notebook" else {}
+    reports = [job.key for job in jobs if job.kind == "report"]
+    for one, other in pairwise(reports):
+        shown = [job for job in jobs if job.kind == "notebook" and job.key in above[other]]
+        later = [job.key for job in shown if job.key not in above[one]]
+        assert all(one in above[key] for key in later), "they wait until it has been written"
+
+
+def test_a_part_of_a_study_has_the_stages_of_the_whole() -> None:
+    """Settings of a part change which stages there are, and nothing of any of them."""
+    whole = load_profile("laptop")
+    part = load_profile("laptop", Job("report", "report", tier=2).overrides)
+    assert part.seeds == 2
+    for record in catalogue.stages(part, 0):
+        assert record.config(part) == record.config(whole)
+        assert catalogue.needs(part, record.name) == catalogue.needs(whole, record.name)
 
 
 # ------------------------------------------------------------------------------------ side by side
@@ -100,33 +142,61 @@ def test_jobs_run_side_by_side_but_never_before_what_they_need(
 ) -> None:
     profile = load_profile("laptop", ["seeds=2", "jobs=3"])
     notebooks = run_study(profile, tmp_path, ["seeds=2"])
-    assert threads.ended == {job.key for job in plan(profile)}
+    assert threads.ended == set(keys(profile))
     assert threads.most == 2, "as many as there are cores"
     assert threads.arguments == ("laptop", str(tmp_path), ["seeds=2"])
     names = catalogue.notebooks()
     assert notebooks == [schedule.notebook_path(profile, tmp_path, name) for name in names]
     assert notebooks[0] != schedule.notebook_path(load_profile("laptop"), tmp_path, "01_dataset")
-    assert "seed 0  07_evaluation" in capsys.readouterr().out.splitlines()[-1]
+    assert "whole study: report" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_failure_is_reported_by_name_and_what_needs_it_is_not_started(
     threads: SimpleNamespace, tmp_path: Path
 ) -> None:
-    threads.fails = "03_sft/0"
+    threads.fails = "seed 0: sft"
     with pytest.raises(StudyError) as error:
         run_study(load_profile("laptop", ["seeds=2"]), tmp_path, ["seeds=2"])
-    assert str(error.value).startswith("03_sft (seed 0) failed: the disk is full\n")
+    assert str(error.value).startswith("seed 0: sft failed: the disk is full\n")
     assert "the same command goes on from here" in str(error.value)
-    assert not {"04_ppo/0", "07_evaluation/0"} & set(threads.started)
+    assert not {"seed 0: ppo", "1 seed so far: 07_evaluation"} & set(threads.started)
 
 
 def test_only_one_notebook(threads: SimpleNamespace, tmp_path: Path) -> None:
     (notebook,) = run_study(load_profile("smoke"), tmp_path, [], only="06_dpo")
     assert notebook.name == "06_dpo.ipynb"
-    assert threads.started == ["06_dpo/0"], "its stages are run inside it"
+    assert threads.started == ["whole study: 06_dpo"], "its stages are run inside it"
     with pytest.raises(SettingsError, match="unknown notebook '6_dpo': did you mean '06_dpo'"):
         run_study(load_profile("smoke"), tmp_path, [], only="6_dpo")
-    assert threads.started == ["06_dpo/0"]
+    assert threads.started == ["whole study: 06_dpo"]
+
+
+def test_each_job_does_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part's notebooks and report are given its settings, and stand in the whole's folder."""
+    done: list[tuple] = []
+
+    class Opened:
+        def __init__(self, *asked: object) -> None:
+            self.asked = asked
+
+        def stage(self, name: str) -> None:
+            done.append((*self.asked, name))
+
+    monkeypatch.setattr(schedule.Study, "open", Opened)
+    monkeypatch.setattr(schedule, "run_notebook", lambda *asked: done.append(asked))
+    written = tmp_path / "index.html", tmp_path / "report.pdf"
+    monkeypatch.setattr(book, "write_report", lambda *asked: done.append(asked) or written)
+    given, run_dir = ["seeds=3"], str(tmp_path)
+    part = Job("stage", "ppo", 2), Job("notebook", "04_ppo", tier=1), Job("report", "r", tier=1)
+    for job in part:
+        assert schedule._run_job(job, "laptop", run_dir, given) >= 0
+    stage, notebook, report = done
+    whole = load_profile("laptop", given)
+    assert stage == ("laptop", 2, run_dir, given, "ppo")
+    of_part = [*given, "seeds=1", "extras=false"]
+    target = schedule.notebook_path(whole, tmp_path, "04_ppo")
+    assert notebook == ("04_ppo", "laptop", run_dir, of_part, target)
+    assert report == (load_profile("laptop", of_part), tmp_path, whole)
 
 
 # ------------------------------------------------------------------------------------ one notebook
@@ -149,7 +219,7 @@ def test_parameters_that_a_notebook_does_not_know_are_refused(
     monkeypatch.setattr(schedule, "NOTEBOOK_FOLDER", tmp_path / "notebooks")
     store(tmp_path / "notebooks", 'PROFIL = "laptop"\nSEED = 0\nRUN_DIR = "runs"')
     with pytest.raises(StudyError, match=r"04_ppo\.ipynb has no parameter OVERRIDES, PROFILE"):
-        schedule.run_notebook("04_ppo", "smoke", 0, str(tmp_path / "runs"), [])
+        schedule.run_notebook("04_ppo", "smoke", str(tmp_path / "runs"), [], tmp_path / "n.ipynb")
     assert not (tmp_path / "runs").exists()
 
 
@@ -162,9 +232,9 @@ def test_a_failing_cell_is_told_in_a_line_with_the_place_to_look(
     store(tmp_path / "notebooks", PARAMETERS, tell, "raise ValueError('no more ink')")
     monkeypatch.chdir(tmp_path)
     overrides = ["data.source=path:two words.jsonl", "seeds=1"]
+    target = tmp_path / "runs" / "executed.ipynb"
     with pytest.raises(StudyError, match=r"^ValueError: no more ink") as error:
-        schedule.run_notebook("04_ppo", "smoke", 3, "runs", overrides)
-    target = schedule.notebook_path(load_profile("smoke", overrides), "runs", "04_ppo")
+        schedule.run_notebook("04_ppo", "smoke", "runs", overrides, target)
     assert str(target) in str(error.value)
     assert "Traceback" not in str(error.value)
     assert "no more ink" in target.read_text(), "the executed copy shows where it broke"
@@ -172,5 +242,5 @@ def test_a_failing_cell_is_told_in_a_line_with_the_place_to_look(
     nb = nbformat.read(target, as_version=4)
     told = "".join(o.get("text", "") for cell in nb.cells for o in cell.get("outputs", []))
     profile, seed, run_dir, given = ast.literal_eval(told.strip())
-    assert (profile, seed, run_dir) == ("smoke", 3, str(tmp_path / "runs"))
+    assert (profile, seed, run_dir) == ("smoke", 0, str(tmp_path / "runs"))
     assert load_profile("smoke", given).data.source == "path:two words.jsonl"

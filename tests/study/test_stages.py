@@ -58,15 +58,16 @@ def test_a_stage_is_run_after_what_it_needs_and_reads_it(calls: list, tmp_path: 
     ]
 
 
-def test_a_second_opinion_reads_the_reward_model_of_the_next_seed(
-    calls: list, tmp_path: Path
+@pytest.mark.parametrize(("own", "other"), [(0, 1), (1, 0), (2, 1)])
+def test_a_second_opinion_reads_the_reward_model_of_another_seed(
+    calls: list, tmp_path: Path, own: int, other: int
 ) -> None:
-    stages.Study.open("smoke", 2, tmp_path, ["seeds=3"]).stage("second_opinion")
+    stages.Study.open("smoke", own, tmp_path, ["seeds=3"]).stage("second_opinion")
     *_, rival, (seed, name, _, needed) = calls
-    assert rival == (0, "reward_model", "bundled", {}), "the last seed asks the first"
-    assert (seed, name) == (2, "second_opinion")
-    expected = {name: f"<{name}/2>" for name in ("evaluate", "reward_model")}
-    assert needed == expected | {"rival": "<reward_model/0>"}
+    assert rival == (other, "reward_model", "bundled", {}), "whatever the number of seeds"
+    assert (seed, name) == (own, "second_opinion")
+    expected = {name: f"<{name}/{own}>" for name in ("evaluate", "reward_model")}
+    assert needed == expected | {"rival": f"<reward_model/{other}>"}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,8 @@ def test_each_method_runs_at_three_coefficients(
     method: str, setting: str, names: tuple[str, ...]
 ) -> None:
     profile = load_profile("laptop")
-    default = getattr(getattr(profile, method), setting)
+    tuned_apart = {"rloo": profile.sweep.rloo_kl_reward_coef}
+    default = tuned_apart.get(names[1], getattr(getattr(profile, method), setting))
     found = []
     for name in names:
         record, config = catalogue.record(name), catalogue.record(name).config(profile)
