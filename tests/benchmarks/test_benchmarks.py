@@ -155,6 +155,7 @@ def made_up(gpu: str | None = None) -> dict:
         "settings": {
             "precision": "bf16",
             "rounds": 3,
+            "processes": 3,
             "pairs": 32,
             "batch_size": 8,
             "samples": 32,
@@ -190,6 +191,11 @@ def test_roof_and_memory_targets_are_judged_too() -> None:
     assert "roof in training steps: reached for dpo; missed for sft." in said
     assert "memory than the peer: reached for dpo, grpo, ppo; missed for sft." in said
     assert "950 GFLOP/s" in said
+    assert "3 pairs of processes with 3 rounds each" in said
+    earlier = made_up()
+    del earlier["settings"]["processes"]
+    assert "these ratios are too high" in text.benchmark_summary(earlier)
+    assert "these ratios" not in said
 
 
 def test_growth_has_a_table_of_its_own() -> None:
