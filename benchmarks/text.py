@@ -16,8 +16,9 @@ TARGETS = {
     "gpu": {"dpo": 2.0, "sft": 2.0, "reward_model": 2.0, "grpo": 2.0, "generation": 5.0},
 }
 EARLIER = (
-    "*Measured before both sides had the same allocator settings, which alone make a peer's training "
-    "up to a quarter faster: these ratios are too high, and stand until they are measured again.*"
+    "*Measured before both sides had the same allocator settings, which alone make a peer's "
+    "training up to a quarter faster: these ratios are too high, and stand until they are measured "
+    "again.*"
 )
 TRAINING = ("sft", "reward_model", "dpo")  # stages that only train: half of the roof is wanted
 ROOF_TARGET = 0.5

@@ -116,10 +116,13 @@ def replies_of(
     The first replies to the first prompts are measured in full, all by the deciding reward.
     """
     places = list(product(range(luck.shape[0]), range(luck.shape[1])))
+    # replies to a prompt beside each other: whoever reads them computes it once
+    by_prompt = [(k, i) for i, k in product(range(luck.shape[1]), range(luck.shape[0]))]
     first = [
-        (k, i) for k, i in places if k < config.measured_samples and i < config.measured_prompts
+        (k, i) for k, i in by_prompt if k < config.measured_samples and i < config.measured_prompts
     ]
-    rest = sorted(set(places) - set(first))
+    measured = set(first)
+    rest = [place for place in by_prompt if place not in measured]
     rows: dict[tuple[int, int], dict] = {}
     asked = [prompts[i] for _, i in first]
     rollout = sampler.sample(
