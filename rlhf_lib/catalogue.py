@@ -315,7 +315,7 @@ add(
         "reward_model_curve", "reward model, less data",
         runs="rlhf_lib.study.training:reward_model_curve", needs=("reward_model",),
         sections=("reward_model",), notebook="02_reward_model",
-        exists=lambda p, seed: _extra(p, seed) and p.reward_model.curve_points > 0,
+        exists=lambda profile, seed: seed == 0 and profile.reward_model.curve_points > 0,
     ),
     Record(
         "judge", "held-out judge",

@@ -267,7 +267,7 @@ class Profile:
     jobs: int = 1  # stages that run side by side on a CPU; never more than it has cores
     threads: int = 0  # of torch on a CPU, for each job; 0: one for each core
     checkpoint_minutes: float = 2.0
-    extras: bool = True  # what seed 0 alone runs beside the comparison: sweep, curve, other labels
+    extras: bool = True  # what seed 0 alone runs beside the comparison: sweep, other labels
     methods: str = ""  # records of further methods, package.module:RECORD, separated by commas
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -66,7 +66,7 @@ def test_seed_0_comes_first_then_each_seed_and_what_seed_0_has_besides_at_the_en
     for seed, part in enumerate(before[:3]):
         seeds = {key.partition(":")[0] for key in part if key.startswith("seed ")}
         assert seeds <= {f"seed {seed}", "seed 0"}
-    lone = {"reward_model_curve", "attribution", *SWEPT, *UNBIASED}
+    lone = {"attribution", *SWEPT, *UNBIASED}
     extras = {key for key in before[3] if key.startswith("seed ")}
     assert extras == {f"seed 0: {name}" for name in lone}
     assert [key for key in before[1] if key.startswith("seed 0")] == ["seed 0: second_opinion"]
