@@ -157,11 +157,11 @@ def _prices(stages: Sequence[Stages]) -> dict[str, dict[str, float]]:
 
 
 def _flop_unit(prices: Mapping[str, Mapping[str, float]]) -> tuple[str, float]:
-    """The unit in which the dearest candidate's FLOPs are a number of at most three digits."""
+    """The unit in which the dearest candidate's FLOPs lie between 0.1 and 100, and its size."""
     most = max(price["flops"] for price in prices.values())
     units = {"GFLOP": 1e9, "TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18}
     return max(
-        (item for item in units.items() if item[1] <= most),
+        (item for item in units.items() if item[1] <= 10 * most),
         key=itemgetter(1), default=("GFLOP", 1e9),
     )  # fmt: skip
 

@@ -74,11 +74,9 @@ def write_report(
                 f"{path.name} has not been executed for profile {profile.name}: "
                 f"python -m rlhf_lib run --profile {profile.name} --only {path.stem}"
             )
-    banner = None
-    if part:
-        banner = f"{part}: this report is written again as the study goes on"
+    banners = [f"{part}: this report is written again as the study goes on"] if part else []
     if profile.name == "smoke":
-        banner = "Smoke run: it shows that everything works, its numbers mean nothing"
+        banners.append("Smoke run: it shows that everything works, its numbers mean nothing")
     with tempfile.TemporaryDirectory() as folder:
         front, appendix = Path(folder) / "front.ipynb", Path(folder) / "appendix.ipynb"
         nbformat.write(front_page(results), front)
@@ -90,7 +88,7 @@ def write_report(
                 run_dir / profile.name / of_settings("report", profile),
                 title=TITLE,
                 subtitle=_subtitle(results),
-                banner=banner,
+                banner=". ".join(banners) or None,
             )
         except ReportError as error:
             raise StudyError(str(error)) from error

@@ -119,7 +119,7 @@ def test_measuring_is_in_no_price(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "unit"), [(3e8, "GFLOP"), (2e12, "TFLOP"), (9e14, "TFLOP"), (1e15, "PFLOP")]
+    ("most", "unit"), [(3e8, "GFLOP"), (9.9e10, "GFLOP"), (2e12, "TFLOP"), (1e14, "PFLOP")]
 )
 def test_flops_come_in_a_unit_of_their_size(most: float, unit: str) -> None:
     assert summary._flop_unit({"a": {"flops": most}, "b": {"flops": 1.0}})[0] == unit
