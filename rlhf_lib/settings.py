@@ -340,9 +340,17 @@ REAL_PAIRS = """
     tuning.trials=4 tuning.budget=0.5
     dpo.epochs=1 dpo.batch_size=32 dpo.learning_rate=5e-6
 """
+# the best that `python -m rlhf_lib tune` found for the bundled world: figures/tuning/laptop.json
+TUNED = """
+    rejection.learning_rate=0.0016 rejection.epochs=8
+    ppo.kl_coef=0.8 ppo.learning_rate=0.00016
+    grpo.kl_reward_coef=0.2 grpo.learning_rate=0.0002
+    dpo.beta=0.025 dpo.learning_rate=0.0001
+    sweep.rloo_kl_reward_coef=0.2 sweep.rloo_learning_rate=0.0001
+"""
 PROFILES = {
     # a slice of everything, to see that it works
-    "smoke": """
+    "smoke": f"""{TUNED}
         threads=1 model.precision=fp32
         data.train_pairs=128 data.validation_pairs=64 data.test_pairs=128
         data.demonstrations=256 data.rl_prompts=128 data.evaluation_prompts=32
@@ -356,7 +364,7 @@ PROFILES = {
         tuning.trials=2
     """,
     # the tiny model's matrices are too small for two threads, or for bf16, to pay
-    "laptop": "seeds=5 jobs=3 threads=1 model.precision=fp32",
+    "laptop": f"{TUNED} seeds=5 jobs=3 threads=1 model.precision=fp32",
     "offline": f"""{REAL_PAIRS}
         data.source=path:pairs.jsonl.gz model.name=smollm2-135m sweep.stronger=0
         data.max_prompt_tokens=128 data.train_pairs=1000 data.validation_pairs=100

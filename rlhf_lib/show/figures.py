@@ -194,7 +194,7 @@ def tuning(trials: Sequence[Mapping]) -> Figure:
         axis.plot(top["values"][first], top["mean"], "o", ms=11, mfc="none", mec="black")
         axis.set(xscale="log", xlabel=first.rpartition(".")[2], title=label(name))
         tried = sorted({row["values"][first] for row in own})
-        axis.set_xticks(tried, [f"{value:g}" for value in tried])
+        axis.set_xticks(tried, [f"{value:g}" for value in tried], fontsize=6)
         axis.minorticks_off()
         axis.legend(title=second.rpartition(".")[2], fontsize=6.5, title_fontsize=6.5)
     return figure
