@@ -342,8 +342,7 @@ REAL_PAIRS = """
 """
 # the best that `python -m rlhf_lib tune` found for the bundled world: figures/tuning/laptop.json
 TUNED = """
-    rejection.learning_rate=0.0016 rejection.epochs=8
-    ppo.kl_coef=0.8 ppo.learning_rate=0.00016
+    rejection.learning_rate=0.0016 rejection.epochs=8 ppo.kl_coef=0.8 ppo.learning_rate=0.00016
     grpo.kl_reward_coef=0.2 grpo.learning_rate=0.0002
     dpo.beta=0.025 dpo.learning_rate=0.0001
     sweep.rloo_kl_reward_coef=0.2 sweep.rloo_learning_rate=0.0001

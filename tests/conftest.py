@@ -200,6 +200,8 @@ def make_run(tiny_base: Path) -> Callable[..., Any]:
         ppo.updates=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.micro_batch_size=3
         grpo.updates=4 grpo.prompts_per_update=2 grpo.group_size=4 grpo.micro_batch_size=5
         dpo.batch_size=6 dpo.micro_batch_size=4 dpo.probes=2 dpo.probe_prompts=4
+        ppo.kl_coef=0.2 ppo.learning_rate=4e-5 grpo.learning_rate=5e-5 grpo.kl_reward_coef=0.2
+        dpo.beta=0.1 dpo.learning_rate=5e-5 rejection.learning_rate=1e-4 rejection.epochs=1
     """
 
     def make(root: Path, *overrides: str, seed: int = 3) -> Run:

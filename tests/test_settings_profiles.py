@@ -47,6 +47,8 @@ def test_no_overrides_change_nothing() -> None:
 
 
 def test_overrides_as_one_string_or_as_several() -> None:
+    untouched = load_profile("laptop").ppo.kl_coef
+    assert untouched != 0.02
     text = load_profile("laptop", "ppo.kl_coef=0.02 sft.epochs=7 seeds=2")
     assert (text.ppo.kl_coef, text.sft.epochs, text.seeds) == (0.02, 7, 2)
     assert load_profile("laptop", ["ppo.kl_coef=0.02", "sft.epochs=7", "seeds=2"]) == text

@@ -22,7 +22,7 @@ from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import figure_bundle, table_bundle, write_figure
 from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
-from rlhf_lib.study.schedule import StudyError, notebook_path
+from rlhf_lib.study.stages import StudyError, notebook_path
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
 

@@ -20,8 +20,9 @@ from traitlets.config import Config
 
 from rlhf_lib import catalogue
 from rlhf_lib.runtime import progress
-from rlhf_lib.settings import Profile, UserError, load_profile, of_settings, unknown
-from rlhf_lib.study.stages import Study, rival
+from rlhf_lib.settings import Profile, load_profile, unknown
+from rlhf_lib.study import book
+from rlhf_lib.study.stages import Study, StudyError, notebook_path, rival
 
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
@@ -172,10 +173,6 @@ def _run_jobs(
             next(bar, None)
 
 
-class StudyError(UserError):
-    """A notebook or stage of the study failed; the message says which and why."""
-
-
 def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> float:
     started = time.perf_counter()
     if job.kind == "stage":
@@ -185,18 +182,11 @@ def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> floa
         target = notebook_path(whole, run_dir, job.name)
         run_notebook(job.name, profile, run_dir, [*overrides, *job.overrides], target)
     else:
-        from rlhf_lib.study import book  # which takes names from here
-
         whole = catalogue.load(profile, overrides)
         spoken_of = catalogue.load(profile, [*overrides, *job.overrides])
         for path in book.write_report(spoken_of, Path(run_dir), whole):
             print(f"report, {tier_name(job.tier)}: {path.resolve()}", flush=True)
     return time.perf_counter() - started
-
-
-def notebook_path(profile: Profile, run_dir: str | Path, name: str) -> Path:
-    """Where the executed notebook lies: those of other settings have a folder of their own."""
-    return Path(run_dir) / profile.name / of_settings("notebooks", profile) / f"{name}.ipynb"
 
 
 def run_notebook(

@@ -16,8 +16,17 @@ from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage, read_jsonl
 from rlhf_lib.runtime import set_up_process
-from rlhf_lib.settings import DataConfig, Profile, unknown
+from rlhf_lib.settings import DataConfig, Profile, UserError, of_settings, unknown
 from rlhf_lib.study.training import Offer, check_stage, run_stage
+
+
+class StudyError(UserError):
+    """A notebook or stage of the study failed; the message says which and why."""
+
+
+def notebook_path(profile: Profile, run_dir: str | Path, name: str) -> Path:
+    """Where the executed notebook lies: those of other settings have a folder of their own."""
+    return Path(run_dir) / profile.name / of_settings("notebooks", profile) / f"{name}.ipynb"
 
 
 def rival(seed: int) -> int:

@@ -28,7 +28,7 @@ from rlhf_lib.measure.statistics import estimate, interval
 from rlhf_lib.models.learner import DivergedError
 from rlhf_lib.runs import Stage, write_json
 from rlhf_lib.runtime import environment, progress
-from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, of_settings
+from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, load_profile
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure
 from rlhf_lib.study.offer import Offer
@@ -55,7 +55,8 @@ def tune(
             "tuning needs a judge that training has not seen: set data.judge_pairs, the number of "
             "pairs for a reward model of its own"
         )
-    path = folder / f"{of_settings(profile.name, profile)}.json"
+    usual = _fixed(profile) == _fixed(load_profile(profile.name))
+    path = folder / f"{profile.name if usual else f'{profile.name}-{_fixed(profile)}'}.json"
     trials = load_trials(path, profile)
     study = profile.name, profile.seeds, str(run_dir), list(overrides)  # a seed of its own
     missing = sum(max(0, profile.tuning.trials - len(of(trials, name))) for name in methods)

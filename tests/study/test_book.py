@@ -16,7 +16,7 @@ from rlhf_lib.results import verdict
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.settings import Profile, as_dict, load_profile
 from rlhf_lib.study import book
-from rlhf_lib.study.schedule import StudyError, notebook_path
+from rlhf_lib.study.stages import StudyError, notebook_path
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 

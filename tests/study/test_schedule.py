@@ -16,7 +16,8 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.settings import Profile, SettingsError, load_profile
 from rlhf_lib.study import book, schedule
-from rlhf_lib.study.schedule import Job, StudyError, plan, run_study
+from rlhf_lib.study.schedule import Job, plan, run_study
+from rlhf_lib.study.stages import StudyError, notebook_path
 
 # further runs at other coefficients, in the first seed; PPO at a low one has a notebook
 SWEPT = {"ppo_strong", "rloo"}
@@ -146,8 +147,8 @@ def test_jobs_run_side_by_side_but_never_before_what_they_need(
     assert threads.most == 2, "as many as there are cores"
     assert threads.arguments == ("laptop", str(tmp_path), ["seeds=2"])
     names = catalogue.notebooks()
-    assert notebooks == [schedule.notebook_path(profile, tmp_path, name) for name in names]
-    assert notebooks[0] != schedule.notebook_path(load_profile("laptop"), tmp_path, "01_dataset")
+    assert notebooks == [notebook_path(profile, tmp_path, name) for name in names]
+    assert notebooks[0] != notebook_path(load_profile("laptop"), tmp_path, "01_dataset")
     assert "whole study: report" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -194,7 +195,7 @@ def test_each_job_does_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = load_profile("laptop", given)
     assert stage == ("laptop", 2, run_dir, given, "ppo")
     of_part = [*given, "seeds=1", "extras=false"]
-    target = schedule.notebook_path(whole, tmp_path, "04_ppo")
+    target = notebook_path(whole, tmp_path, "04_ppo")
     assert notebook == ("04_ppo", "laptop", run_dir, of_part, target)
     assert report == (load_profile("laptop", of_part), tmp_path, whole)
 

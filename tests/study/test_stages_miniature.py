@@ -232,6 +232,6 @@ def test_a_failing_notebook_ends_the_command_with_its_name(
         main()
     assert end.value.code == 2
     told = capsys.readouterr().err
-    assert f"error: 01_dataset (seed 0) failed: DataError: {missing} does not exist" in told
+    assert f"error: whole study: 01_dataset failed: DataError: {missing} does not exist" in told
     assert "Traceback" not in told
     assert not list(tmp_path.glob("smoke/seed-*"))

@@ -23,6 +23,7 @@ from rlhf_lib.study.tuning import at_budget, best, next_values, of
 
 ROOT = Path(__file__).parents[2]
 START = {"ppo.kl_coef": 0.2, "ppo.learning_rate": 4e-5}
+STARTS = "ppo.kl_coef=0.2", "ppo.learning_rate=4e-5", "dpo.beta=0.1", "dpo.learning_rate=5e-5"
 
 
 def trial(mean: float | None, coefficient: float = 0.2, rate: float = 4e-5, **more: Any) -> dict:
@@ -94,7 +95,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if len(state.tried) >= state.alive:
             raise Cut
         state.tried.append((method, dict(values)))
-        start = tuning.settings_of(method, load_profile("smoke")).values()
+        start = tuning.settings_of(method, load_profile("smoke", STARTS)).values()
         steps = zip(values.values(), start, tuning.FACTORS, strict=True)
         away = [math.log(value / first, factor) for value, first, factor in steps]
         mean = -abs(away[0] - 1) - abs(away[1] + 1)  # a step up, and a step down
@@ -108,7 +109,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def search(folder: Path, *overrides: str, methods: tuple[str, ...] = ("ppo", "dpo")) -> Path:
-    overrides = "tuning.trials=6", *overrides
+    overrides = *STARTS, "tuning.trials=6", *overrides
     profile = load_profile("smoke", overrides)
     return tuning.tune(profile, folder / "runs", overrides, folder, methods)
 
@@ -233,7 +234,7 @@ def test_the_figure_rings_the_best_of_each_method(tmp_path: Path) -> None:
     path.write_text(json.dumps({"settings": "", "trials": trials}))
     assert [p.name for p in tuning.draw(path)] == ["smoke.svg", "smoke.png"]
     assert all(p.stat().st_size > 1000 for p in tuning.draw(path))
-    said = tuning.found(path, load_profile("smoke"))
+    said = tuning.found(path, load_profile("smoke", STARTS))
     assert [line.split()[:2] for line in said] == [
         ["ppo", "best"], ["ppo", "profile"], ["dpo", "best"],
     ]  # fmt: skip
