@@ -50,12 +50,15 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
-    from rlhf_lib.study import schedule
+    from rlhf_lib.study import book, schedule
 
     overrides = _overrides(data, model, settings, seeds)
     chosen = catalogue.load(profile, overrides)
-    for notebook in schedule.run_study(chosen, run_dir, overrides, only or None):
+    notebooks = schedule.run_study(chosen, run_dir, overrides, only or None)
+    for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
+    for file in [] if only else ("index.html", "report.pdf"):
+        print(f"report: {(book.report_folder(chosen, run_dir) / file).resolve()}")
 
 
 @app.command()

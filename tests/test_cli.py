@@ -288,4 +288,7 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     ]
     assert (profile.seeds, profile.ppo.kl_coef, profile.model.name) == (3, 0.3, "gpt2")
     assert (run_dir, only) == (Path("there"), None)
-    assert result.out == f"executed: {tmp_path}/n.ipynb\n"
+    first, second = result.out.splitlines()
+    assert re.fullmatch(r"report: /.*/there/smoke/report-\w{8}/index\.html", first)
+    assert second.endswith("/report.pdf")
+    assert cli("run", "--only", "04_ppo").out == f"executed: {tmp_path}/n.ipynb\n"

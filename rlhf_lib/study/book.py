@@ -54,6 +54,11 @@ def evaluation_folder(profile: Profile, run_dir: Path) -> Path:
     return max(found, key=lambda done: done.stat().st_mtime).parent
 
 
+def report_folder(profile: Profile, run_dir: Path) -> Path:
+    """Where `index.html` and `report.pdf` stand."""
+    return run_dir / profile.name / of_settings("report", profile)
+
+
 def write_report(
     profile: Profile, run_dir: Path, whole: Profile | None = None
 ) -> tuple[Path, Path]:
@@ -85,7 +90,7 @@ def write_report(
         try:
             return exporters.render(
                 [front, *chapters, appendix],
-                run_dir / profile.name / of_settings("report", profile),
+                report_folder(profile, run_dir),
                 title=TITLE,
                 subtitle=_subtitle(results),
                 banner=". ".join(banners) or None,

@@ -184,8 +184,9 @@ def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> floa
     else:
         whole = catalogue.load(profile, overrides)
         spoken_of = catalogue.load(profile, [*overrides, *job.overrides])
-        for path in book.write_report(spoken_of, Path(run_dir), whole):
-            print(f"report, {tier_name(job.tier)}: {path.resolve()}", flush=True)
+        page, _ = book.write_report(spoken_of, Path(run_dir), whole)
+        if job.tier:
+            print(f"report, {tier_name(job.tier)}: {page.resolve()}", flush=True)
     return time.perf_counter() - started
 
 
