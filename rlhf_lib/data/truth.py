@@ -6,7 +6,7 @@ asks what the data are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,3 +70,8 @@ def truth_of(source: str) -> Truth | None:
     """What is known of the data of a `data.source`."""
     annotator = {"bundled": ANNOTATOR, "bundled:control": CONTROL}.get(source)
     return annotator and Truth(annotator)
+
+
+def unit_of(truth: Truth | None) -> Callable[[str], str]:
+    """Of a prompt, what other prompts would have another of: those that share it count as one."""
+    return str if truth is None else truth.asked

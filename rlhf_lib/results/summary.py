@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.pairs import PreferenceData
-from rlhf_lib.data.truth import Truth
+from rlhf_lib.data.truth import Truth, unit_of
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results import best_of_n
@@ -77,7 +77,7 @@ def _load_samples(stages: Sequence[Stages], truth: Truth | None) -> Samples:
         rows={n: [read_jsonl(path / "samples" / f"{n}.jsonl") for path in folders] for n in names},
         chosen=[read_jsonl(path / "chosen.jsonl") for path in folders],
         heldout=[read_jsonl(path / "heldout.jsonl") for path in folders],
-        unit=str if truth is None else truth.asked,
+        unit=unit_of(truth),
     )
 
 

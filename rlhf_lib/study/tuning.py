@@ -22,7 +22,7 @@ import torch
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, draw_pairs
-from rlhf_lib.data.truth import truth_of
+from rlhf_lib.data.truth import truth_of, unit_of
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import estimate, interval
 from rlhf_lib.models.learner import DivergedError
@@ -193,7 +193,7 @@ def _judged(study: Study, method: str, stage: Stage) -> dict[str, Any]:
     said = offer.sampler.draw(policy, asked, profile.evaluation.temperature, luck)
     rewards = torch.as_tensor(rate(asked, said)).reshape(replies, -1).mean(0)
     offer.release()
-    unit = str if data.truth is None else data.truth.asked
+    unit = unit_of(data.truth)
     found = estimate([rewards.numpy()], [[unit(prompt.text) for prompt in prompts]])
     return {"rater": rater} | {key: found[key] for key in ("mean", "low", "high")}
 
