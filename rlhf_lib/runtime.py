@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import logging
 import os
@@ -93,15 +94,21 @@ def _keep_freed_memory() -> None:
     By default every large tensor is mapped anew and its pages are zeroed at first touch; on a CPU
     that is a quarter of a training step's time. Other C libraries are left as they are.
     """
-    if platform.libc_ver()[0] != "glibc":
+    glibc = _glibc()
+    if glibc is None:
         return
-    mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in (
         (M_MMAP_THRESHOLD, 1 << 30),
         (M_TRIM_THRESHOLD, 2**31 - 1),
         (M_TOP_PAD, 1 << 28),
     ):
-        mallopt(parameter, value)
+        glibc.mallopt(parameter, value)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, where it is glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def seed_everything(seed: int) -> None:
@@ -110,7 +117,9 @@ def seed_everything(seed: int) -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory in GB (10^9 bytes) since `reset_peak_memory`: device memory, or the process's."""
+    """Peak of allocated memory in GB (10^9 bytes) since `reset_peak_memory`, of the device computed
+    on. What an allocator keeps for later is left out: it tells of the stages before.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return _sampler.peak / 1e9
@@ -121,30 +130,50 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
     _sampler.reset()
 
 
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc's malloc.h: `uordblks` bytes on its heaps, `hblkhd` mapped."""
+
+    _names_ = (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+        "fordblks", "keepcost",
+    )  # fmt: skip
+    _fields_ = [(name, ctypes.c_size_t) for name in _names_]
+
+
+def _allocated() -> int:
+    """Bytes that this process has allocated; what is resident where malloc is not asked so."""
+    mallinfo = getattr(_glibc(), "mallinfo2", None)  # from 2.33 on
+    if mallinfo is None:
+        return psutil.Process().memory_info().rss
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+
+
 class _MemorySampler:
-    """Peak resident size of this process, sampled: the kernel's own peak cannot be reset."""
+    """Peak of `_allocated`, sampled: no system keeps one."""
 
     interval = 0.05  # seconds
 
     def __init__(self) -> None:
         self.peak = 0
-        self._process = psutil.Process()
         self._thread: threading.Thread | None = None
 
     def reset(self) -> None:
-        self.peak = self._process.memory_info().rss
+        self.peak = _allocated()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
 
     def _watch(self) -> None:
         while True:
-            self.peak = max(self.peak, self._process.memory_info().rss)
+            self.peak = max(self.peak, _allocated())
             time.sleep(self.interval)
 
 

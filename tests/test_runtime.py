@@ -130,6 +130,28 @@ def test_peak_memory_sees_what_was_given_back_and_can_be_reset() -> None:
     assert peak_memory_gb() < before + 0.1
 
 
+@no_gpu
+@pytest.mark.skipif(not hasattr(runtime._glibc(), "mallinfo2"), reason="asks glibc 2.33 or later")
+def test_peak_memory_leaves_out_what_the_process_keeps_of_freed_memory() -> None:
+    runtime._keep_freed_memory()
+    blocks = [torch.ones(5_000_000) for _ in range(40)]  # 0.8 GB
+    between = blocks[1::2]  # every other stays, so nothing can be given back
+    del blocks
+    resident = psutil.Process().memory_info().rss
+    runtime._sampler.reset()
+    assert peak_memory_gb() < resident / 1e9 - 0.3
+    assert peak_memory_gb() > sum(block.nbytes for block in between) / 1e9
+
+
+@no_gpu
+def test_peak_memory_is_what_is_resident_where_malloc_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "_glibc", SimpleNamespace)
+    resident = psutil.Process().memory_info().rss
+    assert runtime._allocated() == pytest.approx(resident, rel=0.05)
+
+
 @pytest.mark.parametrize("library", [("", ""), ("musl", "1.2"), ("libc", "2.0")])
 def test_memory_of_other_c_libraries_is_left_as_it_is(
     library: tuple[str, str], monkeypatch: pytest.MonkeyPatch
@@ -137,6 +159,7 @@ def test_memory_of_other_c_libraries_is_left_as_it_is(
     loaded: list[object] = []
     monkeypatch.setattr(runtime.platform, "libc_ver", lambda: library)
     monkeypatch.setattr(runtime.ctypes, "CDLL", loaded.append)
+    monkeypatch.setattr(runtime, "_glibc", runtime._glibc.__wrapped__)  # not the one remembered
     runtime._keep_freed_memory()
     reset_peak_memory()
     assert not loaded
