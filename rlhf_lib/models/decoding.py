@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rlhf_lib.models.attention import added
+from rlhf_lib.models.kernels import added
 
 WARM_UP = 2  # steps before the one that is recorded: libraries set themselves up in the first
 LOOK = 16  # steps between two looks at who has ended: a look waits for the GPU

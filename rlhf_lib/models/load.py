@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from rlhf_lib import runtime
-from rlhf_lib.models import attention, smollm2
+from rlhf_lib.models import kernels, smollm2
 from rlhf_lib.runtime import bundled_folder, phase
 from rlhf_lib.settings import ModelConfig, SettingsError, unknown
 
@@ -228,10 +228,8 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
     with _quiet(), _explained(name, options):
         config = AutoConfig.from_pretrained(where, **options, **settings)
         _drop_dropout(config)
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one pass
         model, report = model_class.from_pretrained(
-            where, config=config, dtype=torch.float32, attn_implementation=attention.NAME,
+            where, config=config, dtype=torch.float32, attn_implementation=kernels.NAME,
             output_loading_info=True, **options,
         )  # fmt: skip
     missing = set(report["missing_keys"])
@@ -241,6 +239,7 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
             f"{', '.join(sorted(missing - {may_miss})[:3])}"
         )
     model.missing_keys = missing
+    kernels.replace_gelu(model)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lib.models.attention import added
+from rlhf_lib.models.kernels import added
 
 Tokens = Sequence[Sequence[int]]
 GPU_MULTIPLE = 64  # places of a row on a GPU, which looks for kernels at every new shape

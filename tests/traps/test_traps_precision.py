@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from rlhf_lib import catalogue
 from rlhf_lib.methods import dpo
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models import attention, load
+from rlhf_lib.models import kernels, load
 from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.settings import DPOConfig
@@ -72,7 +72,7 @@ def everything_in_half(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_attention_to_learn_and_another_to_read(patch: pytest.MonkeyPatch) -> None:
-    products, read = attention.by_products, attention.sdpa_attention_forward
+    products, read = kernels.by_products, kernels.sdpa_attention_forward
 
     def by_products(query: Any, key: Any, value: Any, mask: Any, scaling: Any) -> Any:
         if torch.is_grad_enabled():
@@ -80,7 +80,7 @@ def one_attention_to_learn_and_another_to_read(patch: pytest.MonkeyPatch) -> Non
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         return read(torch.nn.Module(), query, key, value, mask, scaling=scaling)[0].transpose(1, 2)
 
-    patch.setattr(attention, "by_products", by_products)
+    patch.setattr(kernels, "by_products", by_products)
 
 
 @kinds
@@ -131,7 +131,7 @@ def test_trap_21_what_is_read_is_rounded_as_what_is_learnt(
     accelerator = half("bf16")
     with holds_unless(mistake, monkeypatch):
         model = large(make_model, kind)
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(kernels.NAME)
         with accelerator.autocast():
             learnt, _ = response_logprobs(model, PROMPTS, RESPONSES)
             with torch.no_grad():
