@@ -349,7 +349,7 @@ add(
 )  # fmt: skip
 add(
     replace(
-        CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, low KL", color="#d55e00", help="",
+        CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, weak penalty", color="#d55e00", help="",
         changes=lambda p: {"kl_coef": p.ppo.low_kl_coef}, role="variant", variant_of="ppo",
         held=None, tuned=(),
     ),
@@ -371,7 +371,7 @@ add(
     ),
 )  # fmt: skip
 add(
-    _sweep("ppo_strong", "ppo", "PPO, high KL", _times("ppo", "stronger")),
+    _sweep("ppo_strong", "ppo", "PPO, strong penalty", _times("ppo", "stronger")),
     replace(
         # as in Ahmadian et al. 2024, arXiv:2402.14740: a step a batch, so that nothing is clipped,
         # and tokens summed, not averaged over each reply
@@ -386,8 +386,8 @@ add(
 )  # fmt: skip
 for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger", "high")):
     add(
-        _sweep(f"grpo_{_suffix}", "grpo", f"GRPO, {_word} KL", _times("grpo", _factor)),
-        _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_word} KL", _times("rloo", _factor)),
+        _sweep(f"grpo_{_suffix}", "grpo", f"GRPO, {_suffix} penalty", _times("grpo", _factor)),
+        _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_suffix} penalty", _times("rloo", _factor)),
         _sweep(f"dpo_{_suffix}", "dpo", f"DPO, {_word} beta", _times("dpo", _factor)),
     )
 add(_unbiased("ppo"), _unbiased("dpo"))
@@ -409,7 +409,7 @@ add(
         help="Measure every policy of one seed on held-out prompts.",
     ),
     Record(
-        "attribution", "unbiased labels", runs="rlhf_lib.measure.attribution:measure",
+        "attribution", "attribution", runs="rlhf_lib.measure.attribution:measure",
         needs=("sft", "reward_model", "ppo", "dpo", "ppo_control", "dpo_control"),
         sections=("evaluation",), exists=_attributed, notebook="07_evaluation",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "baseline_samples",

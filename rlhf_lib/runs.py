@@ -141,6 +141,11 @@ class Stage:
         return self
 
 
+def training_minutes(result: Mapping) -> float:
+    """What a stage took, by its result, without what was done to measure."""
+    return (result["seconds"] - result["phases"].get(MEASURING, 0.0)) / 60
+
+
 class Work:
     """A stage under way: logs metrics, saves its state, and picks up where a killed run stopped."""
 

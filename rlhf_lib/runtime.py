@@ -117,22 +117,20 @@ def seed_everything(seed: int) -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak of allocated memory in GB (10^9 bytes) since `reset_peak_memory`, of the device computed
-    on. What an allocator keeps for later is left out: it tells of the stages before.
+    """The most that was allocated since `reset_peak_memory` beyond what was then, in GB (10^9
+    bytes), on the device computed on. What an allocator keeps for later is not in it.
     """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return _sampler.peak / 1e9
+        return (torch.cuda.max_memory_allocated() - _sampler.start) / 1e9
+    return (_sampler.peak - _sampler.start) / 1e9
 
 
 def reset_peak_memory() -> None:
     """Begin a new peak, once the process has given back what it keeps of freed memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+        _sampler.start = torch.cuda.memory_allocated()
         return
-    glibc = _glibc()
-    if glibc is not None:
-        glibc.malloc_trim(0)
     _sampler.reset()
 
 
@@ -162,18 +160,24 @@ class _MemorySampler:
     interval = 0.05  # seconds
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.start = self.peak = 0
+        self._lock = threading.Lock()  # else a look from before a reset could be noted after it
         self._thread: threading.Thread | None = None
 
     def reset(self) -> None:
-        self.peak = _allocated()
+        glibc = _glibc()
+        with self._lock:
+            if glibc is not None:
+                glibc.malloc_trim(0)
+            self.start = self.peak = _allocated()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
 
     def _watch(self) -> None:
         while True:
-            self.peak = max(self.peak, _allocated())
+            with self._lock:
+                self.peak = max(self.peak, _allocated())
             time.sleep(self.interval)
 
 

@@ -277,7 +277,7 @@ def test_a_stage_is_published_whole(run: Run) -> None:
     assert result["answer"] == 42
     assert result["num_tokens"] == 7
     assert result["seconds"] >= 0
-    assert result["peak_memory_gb"] > 0.05
+    assert 0 <= result["peak_memory_gb"] < 0.05, "the process itself is not the stage's"
     assert stage.samples() == [{"text": "é"}]
     (row,) = stage.metrics()
     assert (row["step"], row["loss"], row["num_tokens"]) == (0, 2.0, 7)

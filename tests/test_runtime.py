@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,7 @@ def test_peak_memory_sees_what_was_given_back_and_can_be_reset() -> None:
     runtime._keep_freed_memory()
     reset_peak_memory()
     before = peak_memory_gb()
+    assert before < 0.01, "what there was at the start is not in it"
     block = torch.ones(75_000_000)  # 0.3 GB
     time.sleep(4 * runtime._MemorySampler.interval)
     del block
@@ -134,13 +136,35 @@ def test_peak_memory_sees_what_was_given_back_and_can_be_reset() -> None:
 @pytest.mark.skipif(not hasattr(runtime._glibc(), "mallinfo2"), reason="asks glibc 2.33 or later")
 def test_peak_memory_leaves_out_what_the_process_keeps_of_freed_memory() -> None:
     runtime._keep_freed_memory()
+    reset_peak_memory()
     blocks = [torch.ones(5_000_000) for _ in range(40)]  # 0.8 GB
-    between = blocks[1::2]  # every other stays, so nothing can be given back
-    del blocks
-    resident = psutil.Process().memory_info().rss
-    runtime._sampler.reset()
-    assert peak_memory_gb() < resident / 1e9 - 0.3
-    assert peak_memory_gb() > sum(block.nbytes for block in between) / 1e9
+    time.sleep(4 * runtime._MemorySampler.interval)
+    del blocks[::2]  # holes in which nothing larger fits
+    blocks += [torch.ones(10_000_000) for _ in range(10)]  # 0.4 GB
+    time.sleep(4 * runtime._MemorySampler.interval)
+    assert 0.75 < peak_memory_gb() < 0.95
+
+
+@no_gpu
+def test_a_look_from_before_a_reset_is_not_noted_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler's thread may be slow to hear what is allocated; a new stage begins meanwhile."""
+    sampler, asked, answer = runtime._MemorySampler(), threading.Event(), threading.Event()
+
+    def allocated() -> int:
+        if threading.current_thread() is threading.main_thread():
+            return 5
+        asked.set()
+        answer.wait(5)
+        return 9
+
+    monkeypatch.setattr(runtime, "_allocated", allocated)
+    monkeypatch.setattr(runtime._MemorySampler, "interval", 100.0)  # it looks once
+    sampler.reset()
+    asked.wait(5)
+    threading.Timer(0.3, answer.set).start()
+    sampler.reset()  # waits for that look, and begins anew
+    time.sleep(0.2)
+    assert (sampler.start, sampler.peak) == (5, 5)
 
 
 @no_gpu

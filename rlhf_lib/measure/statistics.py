@@ -81,8 +81,11 @@ def estimate(
 
 
 def minus(one: Values, other: Values) -> list[np.ndarray]:
-    """Differences, seed by seed and place by place."""
-    return [a - b for a, b in zip(one, other, strict=True)]
+    """Differences, seed by seed and place by place; between means of equal values it is 0."""
+    return [
+        np.where(np.isclose(a, b, rtol=1e-12, atol=0.0), 0.0, np.subtract(a, b))
+        for a, b in zip(one, other, strict=True)
+    ]
 
 
 def differences(
@@ -143,7 +146,7 @@ def detectable(difference: Mapping) -> float | None:
     critical = quantile((1 + LEVEL) / 2, errors) / se
     # the one t with the same critical value says how much the error itself may be off
     few = min(df for error, df in errors if error > 0)
-    df = optimize.brentq(lambda df: stats.t.ppf((1 + LEVEL) / 2, df) - critical, 0.9 * few, 1e7)
+    df = optimize.brentq(lambda df: stats.t.ppf((1 + LEVEL) / 2, df) - critical, 0.5 * few, 1e7)
     shift = optimize.brentq(lambda x: stats.nct.sf(critical, df, x) - POWER, 0.0, 5.0 * critical)
     return float(shift * se)  # type: ignore[operator]
 

@@ -23,6 +23,9 @@ def unlogged(step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
     """Tell nobody."""
 
 
+SKIPS = 20  # in a row: a scale that began at 2^16 is below 1 by then
+
+
 class DivergedError(UserError, FloatingPointError):
     """Training has left the numbers that there are."""
 
@@ -31,7 +34,7 @@ class Learner:
     """One model, AdamW, linear warm-up and decay to 0, gradient clipping.
 
     In fp16 a step whose gradient overflows is skipped: it leaves weights and schedule where they
-    were, and the next loss is scaled by less.
+    were, and the next loss is scaled by less. `SKIPS` of them in a row are no overflow any more.
 
     fp32 master weights whatever the precision: who computes a loss opens `accelerator.autocast()`,
     and `accelerate` scales it in fp16.
@@ -56,7 +59,7 @@ class Learner:
         schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.learning_rate = 0.0  # nothing has been learnt yet
-        self.skipped = 0
+        self.skipped = self._in_a_row = 0
         self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
 
     @phase("update")
@@ -81,6 +84,9 @@ class Learner:
             self._check("gradient's norm", norm)
         self.optimizer.step()  # with a scaler it leaves the weights alone after an overflow
         self.optimizer.zero_grad()
+        self._in_a_row = self._in_a_row + 1 if overflow else 0
+        if self._in_a_row == SKIPS:  # by now no loss was scaled by too much
+            self._check("gradient's norm", norm)
         if overflow:
             self.skipped += 1
             return total, 0.0

@@ -239,6 +239,8 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
             f"{', '.join(sorted(missing - {may_miss})[:3])}"
         )
     model.missing_keys = missing
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # memory of its own: what was read is a view of the file
     kernels.replace_gelu(model)
     return model
 

@@ -276,7 +276,7 @@ def needs(
     asked["per_minute"] = (per(minutes), samples.estimate, "higher")
     asked["kl"] = (kl, over_kl, "lower")
     if nats:
-        known = {name: nats[name] for name in names}
+        known = {name: minus(nats[name], nats["sft"]) for name in names}
         asked["forgetting"] = (known, samples.over_texts, "lower")
     return {
         need: {

@@ -25,8 +25,16 @@ from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary, second_opinion
 from rlhf_lib.results.requests import attribution, gains_by_request
-from rlhf_lib.runs import Run, Stage, read_jsonl, source_hash, write_json, write_jsonl
-from rlhf_lib.runtime import MEASURING, environment
+from rlhf_lib.runs import (
+    Run,
+    Stage,
+    read_jsonl,
+    source_hash,
+    training_minutes,
+    write_json,
+    write_jsonl,
+)
+from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash
 
 Stages = Mapping[str, Stage]
@@ -43,6 +51,7 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     with FileLock(f"{folder}.lock"):  # a second process waits, and takes what the first has made
         if not (folder / "DONE").exists():
             _publish(folder, key, runs, stages, data)
+        (folder / "DONE").touch()  # now the newest: what was asked for last is what is reported
     return folder
 
 
@@ -145,10 +154,9 @@ def _prices(stages: Sequence[Stages]) -> dict[str, dict[str, float]]:
     for name in (name for name in catalogue.candidates() if name in stages[0]):
         paid = (name, "reward_model") if catalogue.record(name).rewarded else (name,)
         results = [seed[part].result() for seed in stages for part in paid]
-        seconds = [r["seconds"] - r["phases"].get(MEASURING, 0.0) for r in results]
         prices[name] = {
             **{k: sum(r["spent"].get(k, 0.0) for r in results) for k in ("flops", "generated")},
-            "minutes": sum(seconds) / 60,
+            "minutes": sum(map(training_minutes, results)),
         }
     return {
         name: {key: total / len(stages) for key, total in price.items()}

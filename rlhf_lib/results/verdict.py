@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rlhf_lib import catalogue
 from rlhf_lib.measure.statistics import POWER, UNCLEAR, direction, interval, listed
+from rlhf_lib.settings import as_dict, load_profile
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ASKED = {  # need -> how it reads, its unit, and digits
@@ -19,24 +20,24 @@ ASKED = {  # need -> how it reads, its unit, and digits
     "per_flop": ("Most {deciding} reward for its computing", "gain a {flop}", 3),
     "per_minute": ("Most {deciding} reward per minute, on this machine", "gain a minute", 2),
     "kl": ("Least KL to SFT", "nats a reply", 1),
-    "forgetting": ("Least forgetting", "nats a token on held-out text", 3),
+    "forgetting": ("Least forgetting", "nats a token more than SFT on held-out text", 3),
 }
 MARK = "†"  # of a candidate that was not shown to raise the deciding reward
 
 
 def sentences(results: Mapping) -> list[str]:
     """The verdict, one finding a sentence, the most important first."""
-    parts = [_gains(results), _ranking(results), _against_baseline(results)]
+    parts = [_gains(results), _null(results), _ranking(results), _against_baseline(results)]
     parts += [*choices(results), _detectable(results)]
     parts += [_overoptimisation(results), _best_of_n(results)]
-    parts += [_reward_model(results), _repeats(results), _scope(results)]
+    parts += [_reward_model(results), _repeats(results), _tuning(results), _scope(results)]
     return [part for part in parts if part]
 
 
 def headline(results: Mapping) -> list[str]:
     """The verdict in short, for the first page: who gained, who leads, what went wrong."""
-    parts = [_gains(results), _ranking(results), _overoptimisation(results), _best_of_n(results)]
-    return [part for part in (*parts, _scope(results)) if part]
+    parts = [_gains(results), _null(results), _ranking(results), _overoptimisation(results)]
+    return [part for part in (*parts, _best_of_n(results), _scope(results)) if part]
 
 
 def _measured(results: Mapping, names: Iterable[str]) -> list[str]:
@@ -96,6 +97,20 @@ def _gains(results: Mapping) -> str:
     return text
 
 
+def _null(results: Mapping) -> str:
+    """An alarm where SFT was found to differ from itself."""
+    gain = f"{results['deciding']}_gain"
+    for name in _measured(results, catalogue.policies("null")):
+        found = results["policies"][name][gain]
+        if found["verdict"] != UNCLEAR:
+            return (
+                f"**A warning:** {catalogue.label(name)}, which is SFT with other random numbers, "
+                f"came out {found['verdict']} than SFT ({interval(found)}). Chance does that in "
+                "one study of twenty. It may be this one, or gains are not measured right."
+            )
+    return ""
+
+
 def _ranking(results: Mapping) -> str:
     """What the paired comparisons between the methods allow to say."""
     pairs = {key: r for key, r in results["comparisons"].items() if not _with_baseline(key)}
@@ -145,10 +160,14 @@ def _detectable(results: Mapping) -> str:
         return ""
     smallest, largest = f"{min(known):.2f}", f"{max(known):.2f}"
     size = smallest if smallest == largest else f"{smallest} to {largest}, by comparison,"
+    between, studies, besides = "two methods", "studies like this one", ""
+    if len(results["seeds"]) == 1:
+        between, studies = "two of these trained models", "sets of as many prompts"
+        besides = " How other training runs would differ is not in it."
     return (
         f"What could be seen: a true difference of {size} in {results['deciding']} reward between "
-        f"two methods is one that {POWER:.0%} of studies like this one would find (before the "
-        "correction for the number of comparisons)."
+        f"{between} is one that {POWER:.0%} of {studies} would find (before the correction for "
+        f"the number of comparisons).{besides}"
     )
 
 
@@ -175,11 +194,13 @@ def _best_of_n(results: Mapping) -> str:
     """The baseline that needs no training: where its deciding reward peaks."""
     deciding, peak = results["deciding"], results["best_of_n_peak"]
     text = f"Best-of-n, which trains nothing, peaks at n = {peak['n']} with {deciding} reward "
-    text += f"{interval(peak[deciding])}"
+    text += f"{interval(peak[deciding])} (n was chosen on every other request, and all of this is "
+    text += "measured on the rest"
     if deciding != "proxy" and peak["n"] < peak["last"]:
         fall, n = peak["last_minus_peak"], peak["last"]
-        words = {"lower": "lower", UNCLEAR: "not shown to be lower"}
-        text += f" (at n = {n} {words.get(fall['verdict'], 'higher')}, by {interval(fall)})"
+        word = f"{UNCLEAR} from the peak" if fall["verdict"] == UNCLEAR else fall["verdict"]
+        text += f"; n = {n} is {word}, difference {interval(fall)}"
+    text += ")"
     found = peak["methods"]
     for word, where in (("higher", "above"), ("lower", "below"), (UNCLEAR, UNCLEAR + " from")):
         names = [name for name in found if found[name]["verdict"] == word]
@@ -217,9 +238,35 @@ def _repeats(results: Mapping) -> str:
     )
 
 
+def _tuning(results: Mapping) -> str:
+    """Where coefficients and learning rates come from."""
+    keys = [k for name in catalogue.tuned() for k in catalogue.record(name).tuned]
+    tuned = load_profile("laptop")
+
+    def values(settings: Mapping) -> list:
+        places = (key.split(".") for key in keys)  # one that an earlier version had not: None
+        return [settings[section].get(key) for section, key in places]
+
+    if values(results["settings"]) != values(as_dict(tuned)):
+        return (
+            "Coefficients and learning rates are the profile's or your own, not the best of a "
+            "search on these data, which `python -m rlhf_lib tune` makes: other values may rank "
+            "the methods otherwise."
+        )
+    return (
+        "Coefficients and learning rates are, for each method, the best of "
+        f"{tuned.tuning.trials} pairs of values that `python -m rlhf_lib tune` tried in the "
+        "bundled world (figures/tuning), by gold reward on validation prompts. One seed each: "
+        "intervals of the best few overlap, and values beyond those tried may be better."
+    )
+
+
 def _scope(results: Mapping) -> str:
     several = len(results["seeds"]) > 1
-    over = "seeds and evaluation prompts" if several else "evaluation prompts, from a single seed"
+    over = "seeds and evaluation prompts"
+    if not several:
+        over = "evaluation prompts, from a single seed: what is said of a method is said of the "
+        over += "one model that it trained"
     return (
         f"Intervals are 95 % over {over}; of accuracies, over pairs. Families were fixed in "
         f"advance: each candidate against SFT; the methods among themselves; each method against "
@@ -267,9 +314,9 @@ def choices(results: Mapping) -> list[str]:
     able = [n for n in candidates if results["policies"][n][gain]["verdict"] == "higher"]
     if not able:
         return [
-            f"**Which method for which need? None of them by these data:** {_names(candidates)} "
-            f"were not shown to raise {deciding} reward over SFT, so SFT itself, which costs "
-            "nothing more, is the choice."
+            f"**Which method for which need? The data do not say:** {_names(candidates)} were not "
+            f"shown to raise {deciding} reward over SFT. Until one is, nothing here speaks for "
+            "paying more than SFT costs."
         ]
     said = []
     for key, (title, unit, digits) in ASKED.items():
@@ -316,8 +363,11 @@ def _without_rl(need: Mapping, candidates: list[str], able: list[str], deciding:
     title, unit, digits = "**No reinforcement learning:**", *ASKED["reward"][1:]
     without = [name for name in candidates if not catalogue.record(name).samples]
     plain = [name for name in able if name in without]
+    if not without:
+        return ""
     if not plain:
-        return f"{title} neither {_names(without, 'nor')} was shown to raise {deciding} reward."
+        said = "was not" if len(without) == 1 else "were not"
+        return f"{title} {_names(without)} {said} shown to raise {deciding} reward."
     text = f"{title} {_who(need, plain, able, unit, digits)}"
     with_rl = [name for name in able if name not in without]
     if not with_rl:

@@ -103,7 +103,7 @@ def price_table(results: Mapping) -> pd.DataFrame:
     columns = [
         ("policy", label),
         ("tokens generated", lambda n: f"{prices[n]['generated']:,.0f}"),
-        (flop, lambda n: f"{prices[n]['flops'] / unit:.1f}"),
+        (flop, lambda n: f"{prices[n]['flops'] / unit:.3g}"),
         ("minutes", lambda n: f"{prices[n]['minutes']:.1f}"),
         *(gain(need, *how) for need, how in bought.items() if need in needs),
     ]

@@ -17,6 +17,7 @@ from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.runtime import MEASURING
 from rlhf_lib.world.grammar import last_request
 
 COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT
@@ -49,6 +50,13 @@ def spent(key: str, unit: float, digits: int) -> Cell:
     return lambda row: f"{row[key]['mean'] / unit:.{digits}f}" if key in row else "–"
 
 
+def trained_for(cost: Mapping) -> str:
+    """Minutes of a policy's stage, without what was done to measure."""
+    if "seconds" not in cost:
+        return "–"
+    return f"{(cost['seconds']['mean'] - cost['phases'].get(MEASURING, 0.0)) / 60:.1f}"
+
+
 # ----------------------------------------------------------------------------------- policies
 
 HEADLINE_CAPTION = (
@@ -76,7 +84,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
         ("wins vs SFT", won("win_rate_vs_sft")),
         ("at equal length", won("length_controlled_vs_sft")),
         ("length", estimated("length", 0)),
-        ("min", spent("seconds", 60, 1)),
+        ("min", trained_for),
         ("GB", spent("peak_memory_gb", 1, 1)),
     ]
     return table_of([row | costs.get(row["name"], {}) for row in rows], columns)
@@ -122,6 +130,14 @@ def request_table(results: Mapping, by: str) -> pd.DataFrame:
     return table_of(rows, [("policy", named), *columns])
 
 
+def moved(gains: Mapping[str, Mapping]) -> str:
+    """In words: the kinds of request where a policy's gain has an interval without 0."""
+    clear = {k: g for k, g in gains.items() if g["low"] > 0 or g["high"] < 0}
+    words = {k: "more" if g["low"] > 0 else "less" for k, g in clear.items()}
+    said = [f"{words[kind]} in {kind} ({interval(gain)})" for kind, gain in clear.items()]
+    return ", ".join(said) or "no kind in which its interval leaves out 0"
+
+
 def label_table(results: Mapping) -> pd.DataFrame:
     """What methods learn from labels with and without bias (`attribution`)."""
     rows = [{"name": n, **found} for n, found in results["attribution"]["policies"].items()]
@@ -134,10 +150,10 @@ def pair_name(key: str) -> str:
 
 
 def _judged() -> list[Column]:
-    """The verdict after corrected p and smallest detectable difference."""
+    """The verdict after corrected p and the smallest difference that could be detected."""
     return [
         ("p (Holm)", lambda row: "<0.001" if (p := row["p_adjusted"]) < 0.001 else f"{p:.3f}"),
-        ("smallest seen", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
+        ("detectable", lambda row: "–" if (d := row["detectable"]) is None else f"{d:.2f}"),
         ("verdict", itemgetter("verdict")),
     ]
 
@@ -216,8 +232,8 @@ def need_table(results: Mapping) -> pd.DataFrame:
     """The candidates in what a user may ask for: one row a candidate, one column a need."""
 
     def need(key: str) -> Column:
-        (title, _, digits), found = ASKED[key], results["needs"][key]["policies"]
-        named = title.format(deciding=results["deciding"])
+        (title, unit, digits), found = ASKED[key], results["needs"][key]["policies"]
+        named = f"{title} ({unit})".format(deciding=results["deciding"], flop=results["flop"])
         return named, lambda name: interval(found[name], digits)
 
     candidates = [name for name in catalogue.candidates() if name in results["policies"]]

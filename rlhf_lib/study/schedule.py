@@ -24,6 +24,7 @@ from rlhf_lib.settings import Profile, load_profile, unknown
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import Study, StudyError, notebook_path, rival
 
+GOES_ON = "What was finished is kept: the same command goes on from here."
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 
 
@@ -129,7 +130,13 @@ def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
     os.environ |= {"RLHF_BATCH": "1", "RLHF_FOLDER": str(Path.cwd())}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield pool, workers
+        try:
+            yield pool, workers
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun does not begin
+            if isinstance(error, KeyboardInterrupt):
+                print(f"Stopping. {GOES_ON}", flush=True)
+            raise
 
 
 def _run_jobs(
@@ -161,11 +168,7 @@ def _run_jobs(
             try:
                 seconds = future.result()
             except Exception as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise StudyError(
-                    f"{job.key} failed: {error}\n"
-                    "What was finished is kept: the same command goes on from here."
-                ) from error
+                raise StudyError(f"{job.key} failed: {error}\n{GOES_ON}") from error
             order.done(job.key)
             ended += 1
             count = f"{ended:3}/{len(jobs)}"

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -30,7 +31,7 @@ from rlhf_lib.models.load import (
 )
 from rlhf_lib.objectives.losses import reward_loss
 from rlhf_lib.runs import Run, Stage, Work
-from rlhf_lib.runtime import MEASURING, bundled_folder, phase
+from rlhf_lib.runtime import MEASURING, bundled_folder, phase, seed_everything
 from rlhf_lib.settings import (
     Profile,
     RejectionConfig,
@@ -212,12 +213,17 @@ def reward_model_curve(
     rows, seconds, total = [], {}, len(data.pairs["train"])
     # each in a store of its own within this stage's folder, so that a killed run resumes it
     inner, full = replace(run, root=work.keep), catalogue.record("reward_model")
-    for size in curve_sizes(total, config.curve_points):
+
+    def train(size: int) -> dict:
         record = replace(full, name=f"reward_model_{size}")
         part = run_stage(inner, record, _smaller(data, size, run.seed), {})
-        rows += [{"train_pairs": size, "split": "test", **row} for row in part.samples()]
-        seconds[str(size)] = part.result()["seconds"]
-        work.num_tokens += part.result()["num_tokens"]
+        return part.result() | {"rows": part.samples()}
+
+    for size in curve_sizes(total, config.curve_points):
+        part = work.part(str(size), partial(train, size))
+        rows += [{"train_pairs": size, "split": "test", **row} for row in part["rows"]]
+        seconds[str(size)] = part["seconds"]
+        work.num_tokens += part["num_tokens"]
     with accelerator.autocast():
         scores = bradley_terry.score_pairs(frozen("reward_model"), data.pairs["validation"])
     work.write_samples(rows + _score_rows(*scores, train_pairs=total, split="validation"))
@@ -261,6 +267,7 @@ def rejection_sft(
     drawn = work.part("best", draw)  # a resumed stage learns from the same replies
     best, work.num_tokens = [Demonstration(**row) for row in drawn["best"]], drawn["tokens"]
     training = replace(profile.sft, epochs=config.epochs, learning_rate=config.learning_rate)
+    seed_everything(seed)  # adapters begin alike, whether this process has sampled or not
     policy = policy_for(training, len(best))
     result = sft.train(policy, best, training, seed=seed, steps=steps, log=log)
     return result | {"samples": len(best) * config.samples}

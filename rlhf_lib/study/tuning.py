@@ -58,7 +58,7 @@ def tune(
     usual = _fixed(profile) == _fixed(load_profile(profile.name))
     path = folder / f"{profile.name if usual else f'{profile.name}-{_fixed(profile)}'}.json"
     trials = load_trials(path, profile)
-    study = profile.name, profile.seeds, str(run_dir), list(overrides)  # a seed of its own
+    study = profile.name, trial_seed(profile), str(run_dir), list(overrides)
     missing = sum(max(0, profile.tuning.trials - len(of(trials, name))) for name in methods)
     if not missing:
         return path
@@ -92,6 +92,11 @@ def tune(
 
 
 # ----------------------------------------------------------------------------------- the rule
+
+
+def trial_seed(profile: Profile) -> int:
+    """One that is none of the study's."""
+    return profile.seeds
 
 
 def settings_of(method: str, profile: Profile) -> dict[str, Any]:
@@ -234,7 +239,8 @@ def _fixed(profile: Profile) -> str:
     settings = {name: as_dict(getattr(profile, name)) for name in sections}
     for section, key in tuned:
         settings[section].pop(key)
-    how = profile.tuning.budget, profile.tuning.replies
+    tuning, temperature = profile.tuning, profile.evaluation.temperature
+    how = tuning.budget, tuning.replies, temperature, trial_seed(profile)
     return content_hash([settings, how])[:12]
 
 
@@ -251,6 +257,9 @@ def found(path: Path, profile: Profile) -> list[str]:
     trials, lines = load_trials(path), []
     for method in dict.fromkeys(trial["method"] for trial in trials):
         top, own = best(trials, method), settings_of(method, profile)
+        if top["mean"] is None:
+            lines.append(f"{method:<14} diverged with each of the values tried")
+            continue
         lines.append(f"{method:<14} best    {as_text(top)}")
         lines += [
             f"{method:<14} profile {as_text(trial)}"
@@ -261,5 +270,7 @@ def found(path: Path, profile: Profile) -> list[str]:
 
 
 def draw(path: Path) -> list[Path]:
-    """The figure of a file of trials, beside it."""
+    """The figure of a file of trials, beside it; none where all diverged."""
+    if all(trial["mean"] is None for trial in load_trials(path)):
+        return []
     return write_figure(figures.tuning(load_trials(path)), path.with_suffix(""))

@@ -14,6 +14,7 @@ from rlhf_lib.measure.statistics import (
     direction,
     estimate,
     holm,
+    minus,
     over_seeds,
     p_value,
 )
@@ -217,3 +218,19 @@ def test_a_difference_is_named_only_where_the_interval_leaves_zero_out(
     low: float, high: float, word: str
 ) -> None:
     assert direction({"low": low, "high": high}) == word
+
+
+def test_equal_values_are_no_difference_however_they_round() -> None:
+    """Four draws of 0.1 and eight have means that differ in the last bit."""
+    one, other = (np.full((times, 5), 0.1).mean(0) for times in (4, 8))
+    again = np.full((7, 5), 0.1).sum(0) / 7
+    for values in (other, again):
+        record = compare({"x": estimate(minus([one], [values]))})["x"]
+        assert (record["mean"], record["p"], record["verdict"]) == (0.0, 1.0, "not distinguishable")
+    assert minus([np.array([1.0, 1e-9])], [np.array([1.0 - 1e-9, 0.0])])[0].all(), "small is not 0"
+
+
+@pytest.mark.parametrize("draw", range(20))
+def test_what_the_smallest_study_detects_is_known(draw: int) -> None:
+    values = np.random.default_rng(draw).normal(size=(2, 2))
+    assert 0 < detectable(estimate(values)) < np.inf  # type: ignore[operator]

@@ -17,6 +17,7 @@ from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_tokenizer
 from rlhf_lib.models.logprobs import response_logits, response_logprobs
 from rlhf_lib.objectives.masked import entropy
+from rlhf_lib.runs import Work
 from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import SFTConfig
 from tests.conftest import learner_of, train_stage
@@ -185,6 +186,32 @@ def test_training_on_the_best_raises_what_the_reward_model_says(
         for policy in (sampler.reference, load_policy(stage.model_path).eval())
     )
     assert after > before + 0.15
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_killed_after_it_has_sampled_it_learns_the_same(
+    make_run: Callable,
+    finished: Any,
+    tiny_data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+) -> None:
+    """Adapters start at random, and sampling has drawn random numbers before."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    few = f"model.lora_rank={rank}", "rejection.prompts=8", "rejection.samples=2"
+    whole = train_stage(make_run(tmp_path / "whole", *few), "rejection_sft", tiny_data, finished)
+    run = make_run(tmp_path / "killed", *few)
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(run, "rejection_sft", tiny_data, finished)
+    again = train_stage(run, "rejection_sft", tiny_data, finished)
+    losses = [[row["loss"] for row in stage.metrics()] for stage in (whole, again)]
+    assert losses[0] == losses[1]
 
 
 def test_training_on_the_best_resumes(

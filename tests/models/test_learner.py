@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.models.learner import Averages, Learner
+from rlhf_lib.models.learner import SKIPS, Averages, DivergedError, Learner
 from rlhf_lib.models.load import load_policy, trainable
 from rlhf_lib.models.logprobs import response_logprobs
-from rlhf_lib.runtime import make_accelerator
+from rlhf_lib.runtime import make_accelerator, peak_memory_gb, reset_peak_memory
 from rlhf_lib.settings import ModelConfig
 
 PROMPTS, RESPONSES = [[5, 6], [7], [8, 9, 10], [11]], [[3, 1], [4, 5, 6], [7], [8, 1]]
@@ -152,3 +153,38 @@ def test_averages_weigh_what_they_are_given() -> None:
     averages.add({"a": 2.0}, 1)
     assert averages["a"] == 1.25
     assert averages.means() == {"a": 1.25, "b": 5.0}
+
+
+def test_a_gradient_that_is_never_finite_is_no_overflow(
+    causal_model: PreTrainedModel, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp16 a step may be skipped, for the next loss is scaled by less; not again and again."""
+    scaler = torch.amp.GradScaler("cpu", 2.0**16)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    learner = Learner(accelerator, causal_model, learning_rate=1e-3, steps=100)
+    first = next(causal_model.parameters())
+    first.register_hook(lambda gradient: gradient * math.nan)
+    for _ in range(SKIPS - 1):
+        assert learner.step([nll(learner.model)])[1] == 0.0
+    with pytest.raises(DivergedError, match="the gradient's norm is nan"):
+        learner.step([nll(learner.model)])
+    assert learner.logged()["skipped"] == SKIPS - 1
+
+
+def test_peak_memory_holds_weights_gradients_and_moments(
+    make_model: Callable, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    """Weights that are read from a file are allocated as well, not views of that file."""
+    config = make_model("gpt2").config
+    config.n_embd, config.n_layer, config.vocab_size = 256, 6, 200
+    type(make_model("gpt2"))(config).save_pretrained(tmp_path)
+    reset_peak_memory()
+    model = load_policy(tmp_path)
+    size = 4 * model.num_parameters()
+    time.sleep(0.2)
+    assert peak_memory_gb() * 1e9 > 0.99 * size
+    learner = Learner(accelerator, model, learning_rate=1e-3, steps=10)
+    for _ in range(2):
+        learner.step([nll(learner.model)])
+        time.sleep(0.2)
+    assert 3.9 * size < peak_memory_gb() * 1e9 < 5.5 * size

@@ -12,6 +12,7 @@ import pytest
 from rlhf_lib.catalogue import CATALOGUE
 from rlhf_lib.results import verdict
 from rlhf_lib.results.policies import compared
+from rlhf_lib.settings import as_dict, load_profile
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 METHODS = ("ppo", "grpo", "dpo")
@@ -151,8 +152,8 @@ def test_overoptimisation_needs_more_proxy_and_less_gold(
 @pytest.mark.parametrize(
     ("fall", "words"),
     [
-        (DOWN, "at n = 8 lower, by -0.50 [-0.60, -0.40]"),
-        (UNCLEAR, "at n = 8 not shown to be lower, by 0.00 [-0.10, 0.10]"),
+        (DOWN, "n = 8 is lower, difference -0.50 [-0.60, -0.40]"),
+        (UNCLEAR, "n = 8 is not distinguishable from the peak, difference 0.00 [-0.10, 0.10]"),
     ],
 )
 def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, words: str) -> None:
@@ -166,7 +167,8 @@ def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, wor
     (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
     assert said == (
         "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] "
-        f"({words}); GRPO is above it (differences: GRPO 0.50 [0.40, 0.60]); PPO is below it "
+        f"(n was chosen on every other request, and all of this is measured on the rest; {words}); "
+        "GRPO is above it (differences: GRPO 0.50 [0.40, 0.60]); PPO is below it "
         "(differences: PPO -0.50 [-0.60, -0.40]); DPO is not distinguishable from it (differences: "
         "DPO 0.00 [-0.10, 0.10])."
     )
@@ -328,3 +330,33 @@ def test_a_judge_is_said_to_be_right_as_often_as_it_is(results: dict) -> None:
         results["policies"][name]["judge_gain"] = UNCLEAR
     results["reward_model"]["judge_accuracy"] = interval(0.6, 0.66)
     assert "It ranks 63.0% [60.0, 66.0] of held-out pairs as labelled." in verdict._gains(results)
+
+
+def test_sft_that_differs_from_itself_is_an_alarm(results: dict) -> None:
+    """Its own second draw has a gain of 0: where it is found to have one, that comes first."""
+    for gain, heard in ((UP, True), (DOWN, True), (UNCLEAR, False)):
+        results["policies"]["sft_again"]["gold_gain"] = gain
+        for said in (verdict.sentences(results), verdict.headline(results)):
+            assert said[1].startswith("**A warning:** SFT again") is heard
+            assert not heard or f"came out {gain['verdict']} than SFT" in said[1]
+
+
+def test_one_seed_promises_nothing_of_other_training_runs(results: dict) -> None:
+    results["comparisons"] = {key: UNCLEAR | {"detectable": 0.3} for key in PAIRS}
+    results["seeds"] = [0]
+    (said,) = [s for s in verdict.sentences(results) if s.startswith("What could be seen")]
+    assert "between two of these trained models is one that 80% of sets of as many prompts" in said
+    assert said.endswith("How other training runs would differ is not in it.")
+    assert "studies like this one" not in said
+    assert "said of the one model that it trained" in verdict.sentences(results)[-1]
+
+
+def test_values_that_no_search_has_found_are_not_called_tuned(results: dict) -> None:
+    def said() -> str:
+        return next(s for s in verdict.sentences(results) if s.startswith("Coefficients and"))
+
+    assert "not the best of a search" in said()
+    results["settings"] = as_dict(load_profile("laptop", "seeds=1"))
+    assert "the best of 9 pairs of values" in said()
+    results["settings"] = as_dict(load_profile("laptop", "dpo.beta=0.3"))
+    assert "not the best of a search" in said()

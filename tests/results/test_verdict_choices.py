@@ -72,14 +72,14 @@ def test_a_tie_is_not_broken() -> None:
 def test_everything_worse_than_sft_leaves_sft() -> None:
     said = verdict.choices(study(gains(-1.0, -0.5, -0.4, -0.5)))
     assert said == [
-        "**Which method for which need? None of them by these data:** PPO, GRPO, DPO and "
-        "Best-of-n SFT were not shown to raise gold reward over SFT, so SFT itself, which costs "
-        "nothing more, is the choice."
+        "**Which method for which need? The data do not say:** PPO, GRPO, DPO and Best-of-n SFT "
+        "were not shown to raise gold reward over SFT. Until one is, nothing here speaks for "
+        "paying more than SFT costs."
     ]
 
 
 def test_nothing_distinguishable_from_sft_leaves_sft_too() -> None:
-    assert "None of them by these data" in first(study(gains(0.1, 0.0, 0.1, 0.0)))
+    assert "The data do not say" in first(study(gains(0.1, 0.0, 0.1, 0.0)))
 
 
 def test_best_of_n_best() -> None:
@@ -101,7 +101,7 @@ def test_who_was_not_shown_to_raise_the_reward_is_ranked_and_marked() -> None:
     assert said[-1] == "† was not shown to raise gold reward over SFT."
     assert said[0].startswith("**Highest gold reward:** GRPO (1.00")
     assert "DPO† (0.00" in said[0]
-    end = "neither DPO nor Best-of-n SFT was shown to raise gold reward."
+    end = "DPO and Best-of-n SFT were not shown to raise gold reward."
     assert without_rl(study(values)).endswith(end)
 
 
@@ -164,3 +164,11 @@ def test_a_comparison_that_was_not_made_fails() -> None:
     del results["needs"]["reward"]["comparisons"]["ppo_minus_dpo"]
     with pytest.raises(KeyError, match="dpo_minus_ppo"):
         verdict.choices(results)
+
+
+def test_one_candidate_without_rl_is_spoken_of_as_one() -> None:
+    results = study(gains(0.5, 0.4, 0.0, 0.0))
+    del results["policies"]["rejection_sft"]
+    assert without_rl(results).endswith("DPO was not shown to raise gold reward.")
+    del results["policies"]["dpo"]
+    assert not [s for s in verdict.choices(results) if s.startswith("**No reinforcement")]

@@ -78,7 +78,7 @@ def test_what_training_bought_is_what_the_needs_say() -> None:
         found = results["needs"][key]["policies"]
         for name in ("ppo", "rejection_sft"):
             assert table.loc[label(name), f"gain {column}"] == interval(found[name], digits)
-    assert table.loc["PPO", "GFLOP"] == "5.0"  # 3 of its own and 2 of the reward model's
+    assert table.loc["PPO", "GFLOP"] == "5"  # 3 of its own and 2 of the reward model's
     assert table.loc["DPO", "tokens generated"] == "0"
     del results["needs"]["per_flop"]  # a method that nobody counted
     assert "gain a GFLOP" not in price_table(results)

@@ -67,7 +67,7 @@ def test_the_gain_table_has_every_seed_and_what_may_be_said(results: dict) -> No
         gain, row = results["policies"][name][f"{deciding}_gain"], table.loc[label(name)]
         assert row[f"{deciding} gain over SFT"] == interval(gain)
         assert row["verdict"] == gain["verdict"]
-        assert row["smallest seen"] == f"{gain['detectable']:.2f}"
+        assert row["detectable"] == f"{gain['detectable']:.2f}"
         seeds = row["each seed"].split(", ")
         assert [float(s) for s in seeds] == pytest.approx(gain["per_seed"], abs=0.005)
     assert ("proxy gain" in table.columns) == (deciding != "proxy"), "or it would stand there twice"
@@ -87,7 +87,7 @@ def test_the_second_opinion_has_a_row_for_each_policy_or_there_is_none(results: 
         assert results["second_opinion"] is None
         return
     table = tables.opinion_table(results).set_index("policy")
-    record, row = results["second_opinion"]["ppo_low_kl"], table.loc["PPO, low KL"]
+    record, row = results["second_opinion"]["ppo_low_kl"], table.loc["PPO, weak penalty"]
     assert row["its own"] == interval(record["own"])
     assert row["another seed's"] == interval(record["other"])
     assert row["verdict"] == record["excess"]["verdict"] == "higher"
@@ -110,7 +110,7 @@ def test_tiny_and_unknown_numbers_are_written_as_such(results: dict) -> None:
     record = results["comparisons"]["ppo_minus_grpo"]
     record |= {"p_adjusted": 0.0004, "detectable": None}
     row = tables.pair_table(results).set_index("comparison").loc["PPO − GRPO"]
-    assert (row["p (Holm)"], row["smallest seen"]) == ("<0.001", "–")
+    assert (row["p (Holm)"], row["detectable"]) == ("<0.001", "–")
 
 
 def test_wins_stand_beside_their_length_controlled_twin(results: dict) -> None:
@@ -144,7 +144,7 @@ def test_the_need_table_has_a_column_for_each_need(results: dict) -> None:
     table = tables.need_table(results).set_index("candidate")
     assert list(table.index) == [label(name) for name in candidates()]
     per_minute = results["needs"]["per_minute"]["policies"]["grpo"]
-    column = f"Most {results['deciding']} reward per minute, on this machine"
+    column = f"Most {results['deciding']} reward per minute, on this machine (gain a minute)"
     assert table.loc["GRPO", column] == interval(per_minute)
     assert len(table.columns) == len(results["needs"])
 

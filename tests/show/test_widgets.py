@@ -99,7 +99,7 @@ def test_the_chance_of_a_margin_is_that_of_bradley_and_terry() -> None:
 
 def test_replies_are_matched_by_prompt_and_not_by_place() -> None:
     page = widgets.sample_page(SAMPLES, ["\n\nHuman: b\n\nAssistant:"])
-    assert page["policy"].tolist() == ["SFT", "PPO, low KL"]
+    assert page["policy"].tolist() == ["SFT", "PPO, weak penalty"]
     assert page["reply"].tolist() == ["two", "deux"]
     assert page["proxy"].tolist() == ["0.50", "2.12"]
     with pytest.raises(KeyError, match="sft has no reply"):

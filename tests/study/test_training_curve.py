@@ -94,7 +94,7 @@ def test_a_killed_curve_keeps_the_points_that_it_has(
     def watch(learner: Learner, pairs: list, *rest: Any, **named: Any) -> dict:
         trained.append(len(pairs))
         if len(trained) == 2:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # before this one has cost anything
         return train(learner, pairs, *rest, **named)
 
     monkeypatch.setattr(reward_model, "train", watch)
@@ -104,3 +104,5 @@ def test_a_killed_curve_keeps_the_points_that_it_has(
     stage = train_stage(run, "reward_model_curve", tiny_data, finished)
     assert trained == [2, 8, 8], "the first point was trained again"
     assert stage.samples() == curve.samples()
+    for key in ("spent", "num_tokens"):
+        assert stage.result()[key] == curve.result()[key], "what the first point cost counts"

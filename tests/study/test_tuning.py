@@ -146,9 +146,11 @@ def test_a_file_of_other_settings_is_refused(world: SimpleNamespace, tmp_path: P
     path = search(tmp_path)
     tuned = load_profile("smoke", "ppo.kl_coef=0.8 dpo.learning_rate=1e-5 tuning.trials=9")
     assert tuning.load_trials(path, tuned), "what is tuned may move"
-    for other in ("data.train_pairs=64", "ppo.updates=7", "tuning.replies=1"):
+    for other in ("data.train_pairs=64", "ppo.updates=7", "tuning.replies=1", "seeds=3"):
         with pytest.raises(SettingsError, match=r"other settings .* move it away"):
             tuning.load_trials(path, load_profile("smoke", other))
+    with pytest.raises(SettingsError, match="move it away"):
+        tuning.load_trials(path, load_profile("smoke", "evaluation.temperature=0.2"))
     path.write_text("[]")
     with pytest.raises(SettingsError, match=r"smoke\.json is no file of trials"):
         tuning.load_trials(path)
@@ -249,3 +251,11 @@ def test_a_profiles_settings_are_the_best_that_were_found(path: Path) -> None:
         assert best(trials, method)["values"] == tuning.settings_of(method, profile), method
     counts = {len(of(trials, method)) for method in methods}
     assert counts == {profile.tuning.trials}, "as many values for each"
+
+
+def test_a_method_that_always_diverged_is_said_to_have(tmp_path: Path) -> None:
+    path = tmp_path / "smoke.json"
+    path.write_text(json.dumps({"settings": "", "trials": [trial(None), trial(None, 0.8)]}))
+    (said,) = tuning.found(path, load_profile("smoke", STARTS))
+    assert said.split() == ["ppo", "diverged", "with", "each", "of", "the", "values", "tried"]
+    assert tuning.draw(path) == []
