@@ -186,8 +186,13 @@ def stages(profile: Profile, seed: int = 0) -> list[Record]:
 
 
 def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
-    """The stages of the same seed that `name` reads."""
+    """The stages of the same seed that `name` reads.
+
+    What a study runs in its first seed alone may be asked for in any: it reads what it would there.
+    """
     present = {r.name for r in stages(profile, seed)}
+    if name not in present:
+        present |= {r.name for r in stages(profile)}
     return [need for need in _expanded(CATALOGUE[name]) if need in present]
 
 
@@ -249,8 +254,13 @@ REPLIES = ("samples_per_prompt", "baseline_samples", "measured_prompts", "measur
 JUDGE_EPOCHS = 2  # for each of the reward model's: a judge sees fewer pairs
 
 
+def _first(profile: Profile, seed: int) -> bool:
+    return seed == 0  # a demonstration: prompts are the luck that it knows
+
+
 def _of_world(profile: Profile, seed: int) -> bool:
-    return profile.data.source == "bundled"  # a control has to have its unbiased labels
+    # a control has to have its unbiased labels
+    return seed == 0 and profile.data.source == "bundled"
 
 
 def _extra(profile: Profile, seed: int) -> bool:
@@ -351,6 +361,7 @@ add(
     replace(
         CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, weak penalty", color="#d55e00", help="",
         changes=lambda p: {"kl_coef": p.ppo.low_kl_coef}, role="variant", variant_of="ppo",
+        exists=_first,
         held=None, tuned=(),
     ),
     Record(

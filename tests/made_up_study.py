@@ -108,7 +108,7 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     trained = {"accuracy": 0.7 + 0.1 * seed}
     stages = {"dataset": finish("dataset", {}, {})}
     stages["reward_model"] = finish("reward_model", trained, {"samples.jsonl": scores})
-    if gold:
+    if gold and seed == 0:
         stages["reward_model_control"] = finish("reward_model_control", trained, {})
     stages["sft"] = finish("sft", {}, {"metrics.jsonl": [{"step": 0, "loss": 2.0}]})
     stages["rejection_sft"] = finish("rejection_sft", {}, {})
@@ -124,7 +124,8 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
                 ]
             },
         )
-    for name in ("ppo", "ppo_low_kl", "grpo", "dpo", *(["grpo_strong"] if seed == 0 else [])):
+    demonstrations = ["ppo_low_kl", "grpo_strong"] if seed == 0 else []
+    for name in ("ppo", "grpo", "dpo", *demonstrations):
         # DPO logs its probes now and then: only those steps lie on the way to the frontier
         steps: list[dict] = [
             {"step": s, "kl": 0.1 * s, "reward": 0.2 * s, "completions/mean_length": 10.0 + s}
@@ -135,7 +136,8 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
         coefficient = 0.2 * (STRONG if name == "grpo_strong" else 1.0)
         settings = {catalogue.coefficients()[name]: coefficient}
         stages[name] = finish(name, {}, {"metrics.jsonl": steps}, settings)
-    kinds = ("default", "control") if gold else ("default",)
+    kinds = ("default", "control") if gold and seed == 0 else ("default",)
+    asked = [name for name in POLICIES if seed == 0 or name != "ppo_low_kl"]
     points = [
         {"picked_by": kind, "prompt": row["prompt"], "n": n, "kl": 0.1 * n, "proxy": n + seed}
         | ({"gold": 2.0 - n + 0.1 * (i % 3)} if gold else {})
@@ -146,16 +148,16 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     shown = points[: 2 * PROMPTS : PROMPTS]
     curve = [{k: v for k, v in r.items() if k not in ("picked_by", "prompt")} for r in shown]
     means = {
-        name: {"reward": 1.0, "kl": 0.5 * i, **({"gold": 2.0} if gold else {})}
-        for i, name in enumerate(POLICIES)
+        name: {"reward": 1.0, "kl": 0.5 * POLICIES.index(name)} | ({"gold": 2.0} if gold else {})
+        for name in asked
     }
     curves = dict.fromkeys(kinds, curve)
-    rows = {f"samples/{p}.jsonl": sample_rows(p, seed, gold) for p in POLICIES}
+    rows = {f"samples/{p}.jsonl": sample_rows(p, seed, gold) for p in asked}
     rows["best_of_n.jsonl"] = points
     rows["chosen.jsonl"] = chosen = sample_rows("sft", seed, gold)[:6]
     for row in chosen:  # a little better than SFT's own
         row |= {key: row[key] + 0.01 for key in ("proxy", "gold") if key in row}
-    trained = [name for name in POLICIES if name != "sft_again"]
+    trained = [name for name in asked if name != "sft_again"]
     rows["heldout.jsonl"] = [
         {"tokens": 5 + i, "nll": {n: 10 + i + trained.index(n) * 2.0 for n in trained}}
         for i in range(6)
@@ -187,6 +189,7 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
                 "other": row["proxy"] - PROXY.get(policy, 0.0) / 2,
             }
             for policy in watched()
+            if policy in asked
             for row in sample_rows(policy, seed, gold)
         ]
         stages["second_opinion"] = finish("second_opinion", {}, {"samples.jsonl": opinions})

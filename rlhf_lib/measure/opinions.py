@@ -35,8 +35,10 @@ def measure(
     raters = {"own": rater("reward_model"), "other": rater("rival")}
     rows = []
     for policy in watched():
-        sampled = read_jsonl(needed["evaluate"].path / "samples" / f"{policy}.jsonl")
-        sampled = [row for row in sampled if row["reply"] == 0 and "proxy" in row]
+        path = needed["evaluate"].path / "samples" / f"{policy}.jsonl"
+        if not path.exists():  # of the first seed alone
+            continue
+        sampled = [row for row in read_jsonl(path) if row["reply"] == 0 and "proxy" in row]
         texts = encoder.demonstrations([(row["prompt"], row["response"]) for row in sampled])
         prompts = [Prompt(text.prompt_text, text.prompt) for text in texts]
         replies = read_replies(tokenizer, [text.response for text in texts])

@@ -24,7 +24,8 @@ def curves(seeds: Curves, unit: Callable[[str], str] = str) -> dict[str, list[di
     measured = [key for key in ("proxy", "gold", "judge") if key in seeds[0]]
     found: dict[str, list[dict]] = {}
     for picker in seeds[0]["picked_by"].unique().tolist():
-        picked = [_where(rows, "picked_by", picker) for rows in seeds]
+        all_seeds = (_where(rows, "picked_by", picker) for rows in seeds)
+        picked = [rows for rows in all_seeds if len(rows)]  # the control is the first seed's
         for n in picked[0]["n"].unique().tolist():
             parts = [_where(rows, "n", n) for rows in picked]
             units = [[unit(prompt) for prompt in part["prompt"]] for part in parts]

@@ -107,7 +107,8 @@ def at_equal_budget(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def early_stops(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> list[dict] | None:
-    """Where gold would have stopped each seed's under-regularised PPO, and what was seen there.
+    """Where gold would have stopped under-regularised PPO in each seed that has it, and what was
+    seen there.
 
     The step with the highest gold reward, smoothed over SMOOTH steps; what proxy, gold, KL and
     length were there and at the end. None where no gold is known.
@@ -115,6 +116,8 @@ def early_stops(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> l
     names = {"proxy": "reward", "gold": "gold", "kl": "kl", "length": "completions/mean_length"}
     rows = []
     for run, seed in zip(runs, stages, strict=True):
+        if "ppo_low_kl" not in seed:
+            continue
         steps = pd.DataFrame(seed["ppo_low_kl"].metrics())
         if "gold" not in steps:
             return None

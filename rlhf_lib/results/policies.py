@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.probes import ngrams, repetition
 from rlhf_lib.measure.statistics import ANY, SHARE, Values, differences, estimate, minus
+from rlhf_lib.runs import read_jsonl
 
 MEASURES = ("proxy", "gold", "judge", "kl", "kl_k1", "kl_k3", "entropy", "length", "finished")
 BLOCK = 16  # replies in which distinct n-grams are counted together
@@ -27,6 +29,8 @@ Rows = Sequence[Sequence[dict]]  # of each seed
 @dataclass(frozen=True)
 class Samples:
     """Rows of every policy, seed by seed; all policies and seeds answered the same prompts.
+
+    A demonstration may be of the first seed alone.
 
     `chosen` and `heldout` are rows of `chosen.jsonl` and `heldout.jsonl`, a list a seed. `unit`: of
     a prompt, what other prompts would have another of; prompts that share it count as one.
@@ -84,6 +88,15 @@ class Samples:
         """One measure of two policies, for each of these pairs; one family."""
         values = {name: self.column(name, key) for pair in pairs.values() for name in pair}
         return differences(values, pairs, partial(self.estimate, key=key))
+
+
+def read_samples(folders: Sequence[Path]) -> dict[str, list[list[dict]]]:
+    """Of each policy its rows in the seeds that have it, in whose folders these are."""
+    found: dict[str, list[list[dict]]] = {}
+    files = [path for folder in folders for path in (folder / "samples").glob("*.jsonl")]
+    for path in sorted(files, key=lambda path: path.stem):  # seeds stay in their order
+        found.setdefault(path.stem, []).append(read_jsonl(path))
+    return found
 
 
 def rewards(deciding: str) -> list[str]:
@@ -174,7 +187,7 @@ def _wins(
     """Wins against `other`, whose replies have these rewards and lengths: (replies, prompts)."""
     won, controlled = [], []
     own = samples.replies(name, samples.deciding), samples.replies(name, "length")
-    for reward, length, rival, rival_length in zip(*own, rewards, lengths, strict=True):
+    for reward, length, rival, rival_length in zip(*own, rewards, lengths, strict=False):
         count = min(len(reward), len(rival)) if len(rival) > 1 else len(reward)
         gap, longer = reward[:count] - rival[:count], length[:count] - rival_length[:count]
         known = ~np.isnan(gap[0])

@@ -19,7 +19,8 @@ from rlhf_lib.measure.probes import (
     language,
 )
 from rlhf_lib.measure.statistics import ANY, LEVEL, SHARE, differences, estimate
-from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.results.policies import read_samples
+from rlhf_lib.runs import Stage
 
 Replies = Sequence[Mapping[str, list[float]]]  # of each seed: prompt -> a value for each reply
 
@@ -54,9 +55,8 @@ def probe_table(stages: Sequence[Mapping[str, Stage]], truth: Truth | None) -> d
 
 
 def _samples(stages: Sequence[Mapping[str, Stage]], name: str) -> dict[str, list[list[dict]]]:
-    folders = [seed[name].path / "samples" for seed in stages]
-    policies = [p for p in catalogue.policies() if (folders[0] / f"{p}.jsonl").exists()]
-    return {p: [read_jsonl(folder / f"{p}.jsonl") for folder in folders] for p in policies}
+    found = read_samples([seed[name].path for seed in stages])
+    return {policy: found[policy] for policy in catalogue.policies() if policy in found}
 
 
 def _values(
@@ -79,11 +79,11 @@ def _estimates(policies: Mapping[str, Replies], share: bool) -> dict[str, dict]:
     asked = [list(seed) for seed in policies["sft"]]
     means, records = {}, {}
     for policy, per_seed in policies.items():
-        places = zip(per_seed, asked, strict=True)
+        places = zip(per_seed, asked, strict=False)  # one may be of the first seed alone
         means[policy] = [np.array([np.mean(seed[p]) for p in prompts]) for seed, prompts in places]
         records[policy] = _estimate(per_seed, share)
     pairs = {policy: (policy, "sft") for policy in policies if policy != "sft"}
-    changes = differences(means, pairs, lambda values: estimate(values, asked))
+    changes = differences(means, pairs, lambda v: estimate(v, asked[: len(v)]))
     for policy, change in changes.items():
         records[policy]["change"] = change
     return records

@@ -51,7 +51,8 @@ def reward_model_summary(
     if len(preferences) > 1:
         record["disagreement"] = rankings.seed_disagreement(preferences, samples)
     if "reward_model_control" in stages[0]:
-        accuracies = [seed["reward_model_control"].result()["accuracy"] for seed in stages]
+        controls = [seed.get("reward_model_control") for seed in stages]
+        accuracies = [control.result()["accuracy"] for control in controls if control]
         record["control_accuracy"] = over_seeds(accuracies)
     if "judge" in stages[0]:
         won = [rankings.wins(score_differences(seed["judge"])) for seed in stages]
@@ -134,7 +135,8 @@ def second_opinion(
         return None
     seeds = [seed["second_opinion"].samples() for seed in stages]
     policies = list(dict.fromkeys(row["policy"] for row in seeds[0]))
-    rows = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
+    each = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
+    rows = {policy: [seed for seed in found if seed] for policy, found in each.items()}
     samples = Samples(rows, [], [], unit)
     table = {}
     for policy in (p for p in policies if p != "sft"):

@@ -21,7 +21,7 @@ from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results import best_of_n
 from rlhf_lib.results.frontier import early_stops, frontier
-from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies
+from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies, read_samples
 from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary, second_opinion
 from rlhf_lib.results.requests import attribution, gains_by_request
@@ -63,7 +63,7 @@ def _publish(
     (work / "samples").mkdir(parents=True)
     samples = _load_samples(stages, data.truth)
     for name, per_seed in samples.rows.items():
-        parts = zip(runs, per_seed, strict=True)
+        parts = zip(runs, per_seed, strict=False)  # one may be of the first seed alone
         tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
         write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
     frontier(runs, stages).to_csv(work / "frontier.csv", index=False)
@@ -81,9 +81,8 @@ def load_results(folder: Path) -> dict:
 
 def _load_samples(stages: Sequence[Stages], truth: Truth | None) -> Samples:
     folders = [seed["evaluate"].path for seed in stages]
-    names = sorted(path.stem for path in (folders[0] / "samples").glob("*.jsonl"))
     return Samples(
-        rows={n: [read_jsonl(path / "samples" / f"{n}.jsonl") for path in folders] for n in names},
+        rows=read_samples(folders),
         chosen=[read_jsonl(path / "chosen.jsonl") for path in folders],
         heldout=[read_jsonl(path / "heldout.jsonl") for path in folders],
         unit=unit_of(truth),

@@ -177,6 +177,8 @@ def _overoptimisation(results: Mapping) -> str:
         return ""
     proxy, truly = record["proxy"], record[deciding]
     numbers = f"proxy {interval(proxy)}, {deciding} {interval(truly)}"
+    if proxy["over"] == "prompts" and len(results["seeds"]) > 1:
+        numbers += "; one seed, intervals over prompts"
     settings = results["settings"]["ppo"]
     low, default = settings["low_kl_coef"], settings["kl_coef"]
     if proxy["verdict"] == "higher" and truly["verdict"] == "lower":

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import Profile, load_profile, unknown
 from rlhf_lib.study import book
-from rlhf_lib.study.stages import Study, StudyError, notebook_path, rival
+from rlhf_lib.study.stages import Study, StudyError, notebook_path, read_data, rival
 
 GOES_ON = "What was finished is kept: the same command goes on from here."
 NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
@@ -176,10 +177,15 @@ def _run_jobs(
             next(bar, None)
 
 
+_read_once = lru_cache(maxsize=2)(read_data)  # in this process: all jobs of a study read the same
+
+
 def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> float:
     started = time.perf_counter()
     if job.kind == "stage":
-        Study.open(profile, job.seed, run_dir, overrides).stage(job.name)
+        study = Study.open(profile, job.seed, run_dir, overrides)
+        study.read = _read_once
+        study.stage(job.name)
     elif job.kind == "notebook":
         whole = load_profile(profile, overrides)
         target = notebook_path(whole, run_dir, job.name)

@@ -34,11 +34,16 @@ def rival(seed: int) -> int:
     return seed - 1 if seed else 1
 
 
+def read_data(config: DataConfig, model: str) -> PreferenceData:
+    """The pairs, in the tokens of this model."""
+    return load_data(config, load_tokenizer(model))
+
+
 class Study:
     """One seed of a study; a stage is run when it is first asked for, what it needs before it."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.read = run, read_data
         set_up_process(run.profile.threads)
 
     @classmethod
@@ -53,15 +58,13 @@ class Study:
 
     @cached_property
     def data(self) -> PreferenceData:
-        return self._load(self.run.profile.data)
+        return self.read(self.run.profile.data, self.run.profile.model.name)
 
     @cached_property
     def control_data(self) -> PreferenceData:
         """The same pairs, labelled without bias (bundled world)."""
-        return self._load(replace(self.run.profile.data, source="bundled:control"))
-
-    def _load(self, config: DataConfig) -> PreferenceData:
-        return load_data(config, load_tokenizer(self.run.profile.model.name))
+        config = replace(self.run.profile.data, source="bundled:control")
+        return self.read(config, self.run.profile.model.name)
 
     def stage(self, name: str) -> Stage:
         """The finished stage `name`; missing ones are run first, in the order of their needs."""
@@ -69,6 +72,10 @@ class Study:
         profile = self.run.profile
         check_stage(record, profile, truth_of(profile.data.source))
         return run_stage(self.run, record, self._data(record), self.needed(name))
+
+    def plans(self, name: str) -> bool:
+        """Whether this seed of a study runs it."""
+        return any(r.name == name for r in catalogue.stages(self.run.profile, self.run.seed))
 
     def variant(self, name: str, of: str, **changes: object) -> Stage:
         """The stage `of` once more, under another name and with other settings."""
@@ -82,9 +89,9 @@ class Study:
         return Offer(self.run, record, self._data(record), self.needed(name))
 
     def _record(self, name: str) -> Record:
-        known = {
-            record.name: record for record in catalogue.stages(self.run.profile, self.run.seed)
-        }
+        # what a study runs in its first seed alone may be asked for in any
+        planned = (catalogue.stages(self.run.profile, seed) for seed in (self.run.seed, 0))
+        known = {record.name: record for records in planned for record in records}
         if name not in known:
             raise unknown("stage", name, known)
         return known[name]

@@ -37,7 +37,8 @@ def test_a_gain_is_called_one_only_where_the_correction_leaves_it(results: dict)
     gain = policies["ppo"]["gold_gain"]  # 0.6 with a standard error of 0.0577 and two df
     assert gain["low"] > 0
     assert gain["p"] == pytest.approx(0.00913, abs=1e-4)
-    low_kl = policies["ppo_low_kl"]["gold_gain"]  # -1, -0.9, -0.8: a demonstration, alone
+    low_kl = policies["ppo_low_kl"]["gold_gain"]  # a demonstration: alone, and of one seed
+    assert (low_kl["per_seed"], low_kl["over"]) == ([pytest.approx(-1.0)], "prompts")
     assert low_kl["p_adjusted"] == low_kl["p"]
     assert gain["p_adjusted"] == pytest.approx(4 * gain["p"])
     assert gain["verdict"] == "higher"

@@ -22,14 +22,17 @@ def made_up(root: Path, seeds: int) -> dict | None:
 def test_what_the_other_model_does_not_see_is_the_excess(tmp_path: Path) -> None:
     table = made_up(tmp_path, 3)
     assert table is not None
-    low_kl = table["ppo_low_kl"]
-    assert low_kl["own"]["mean"] == pytest.approx(3.0 + 0.1)  # seeds shift it by 0, 0.1 and 0.2
-    assert low_kl["other"]["mean"] == pytest.approx(1.5 + 0.1)
-    assert low_kl["excess"]["mean"] == pytest.approx(1.5)
-    assert low_kl["excess"]["verdict"] == "higher"
+    ppo = table["ppo"]
+    assert ppo["own"]["mean"] == pytest.approx(1.0 + 0.1)  # seeds shift it by 0, 0.1 and 0.2
+    assert ppo["other"]["mean"] == pytest.approx(0.5 + 0.1)
+    assert ppo["excess"]["mean"] == pytest.approx(0.5)
+    assert ppo["excess"]["verdict"] == "higher"
+    low_kl = table["ppo_low_kl"]  # of the first seed alone
+    assert low_kl["own"]["mean"] == pytest.approx(3.0)
+    assert (low_kl["excess"]["mean"], low_kl["excess"]["over"]) == (pytest.approx(1.5), "prompts")
     assert table["dpo"]["excess"]["mean"] == 0
     assert table["dpo"]["excess"]["verdict"] == "not distinguishable"
-    assert low_kl["own"]["units"] == PROMPTS
+    assert ppo["own"]["units"] == PROMPTS
 
 
 def test_models_disagree_where_one_sees_a_gain_and_the_other_a_loss(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_reward_model_is_judged_on_the_test_pairs(results: dict) -> None:
     assert record["accuracy"]["reward_model"]["mean"] == pytest.approx(30 / 40)
     assert record["errors"]["count"] == 10
     assert sum(record["errors"]["by_category"].values()) == 10
-    assert record["control_accuracy"]["per_seed"] == pytest.approx([0.7, 0.8, 0.9])
+    assert record["control_accuracy"]["per_seed"] == pytest.approx([0.7]), "the first seed's"
     assert 0.5 < record["ceiling"] < 1
     assert sum(kind["n"] for kind in record["by_kind"].values()) == 40
 
@@ -76,6 +76,7 @@ def test_best_of_n_and_costs_are_averaged_over_seeds(results: dict) -> None:
     assert results["cost"]["ppo"]["flops"]["mean"] == 3e9
     assert results["cost"]["evaluate"]["seconds"]["mean"] > 0
     lone = {"reward_model_curve", "grpo_strong", "attribution"}
+    lone |= {"reward_model_control", "ppo_low_kl"}
     assert results["stages"]["0"].keys() == results["cost"].keys()
     assert results["stages"]["2"].keys() == results["cost"].keys() - lone
 
@@ -130,9 +131,9 @@ def test_the_frontier_has_final_points_the_way_there_and_best_of_n(folder: Path)
     columns = ["seed", "policy", "kind", "step", "kl", "proxy", "gold", "coefficient"]
     assert list(points.columns) == columns
     counts = points.groupby("kind").size().to_dict()
-    # eight policies, four trained ones of two steps with a KL, two curves of two points; and
-    # one more run of the first seed
-    assert counts == {"final": 3 * 8, "training": 3 * 4 * 2 + 2, "best_of_n": 3 * 2 * 2}
+    # seven policies, three trained ones of two steps with a KL, a curve of two points; in the
+    # first seed one policy, two runs and one curve more
+    assert counts == {"final": 3 * 7 + 1, "training": 3 * 3 * 2 + 4, "best_of_n": 3 * 2 + 2}
     final = points[(points["kind"] == "final") & (points["policy"] == "grpo")]
     assert final["kl"].tolist() == [3.0, 3.0, 3.0]
 

@@ -25,7 +25,7 @@ def interval(low: float, high: float) -> dict:
     word = "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
     mean = (low + high) / 2
     record = {"mean": mean, "low": low, "high": high, "verdict": word, "detectable": None}
-    return record | {"per_seed": [low, mean, high]}
+    return record | {"per_seed": [low, mean, high], "over": "seeds and prompts"}
 
 
 UNCLEAR, UP, DOWN = interval(-0.1, 0.1), interval(0.4, 0.6), interval(-0.6, -0.4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.settings import Profile, SettingsError, load_profile
 from rlhf_lib.study import book, schedule
 from rlhf_lib.study.schedule import Job, plan, run_study
-from rlhf_lib.study.stages import StudyError, notebook_path
+from rlhf_lib.study.stages import Study, StudyError, notebook_path
 
 # further runs at other coefficients, in the first seed; PPO at a low one has a notebook
 SWEPT = {"ppo_strong", "rloo"}
@@ -245,3 +246,19 @@ def test_a_failing_cell_is_told_in_a_line_with_the_place_to_look(
     profile, seed, run_dir, given = ast.literal_eval(told.strip())
     assert (profile, seed, run_dir) == ("smoke", 0, str(tmp_path / "runs"))
     assert load_profile("smoke", given).data.source == "path:two words.jsonl"
+
+
+def test_a_worker_reads_the_pairs_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read: list[tuple] = []
+
+    def reading(*asked: object) -> str:
+        read.append(asked)
+        return "pairs"
+
+    monkeypatch.setattr(schedule, "_read_once", lru_cache(2)(reading))
+    monkeypatch.setattr(Study, "stage", lambda study, name: study.data)
+    for seed in (0, 1):
+        schedule._run_job(Job("stage", "sft", seed), "smoke", str(tmp_path), [])
+    assert len(read) == 1
+    schedule._run_job(Job("stage", "sft"), "smoke", str(tmp_path), ["data.train_pairs=64"])
+    assert len(read) == 2, "other data is other data"
