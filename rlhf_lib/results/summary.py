@@ -38,7 +38,7 @@ from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash
 
 Stages = Mapping[str, Stage]
-FORMAT = 2  # of results.json: raise it when a number in it gets another meaning
+FORMAT = 3  # of results.json: raise it when a number in it gets another meaning
 
 
 def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData) -> Path:

@@ -56,6 +56,29 @@ def _are(names: Sequence[str]) -> str:
     return "are" if len(names) > 1 else "is"
 
 
+def asked(results: Mapping) -> str:
+    """Who answered what, how often, and what was measured of it."""
+    config, deciding = results["settings"]["evaluation"], results["deciding"]
+    prompts = results["data"]["prompts"]["evaluation"]["count"]
+    judges = {
+        "gold": "the gold reward",
+        "judge": "a reward model that was trained on pairs the proxy never saw",
+        "proxy": "the proxy reward: no gold reward is known here, and there is no other judge",
+    }
+    return (
+        f"{len(results['policies']) - 1} policies answered {prompts} prompts "
+        f"({results['policies']['sft'][deciding]['units']} different requests) "
+        f"{config['samples_per_prompt']} times each, SFT {config['baseline_samples']} times, for "
+        f"each of {len(results['seeds'])} seeds, demonstrations for the first alone; all with the "
+        "same random numbers: the k-th reply of one policy to a prompt has the luck of the k-th "
+        f"reply of another. Of all of them {deciding} reward is measured; proxy, KL and entropy of "
+        f"the first {config['measured_samples']} replies to the first "
+        f"{min(config['measured_prompts'], prompts)} prompts. SFT stands at other values in other "
+        f"chapters, which ask other prompts, and fewer. Wins are judged by {judges[deciding]}; a "
+        "tie is half a win."
+    )
+
+
 # ------------------------------------------------------------------------------ what was found
 
 

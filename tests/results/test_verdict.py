@@ -360,3 +360,15 @@ def test_values_that_no_search_has_found_are_not_called_tuned(results: dict) -> 
     assert "the best of 9 pairs of values" in said()
     results["settings"] = as_dict(load_profile("laptop", "dpo.beta=0.3"))
     assert "not the best of a search" in said()
+
+
+def test_it_says_who_answered_what(results: dict) -> None:
+    results["settings"] = as_dict(load_profile("laptop"))
+    results["data"] = {"prompts": {"evaluation": {"count": 1000}}}
+    said = verdict.asked(results)
+    assert said.startswith("7 policies answered 1000 prompts (24 different requests) 4 times each")
+    assert "SFT 8 times, for each of 3 seeds" in said
+    assert "the first 2 replies to the first 512 prompts" in said
+    assert "judged by the gold reward" in said
+    results["data"]["prompts"]["evaluation"]["count"] = 32
+    assert "to the first 32 prompts" in verdict.asked(results)
