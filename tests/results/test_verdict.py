@@ -366,7 +366,7 @@ def test_it_says_who_answered_what(results: dict) -> None:
     results["settings"] = as_dict(load_profile("laptop"))
     results["data"] = {"prompts": {"evaluation": {"count": 1000}}}
     said = verdict.asked(results)
-    assert said.startswith("7 policies answered 1000 prompts (24 different requests) 4 times each")
+    assert said.startswith("7 policies answered 1000 prompts (96 different requests) 4 times each")
     assert "SFT 8 times, for each of 3 seeds" in said
     assert "the first 2 replies to the first 512 prompts" in said
     assert "judged by the gold reward" in said
