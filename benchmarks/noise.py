@@ -5,12 +5,14 @@
 The same trained policies are asked twice: each with random numbers of its own and measured from one
 draw of SFT (two replies to 512 prompts), and as a study asks them (common random numbers, more
 replies and prompts, SFT's mean as the baseline). Variances of the mean difference, and the smallest
-true difference that each way would see.
+true difference that each way would see: before Holm's correction, and as the first of its family;
+and with how many seeds a study would see the wanted one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,15 +21,18 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.text import noise_summary
 from rlhf_lib import catalogue
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import detectable, estimate, minus
-from rlhf_lib.results.policies import Samples
+from rlhf_lib.measure.two_errors import total
+from rlhf_lib.results.policies import Samples, compared
 from rlhf_lib.runs import read_jsonl, write_json
 from rlhf_lib.runtime import environment
 from rlhf_lib.study.stages import Study
 
 PROMPTS, REPLIES = 512, 2  # of the plain way
+WANTED = {"among": 0.12, "baseline": 0.15}  # of a family's differences, before the correction
 LEAVE_OUT = ("sweep.stronger=0", "reward_model.curve_points=0")  # what no comparison reads
 
 
@@ -53,7 +58,7 @@ def main(
             "plain": estimate(gaps, [units] * seeds),
             "study": study.compare({"x": (one, other)}, "gold")["x"],
         }
-        rows.append({"pair": f"{one}_minus_{other}"} | {
+        rows.append({"pair": f"{one}_minus_{other}", **seen(one, other, ways["study"])} | {
             way: {"mean": r["mean"], "variance": r["se"] ** 2, "errors": r["errors"],
                   "detectable": detectable(r)} for way, r in ways.items()
         })  # fmt: skip
@@ -61,13 +66,28 @@ def main(
     write_json(
         out, {"profile": profile, "seeds": seeds, "environment": environment(), "pairs": rows}
     )
-    for row in rows:
-        before, after = row["plain"], row["study"]
-        print(
-            f"{row['pair']:32} variance {before['variance']:.5f} -> {after['variance']:.5f} "
-            f"(÷ {before['variance'] / after['variance']:.1f})   smallest seen "
-            f"{before['detectable']:.2f} -> {after['detectable']:.2f}"
-        )
+    print(noise_summary(json.loads(out.read_text(encoding="utf-8"))))
+
+
+def seen(one: str, other: str, record: Mapping) -> dict:
+    """What a comparison would see as the first of its family, and the seeds for what is wanted.
+
+    More seeds make the error of seeds smaller, and it is known with more degrees of freedom; that
+    of prompts stays. None where no number of seeds up to 50 is enough.
+    """
+    families = compared(catalogue.candidates())
+    name = next((n for n, family in families.items() if (one, other) in family.values()), "sft")
+    size = len(families.get(name, catalogue.candidates()))
+    found: dict = {"family": name, "corrected": detectable(record, size)}
+    if name not in WANTED:
+        return found
+    (between, df), *rest = record["errors"]
+    found["seeds"] = None
+    for seeds in range(2, 51):
+        errors = [[between * ((df + 1) / seeds) ** 0.5, seeds - 1], *rest]
+        if detectable({"errors": errors, "se": total(errors)}) <= WANTED[name]:  # type: ignore[operator]
+            return found | {"seeds": seeds}
+    return found
 
 
 def ask_seed(profile: str, seed: int, run_dir: str) -> tuple[dict, dict]:

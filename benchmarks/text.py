@@ -1,4 +1,4 @@
-"""What benchmarks measured, as Markdown for the README: speed beside peers, growth, GPU."""
+"""What benchmarks measured, as Markdown for the README: speed beside peers, growth, noise, GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from benchmarks.ratios import spread
+from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.show.display import markdown
 
@@ -28,6 +29,8 @@ def summary(results: Mapping) -> str:
     """Of a comparison, of how cost grows, or of what a GPU showed, as the keys tell."""
     if "axes" in results:
         return growth_summary(results)
+    if isinstance(results.get("pairs"), list):
+        return noise_summary(results)
     return gpu_summary(results) if "parts" in results else benchmark_summary(results)
 
 
@@ -142,6 +145,30 @@ def prediction_summary(prediction: Mapping) -> str:
     if prediction["gpu"] is None:
         text += " No GPU was measured: the FLOPs hold for any device, the hours are this CPU's."
     return f"{text}\n\n{markdown(pd.DataFrame(rows))}"
+
+
+def noise_summary(results: Mapping) -> str:
+    """Each comparison of a study: its variance asked plainly and as a study asks, what it sees."""
+    rows = [
+        {
+            "difference": " − ".join(label(name) for name in row["pair"].split("_minus_")),
+            "variance, plain": f"{row['plain']['variance']:.5f}",
+            "as asked": f"{row['study']['variance']:.5f}",
+            "÷": f"{row['plain']['variance'] / row['study']['variance']:.1f}",
+            "detectable": f"{row['study']['detectable']:.2f}",
+            "by the corrected p": f"{row['corrected']:.2f}",
+            "seeds for what is wanted": row.get("seeds")
+            or ("more than 50" if "seeds" in row else "–"),
+        }
+        for row in results["pairs"]
+    ]
+    where = results["environment"].get("cpu", "")
+    return "\n\n".join([
+        f"Profile {results['profile']}, {results['seeds']} seeds{f', {where}' if where else ''}. A "
+        "variance is that of a mean difference in gold reward. Detectable: the true difference "
+        "found by 80 of 100 such studies, alone and as the first of its family.",
+        markdown(pd.DataFrame(rows)),
+    ])  # fmt: skip
 
 
 def growth_summary(results: Mapping) -> str:

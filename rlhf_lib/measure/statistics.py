@@ -137,19 +137,21 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def detectable(difference: Mapping) -> float | None:
+def detectable(difference: Mapping, comparisons: int = 1) -> float | None:
     """The minimum detectable effect: the true difference that a study like this one would call one
-    in 80 of 100 repetitions, at a two-sided 5 % (correction for their number not counted).
+    in 80 of 100 repetitions, at a two-sided 5 %; as the smallest p of that many `comparisons`, at
+    what Holm's correction leaves of it.
 
     None where the error is unknown.
     """
+    level = 1 - (1 - LEVEL) / comparisons
     errors, se = difference["errors"], difference["se"]
     if not errors or se == 0:
         return 0.0 if errors else None
-    critical = quantile((1 + LEVEL) / 2, errors) / se
+    critical = quantile((1 + level) / 2, errors) / se
     # the one t with the same critical value says how much the error itself may be off
     few = min(df for error, df in errors if error > 0)
-    df = optimize.brentq(lambda df: stats.t.ppf((1 + LEVEL) / 2, df) - critical, 0.5 * few, 1e7)
+    df = optimize.brentq(lambda df: stats.t.ppf((1 + level) / 2, df) - critical, 0.5 * few, 1e7)
     shift = optimize.brentq(lambda x: stats.nct.sf(critical, df, x) - POWER, 0.0, 5.0 * critical)
     return float(shift * se)  # type: ignore[operator]
 
