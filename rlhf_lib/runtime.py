@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import logging
 import os
@@ -127,6 +128,7 @@ def peak_memory_gb() -> float:
 
 def reset_peak_memory() -> None:
     """Begin a new peak, once the process has given back what it keeps of freed memory."""
+    gc.collect()  # a model in circles, let go later, would hide as much of the new peak
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         _sampler.start = torch.cuda.memory_allocated()
