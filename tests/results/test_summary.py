@@ -116,7 +116,7 @@ def test_measuring_is_in_no_price(tmp_path: Path) -> None:
     stages = {n: run.stage(n, {}, {}, "config").ensure(build) for n in ("dpo", "reward_model")}
     price = summary._prices([stages])["dpo"]
     assert (price["flops"], price["generated"]) == (1e12, 5)
-    assert 60 * price["minutes"] < 0.2 < stages["dpo"].result()["seconds"]
+    assert 60 * price["minutes"] < stages["dpo"].result()["seconds"] - 0.19
 
 
 @pytest.mark.parametrize(
