@@ -18,13 +18,15 @@ import torch
 
 from rlhf_lib.runtime import environment
 
+TRAINED = "sft,reward_model,dpo,grpo,ppo"
+COMPARED = "compare"  # beside TRL: `python -m benchmarks run`
 # What goes together, and the seconds that it is given at most.
 GROUPS: tuple[tuple[tuple[str, ...], int], ...] = (
-    (("smoke-fp16", "smoke-bf16", "t4-fp16", "t4-bf16"), 240),
+    (("passes", "smoke-fp16", "smoke-bf16", "t4-fp16", "t4-bf16"), 150),
     (("resume",), 60),
+    ((COMPARED,), 360),
     (("decoding",), 120),
 )
-COMPARED = "compare"  # timed, and last: `python -m benchmarks run`
 
 
 def run(
@@ -35,27 +37,29 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * minutes
     for names, limit in GROUPS:
-        wanted = [name for name in names if not only or name in only]
-        commands = {name: part_command(name, folder, small) for name in wanted}
+        commands = {
+            name: part_command(name, folder, small, peer_python)
+            for name in names if not only or name in only
+        }  # fmt: skip
         together(commands, folder, min(limit, ends - time.monotonic()), say)
         write(folder, small)
-    if not only or COMPARED in only:
-        commands = {COMPARED: compare_command(folder, small, peer_python)}
-        together(commands, folder, ends - time.monotonic(), say)
     return write(folder, small)
 
 
-def part_command(name: str, folder: Path, small: bool) -> list[str]:
+def part_command(name: str, folder: Path, small: bool, peer_python: str) -> list[str]:
+    if name == COMPARED:
+        return compare_command(folder, small, peer_python)
     command = [sys.executable, "-m", "benchmarks.gpu_part", name, str(folder)]
     return [*command, "small"] if small else command
 
 
 def compare_command(folder: Path, small: bool, peer_python: str) -> list[str]:
     sizes = ["--rounds", "2", "--pairs", "8", "--samples", "16"] if small else [
-        "--rounds", "5", "--pairs", "128", "--samples", "128"
+        "--rounds", "3", "--pairs", "64", "--samples", "32"
     ]  # fmt: skip
     return [
-        sys.executable, "-m", "benchmarks", "run", "--model", "random",
+        sys.executable, "-m", "benchmarks", "run", "--model", "random", "--only", TRAINED,
+        "--processes", "2",
         "--peer-python", peer_python, "--out", str(folder / f"{COMPARED}.json"), *sizes,
     ]  # fmt: skip
 

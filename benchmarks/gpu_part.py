@@ -15,15 +15,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from benchmarks.plain_peer import sample
 from benchmarks.prepare import drawn_rows, random_policy
 from benchmarks.protocol import timed
 from benchmarks.stream import write_rows
-from rlhf_lib.models import generation
+from rlhf_lib.models import generation, graphs
 from rlhf_lib.models.load import freeze, load_policy, load_tokenizer, save_model
+from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.runtime import make_accelerator, set_up_process
 from rlhf_lib.study.stages import Study
 
@@ -133,10 +137,50 @@ def resume(part: Part) -> None:
     part.add("steps", [len(s.metrics()) for s in (whole, resumed)])
 
 
-def decoding(part: Part) -> None:
-    """Tokens a second of decoding, recorded and not, and of transformers, eager and compiled.
+def another(precision: str) -> Accelerator:
+    """`accelerate` knows one precision a process, unless it is made to forget."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return make_accelerator(precision)
 
-    Recorded and step by step say the same in fp32, but for ties that rounding breaks.
+
+def passes(part: Part) -> None:
+    """Gradients of recorded passes beside those of plain ones, and the memory that both keep."""
+    if not torch.cuda.is_available():
+        return
+    tokenizer = load_tokenizer("tiny")
+    rows = drawn_rows(tokenizer, 24)
+    for precision in ("fp32", "bf16", "fp16"):
+        accelerator = another(precision)
+        model = random_policy(TINY if part.small else GPT2Config()).to(accelerator.device)
+
+        def gradient(model: PreTrainedModel, accelerator: Accelerator) -> Tensor:
+            """Over micro-batches of two shapes, each of which comes twice."""
+            model.zero_grad()
+            for start in (0, 8, 0, 8):
+                batch = rows[start : start + 8]
+                replies = [r.prompt for r in batch], [r.chosen for r in batch]
+                with accelerator.autocast():
+                    logprobs, _ = response_logprobs(model, *replies)
+                (-logprobs.sum() / 100).backward()
+            return torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+
+        found, reserved = [], []
+        for sights in (sys.maxsize, graphs.SIGHTS):
+            graphs.SIGHTS = sights
+            found.append([gradient(model, accelerator) for _ in range(4)][-1])
+            reserved.append(torch.cuda.memory_reserved() / 1e9)
+        part.add(precision, {
+            "recordings": len(graphs.RECORDERS[model].recordings),
+            "largest_difference": float((found[1] - found[0]).abs().max()),
+            "largest_gradient": float(found[0].abs().max()),
+            "reserved_gb": {"plain": reserved[0], "recorded": reserved[1]},
+        })  # fmt: skip
+
+
+def decoding(part: Part) -> None:
+    """Tokens a second of decoding, and of transformers, eager and compiled.
+
+    Recorded and step by step it says the same in fp32, but for ties that rounding breaks.
     """
     on_gpu = torch.cuda.is_available()
     accelerator = make_accelerator("bf16" if on_gpu else "fp32")
@@ -159,7 +203,6 @@ def decoding(part: Part) -> None:
         prompts = [row.prompt for row in drawn_rows(tokenizer, rows)]
         sides = {
             "library": partial(library, ours, prompts, recorded),
-            "step by step": partial(library, ours, prompts, generation._decode),
             "transformers": partial(sample, theirs, tokenizer, prompts, longest),
         }
         if not part.small:
@@ -169,7 +212,7 @@ def decoding(part: Part) -> None:
             part.add(f"{rows} rows, {name}", rates(side, 1 if part.small else 4))
     if on_gpu:
         part.add("peak_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
-    exact, accelerator = load_policy(folder).to(accelerator.device).eval(), make_accelerator("fp32")
+    exact, accelerator = load_policy(folder).to(accelerator.device).eval(), another("fp32")
     said = [library(exact, prompts, decode) for decode in (recorded, generation._decode)]
     part.add("equal_in_fp32", _equal_tokens(*said))
 
@@ -193,7 +236,7 @@ def _equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
     return math.fsum(shares) / len(shares)
 
 
-PARTS = {"smoke": smoke, "t4": t4, "resume": resume, "decoding": decoding}
+PARTS = {"passes": passes, "smoke": smoke, "t4": t4, "resume": resume, "decoding": decoding}
 
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])

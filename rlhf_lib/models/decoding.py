@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from rlhf_lib.models.graphs import record
 from rlhf_lib.models.kernels import added
 
 WARM_UP = 2  # steps before the one that is recorded: libraries set themselves up in the first
@@ -25,17 +26,7 @@ Step = Callable[[], None]
 
 
 def recorded(step: Step) -> Step:
-    """What runs the kernels of `step` again; recording alone computes nothing."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            step()
-        finally:
-            graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay
+    return record(step)[0]
 
 
 class RoomyLayer(DynamicLayer):

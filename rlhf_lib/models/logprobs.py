@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_lib.flops import spend
+from rlhf_lib.models.graphs import last_hidden
 from rlhf_lib.models.packing import Layout, Tokens, by_prompt, check_rows, lay_out_for, unflatten
 from rlhf_lib.objectives.masked import entropy
 from rlhf_lib.runtime import phase
@@ -37,9 +38,7 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 def hidden_states(model: torch.nn.Module, layout: Layout) -> Tensor:
     """The model's last hidden states, (R, L, width)."""
     spend(model, layout.tokens)
-    return model.base_model(  # type: ignore[operator]
-        input_ids=layout.ids, attention_mask=layout.visible, position_ids=layout.positions
-    ).last_hidden_state
+    return last_hidden(model, layout.ids, layout.visible, layout.positions)
 
 
 # ------------------------------------------------------------------------- language models

@@ -77,8 +77,8 @@ class Layout(NamedTuple):
     ids: Tensor  # (R, L)
     positions: Tensor | None  # (R, L); None: they count from 0, and attention is causal
     visible: Tensor | None  # (R, 1, L, L) bool, or to add to scores; with `positions`
-    predicted_at: tuple[list[int], list[int]]  # row and place that predict each token, (N,) both
-    ends: tuple[list[int], list[int]]  # row and place of each response's last token, (B,) both
+    predicted_at: tuple[Tensor, Tensor]  # row and place that predict each token, (N,) both
+    ends: tuple[Tensor, Tensor]  # row and place of each response's last token, (B,) both
     labels: Tensor  # (N,)
     mask: Tensor  # (B, T)
     tokens: int  # what stands in the rows, padding left out
@@ -139,14 +139,15 @@ def lay_out(
     ids = ids.to(device)
     labels = torch.tensor([token for response in responses for token in response], device=device)
     mask = length_mask([len(r) for r in responses], device)
-    if len(ids) == len(responses):  # a row each: plain causal attention will do
-        return Layout(ids, None, None, at, ends, labels, mask, sum(sizes))
+    found = [tuple(torch.tensor(place, device=device) for place in places) for places in (at, ends)]
+    if len(ids) == len(responses) and multiple == 1:  # a row each: plain causal attention will do
+        return Layout(ids, None, None, *found, labels, mask, sum(sizes))
     owners, branches = owners.to(device), branches.to(device)
     causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
     same_tree = owners[:, :, None] == owners[:, None, :]
     seen = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     visible = (causal & same_tree & seen)[:, None]
-    return Layout(ids, positions.to(device), visible, at, ends, labels, mask, sum(sizes))
+    return Layout(ids, positions.to(device), visible, *found, labels, mask, sum(sizes))
 
 
 def check_rows(prompts: Tokens, responses: Tokens) -> None:
