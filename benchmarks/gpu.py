@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.predict import predict
 from rlhf_lib.runtime import environment
 
-TRAINED = "sft,reward_model,dpo,grpo,ppo"
+TRAINED = "sft,reward_model,dpo,grpo"
 COMPARED = "compare"  # beside TRL: `python -m benchmarks run`
 # What goes together, and the seconds that it is given at most.
 GROUPS: tuple[tuple[tuple[str, ...], int], ...] = (
@@ -55,7 +56,7 @@ def part_command(name: str, folder: Path, small: bool, peer_python: str) -> list
 
 def compare_command(folder: Path, small: bool, peer_python: str) -> list[str]:
     sizes = ["--rounds", "2", "--pairs", "8", "--samples", "16"] if small else [
-        "--rounds", "3", "--pairs", "64", "--samples", "32"
+        "--rounds", "2", "--pairs", "64", "--samples", "32"
     ]  # fmt: skip
     return [
         sys.executable, "-m", "benchmarks", "run", "--model", "random", "--only", TRAINED,
@@ -94,5 +95,7 @@ def write(folder: Path, small: bool) -> dict:
         parts[path.stem] = {"end": path.read_text(), **found}
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found = {"gpu": name, "small": small, "environment": environment(), "parts": parts}
+    if "stages" in (compared := parts.get(COMPARED, {})):
+        found["t4"] = predict(compared, "t4")
     (folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
     return found

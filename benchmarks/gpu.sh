@@ -11,8 +11,8 @@ wheels)
   # shellcheck disable=SC2086
   python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version "${3:-3.12}" \
     --implementation cp $platforms --dest "$2" \
-    datasets dill==0.4.1 multiprocess==0.70.19 xxhash peft gguf brotli trl==1.16.0 papermill nbconvert nbformat \
-    ipython traitlets
+    datasets dill==0.4.1 multiprocess==0.70.19 xxhash peft gguf brotli trl==1.16.0 liger-kernel \
+    papermill nbconvert nbformat ipython traitlets
   ;;
 run)
   wheels=$2; shift 2

@@ -18,9 +18,9 @@ from benchmarks.work import Work
 from rlhf_lib.data.batches import chunks, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, rewards, sft
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.generation import generate
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (
     freeze,
     load_policy,

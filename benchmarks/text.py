@@ -206,8 +206,69 @@ def gpu_summary(results: Mapping) -> str:
             f"PPO killed at step {killed['killed_at_step']} and resumed: its weights differ from "
             f"those of the run that nothing stopped by {killed['largest_difference_of_weights']:g}."
         )
-    tables = [_capped(parts), _decoding(parts.get("decoding", {}))]
+    told += _passes(parts.get("passes", {}))
+    tables = [
+        _capped(parts),
+        _decoding(parts.get("decoding", {})),
+        _beside(parts),
+        _on_a_t4(results),
+    ]
     return "\n\n".join(told + [table for table in tables if table])
+
+
+def _passes(part: Mapping) -> list[str]:
+    """How far the gradients of recorded passes are from those of plain ones."""
+    apart = [
+        f"{found['largest_difference']:g} of {found['largest_gradient']:.3g} in {precision}"
+        for precision, found in part.items()
+        if isinstance(found, Mapping)
+    ]
+    said = (
+        "Gradients of recorded passes (`rlhf_lib/models/graphs.py`) differ from those of plain ones"
+    )
+    return [f"{said} by at most {', '.join(apart)}."] if apart else []
+
+
+def _beside(parts: Mapping) -> str:
+    """Training steps beside TRL's."""
+    found = parts.get("compare", {})
+    if not found.get("stages"):
+        return ""
+    settings = found["settings"]
+    return (
+        f"Training beside TRL {found['peer_packages']['trl']}, {settings['precision']}, GPT-2's "
+        f"size, {settings['pairs']} pairs in batches of {settings['batch_size']} or "
+        f"{settings['samples']} samples of {settings['max_new_tokens']} tokens a round; roof "
+        f"{found['roof']['flops_per_second'] / 1e12:,.0f} TFLOP/s; ratios over "
+        f"{settings['processes']} pairs of processes:\n\n{markdown(benchmark_table(found))}"
+    )
+
+
+T4_PEAK = 65e12  # FLOPs a second in fp16: NVIDIA T4 Tensor Core GPU, datasheet, 2019
+
+
+def _on_a_t4(results: Mapping) -> str:
+    """Minutes of the profile `t4`, between what a T4 does at its peak and at this card's share."""
+    if "t4" not in results:
+        return ""
+    stages = results["parts"]["compare"]["stages"]
+    rows = []
+    for row in results["t4"]["stages"]:
+        if (rate := row["rate_of"]) in stages:
+            share = stages[rate]["library"]["roof_share"]["median"]
+            rows.append({
+                "stage": row["stage"].replace("_", " "),
+                "TFLOP": f"{row['flops'] / 1e12:,.0f}",
+                "minutes on this card": f"{60 * row['hours']:.1f}",
+                "on a T4, at least": f"{row['flops'] / T4_PEAK / 60:.1f}",
+                "at this card's share": f"{row['flops'] / T4_PEAK / share / 60:.1f}",
+            })  # fmt: skip
+    said = (
+        "Profile `t4` with GPT-2, stages whose rate was measured. A T4 was not: its minutes are "
+        f"those at its published peak of {T4_PEAK / 1e12:.0f} TFLOP/s, and at the share of its "
+        "peak that this card reached:"
+    )
+    return f"{said}\n\n{markdown(pd.DataFrame(rows))}"
 
 
 def _works(name: str, part: Mapping) -> str:
@@ -255,5 +316,11 @@ def _decoding(part: Mapping) -> str:
                 "highest": f"{max(found['tokens_per_second']):,.0f}",
                 "first call, s": f"{found['first_seconds']:.1f}",
             })  # fmt: skip
-    said = "Decoding 128 tokens a row, medians of four calls:"
+    said = "Decoding 128 tokens a row, medians of four calls"
+    if "equal_in_fp32" in part:
+        said += (
+            f" (in fp32, recorded and step by step, {part['equal_in_fp32']:.0%} of a reply is the "
+            "same up to the first difference)"
+        )
+    said += ":"
     return f"{said}\n\n{markdown(pd.DataFrame(rows))}" if rows else ""

@@ -9,9 +9,9 @@ its path can be read there.
 from rlhf_lib.catalogue import color, label, policies, stages
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.measure.statistics import bootstrap, contrast, direction, holm, interval
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rewards import Reply
 from rlhf_lib.models.generation import generate
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (
     load_policy,
     load_reference,

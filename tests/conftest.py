@@ -246,7 +246,7 @@ def train_stage(
 
 def learner_of(model: PreTrainedModel, rate: float = 0.0) -> Any:
     """A learner whose updates are proportional to the gradient: rounding is not blown up."""
-    from rlhf_lib.models.learner import Learner
+    from rlhf_lib.methods.learner import Learner
     from rlhf_lib.runtime import make_accelerator
 
     # that is what a large eps does to Adam

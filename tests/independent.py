@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.proofs import plain
 from rlhf_lib.runtime import make_accelerator
 

@@ -237,7 +237,7 @@ def test_the_hash_of_ppo_covers_its_loss_and_not_that_of_the_notebooks(
     runs.source_hash("rlhf_lib.methods.ppo")
     names = {name.removeprefix("rlhf_lib.") for name in read}
     assert {"methods.ppo", "methods.rollout", "objectives.losses", "objectives.kl"} <= names
-    assert {"objectives.masked", "models.load", "models.learner", "world.rewards"} <= names
+    assert {"objectives.masked", "models.load", "methods.learner", "world.rewards"} <= names
     assert not {"settings", "catalogue", "methods.grpo"} & names
     assert not [n for n in names if n.startswith(("show", "report", "results"))]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_lib.models.learner import Learner
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
 

@@ -27,8 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from rlhf_lib.data.encoding import Encoder
 from rlhf_lib.methods import sft
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models.generation import generate
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.runtime import make_accelerator, seed_everything
 from rlhf_lib.settings import SFTConfig
 from rlhf_lib.world import rewards

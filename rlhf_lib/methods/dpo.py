@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lib.data.batches import by_length, shuffled_batches
 from rlhf_lib.data.encoding import Pair, Prompt, paired_lengths, sides
+from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.models.load import adapters_off
 from rlhf_lib.models.logprobs import paired_logprobs, reply_logprobs
 from rlhf_lib.models.packing import Tokens

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlhf_lib.data.batches import prompt_batches
 from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives.advantages import group_advantages, leave_one_out_advantages
 from rlhf_lib.objectives.kl import ESTIMATORS

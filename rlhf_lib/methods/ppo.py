@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlhf_lib.data.batches import prompt_batches, shuffled_batches
 from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.models.logprobs import response_logprobs, token_values
 from rlhf_lib.objectives.advantages import explained_variance, gae, kl_shaped_rewards
 from rlhf_lib.objectives.kl import AdaptiveKL

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lib.data.batches import by_length, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Pair, paired_lengths, sides
+from rlhf_lib.methods.learner import Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rewards import raw_scores
-from rlhf_lib.models.learner import Learner, Log, Steps, unlogged
 from rlhf_lib.models.logprobs import paired_scores
 from rlhf_lib.objectives.losses import reward_loss
 from rlhf_lib.runtime import phase

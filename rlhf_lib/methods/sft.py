@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rlhf_lib.data.batches import by_length, chunks, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Prompt
+from rlhf_lib.methods.learner import Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.learner import Learner, Log, Steps, unlogged
 from rlhf_lib.models.logprobs import output_logprobs, response_hidden
 from rlhf_lib.models.packing import unflatten
 from rlhf_lib.objectives.losses import sft_loss

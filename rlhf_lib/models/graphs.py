@@ -111,7 +111,9 @@ class _Recorder:
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
         weights = dict(model.base_model.named_parameters())  # type: ignore[union-attr]
         learns = torch.is_grad_enabled()
-        learnt = {name: w for name, w in weights.items() if w.requires_grad and learns}
+        learnt: dict[str, Tensor] = {
+            name: w for name, w in weights.items() if w.requires_grad and learns
+        }
         key = (
             inputs[0].shape, inputs[1].dtype, len(learnt), model.training,
             torch.is_autocast_enabled("cuda"), tuple(w.data_ptr() for w in weights.values()),
@@ -138,17 +140,18 @@ class _Recording:
     def __init__(
         self, model: nn.Module, inputs: Inputs, learnt: dict[str, Tensor], gradients: Tensor | None
     ) -> None:
-        pool = MEMORY.pool_for(self)
+        pool, trunk = MEMORY.pool_for(self), model.base_model
+        assert isinstance(trunk, nn.Module)
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        # the same weights as leaves of their own: others may still hang in a graph of another stream
+        # leaves of their own: the weights may hang in a graph that another stream has built
         leaves = {name: w.detach().requires_grad_() for name, w in learnt.items()}
-        named = dict(zip(NAMES, self.inputs, strict=True))
+        named: dict[str, Any] = dict(zip(NAMES, self.inputs, strict=True))
         # autocast's cache holds weights as they are now: a recording has to round them each time
         with torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False
         ):
             self.forward, output = record(
-                lambda: functional_call(model.base_model, leaves, (), named).last_hidden_state, pool
+                lambda: functional_call(trunk, leaves, (), named).last_hidden_state, pool
             )
         if gradients is not None and learnt:
             self.incoming, self.gradients = torch.empty_like(output), gradients

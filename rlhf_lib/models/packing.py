@@ -139,15 +139,18 @@ def lay_out(
     ids = ids.to(device)
     labels = torch.tensor([token for response in responses for token in response], device=device)
     mask = length_mask([len(r) for r in responses], device)
-    found = [tuple(torch.tensor(place, device=device) for place in places) for places in (at, ends)]
+    predicted_at, end = (
+        (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+        for rows, columns in (at, ends)
+    )
     if len(ids) == len(responses) and multiple == 1:  # a row each: plain causal attention will do
-        return Layout(ids, None, None, *found, labels, mask, sum(sizes))
+        return Layout(ids, None, None, predicted_at, end, labels, mask, sum(sizes))
     owners, branches = owners.to(device), branches.to(device)
     causal = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
     same_tree = owners[:, :, None] == owners[:, None, :]
     seen = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     visible = (causal & same_tree & seen)[:, None]
-    return Layout(ids, positions.to(device), visible, *found, labels, mask, sum(sizes))
+    return Layout(ids, positions.to(device), visible, predicted_at, end, labels, mask, sum(sizes))
 
 
 def check_rows(prompts: Tokens, responses: Tokens) -> None:

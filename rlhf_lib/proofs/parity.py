@@ -27,8 +27,8 @@ from transformers import (
 
 from rlhf_lib.data.encoding import Demonstration, Pair
 from rlhf_lib.methods import dpo, grpo, reward_model, sft
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logprobs, token_logprobs
 from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives import advantages, losses, preference

@@ -18,8 +18,8 @@ from rlhf_lib.catalogue import Record
 from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.methods import rewards
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (
     add_value_head,
     freeze,

@@ -24,8 +24,8 @@ from rlhf_lib.data.pairs import PreferenceData, draw_pairs
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.methods import reward_model as bradley_terry
 from rlhf_lib.methods import rewards, sft
+from rlhf_lib.methods.learner import Learner, Log, Steps
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.learner import Learner, Log, Steps
 from rlhf_lib.models.load import (
     fingerprint,
 )

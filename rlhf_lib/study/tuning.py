@@ -25,7 +25,7 @@ from rlhf_lib.data.pairs import PreferenceData, draw_pairs
 from rlhf_lib.data.truth import truth_of, unit_of
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import estimate, interval
-from rlhf_lib.models.learner import DivergedError
+from rlhf_lib.methods.learner import DivergedError
 from rlhf_lib.runs import Stage, write_json
 from rlhf_lib.runtime import environment, progress
 from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, load_profile

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_lib.methods import dpo
-from rlhf_lib.models.learner import Learner
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models.load import load_policy, load_reference
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.runs import Run

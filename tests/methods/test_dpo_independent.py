@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.methods import dpo
-from rlhf_lib.models.learner import Learner
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.proofs import plain
 from rlhf_lib.settings import DPOConfig
 from tests.independent import (

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rlhf_lib.methods import grpo
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.objectives.losses import grpo_loss

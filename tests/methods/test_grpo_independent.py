@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lib.methods import grpo
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.objectives.advantages import group_advantages
 from rlhf_lib.objectives.losses import grpo_loss
 from rlhf_lib.proofs import plain

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from rlhf_lib.methods import ppo
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_value_model
 from rlhf_lib.models.logprobs import token_values
 from rlhf_lib.objectives.advantages import explained_variance, gae, kl_shaped_rewards

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rlhf_lib.methods import ppo
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import add_value_head, load_policy, load_value_model
 from rlhf_lib.models.logprobs import response_logprobs, token_values
 from rlhf_lib.objectives.kl import ESTIMATORS

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lib.methods import ppo
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives.advantages import gae, kl_shaped_rewards
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss

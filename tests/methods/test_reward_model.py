@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import reward_model
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rewards import Reply, of_model
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
 from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.runtime import make_accelerator

@@ -12,8 +12,8 @@ import torch
 
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import sft
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rewards import Reply, read_replies
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_tokenizer
 from rlhf_lib.models.logprobs import response_logits, response_logprobs
 from rlhf_lib.objectives.masked import entropy

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_lib.data.pairs import draw_pairs
 from rlhf_lib.methods import reward_model
-from rlhf_lib.models.learner import Learner
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
 from rlhf_lib.settings import PROFILES, load_profile
 from rlhf_lib.study.training import curve_sizes

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rlhf_lib import catalogue
-from rlhf_lib.models.learner import DivergedError
+from rlhf_lib.methods.learner import DivergedError
 from rlhf_lib.settings import SettingsError, load_profile
 from rlhf_lib.show import figures
 from rlhf_lib.study import tuning

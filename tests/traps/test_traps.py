@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.methods import rewards
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models import generation
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import (
     freeze,
     load_reference,

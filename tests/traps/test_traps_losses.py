@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rlhf_lib.data.encoding import Demonstration
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, sft
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import MicroBatch, Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logits
 from rlhf_lib.objectives import advantages, kl, losses
 from rlhf_lib.settings import DPOConfig

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from rlhf_lib import runs, runtime
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models import generation, load
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.settings import ModelConfig
 from tests.conftest import assert_same_stage, train_stage

@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 
 from rlhf_lib import catalogue
 from rlhf_lib.methods import dpo
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models import kernels, load
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.settings import DPOConfig
 from rlhf_lib.study import offer, training

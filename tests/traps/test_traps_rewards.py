@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rewards, rollout
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models.learner import Learner
 from rlhf_lib.models.load import load_policy, load_reward_model
 from rlhf_lib.models.logprobs import paired_logprobs
 from rlhf_lib.models.packing import Tokens

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_lib.models.learner import SKIPS, Averages, DivergedError, Learner
+from rlhf_lib.methods.learner import SKIPS, Averages, DivergedError, Learner
 from rlhf_lib.models.load import load_policy, trainable
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.runtime import make_accelerator, peak_memory_gb, reset_peak_memory
