@@ -12,7 +12,7 @@ and with how many seeds a study would see the wanted one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,15 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
+from scipy import stats
 
 from benchmarks.text import noise_summary
 from rlhf_lib import catalogue
+from rlhf_lib.data.truth import truth_of, unit_of
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import detectable, estimate, minus
 from rlhf_lib.measure.two_errors import total
 from rlhf_lib.results.policies import Samples, compared
 from rlhf_lib.runs import read_jsonl, write_json
 from rlhf_lib.runtime import environment
+from rlhf_lib.settings import load_profile
 from rlhf_lib.study.stages import Study
 
 PROMPTS, REPLIES = 512, 2  # of the plain way
@@ -47,33 +50,58 @@ def main(
     with get_context("spawn").Pool(jobs) as pool:
         tasks = [(profile, seed, str(run_dir)) for seed in range(seeds)]
         found = pool.starmap(ask_seed, tasks, chunksize=1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pairs = both_ways(found, unit_of(truth_of(load_profile(profile).data.source)))
+    write_json(
+        out, {"profile": profile, "seeds": seeds, "environment": environment(), "pairs": pairs}
+    )
+    print(noise_summary(json.loads(out.read_text(encoding="utf-8"))))
+
+
+def both_ways(found: Sequence[tuple[dict, dict]], unit: Callable[[str], str]) -> list[dict]:
+    """Each comparison, of what `ask_seed` found for the seeds; `unit`: what a prompt counts as."""
     names = [*catalogue.candidates(), "sft"]
     plain = {name: [np.array(plain[name]) for plain, _ in found] for name in names}
-    study = Samples({name: [rows[name] for _, rows in found] for name in names}, [], [])
-    units = [row["prompt"] for row in study.rows["sft"][0]][:PROMPTS]
+    study = Samples({name: [rows[name] for _, rows in found] for name in names}, [], [], unit)
+    units = [study.unit(row["prompt"]) for row in study.rows["sft"][0]][:PROMPTS]
     rows = []
     for one, other in combinations(names, 2):
         gaps = [gap.mean(0) for gap in minus(plain[one], plain[other])]
         ways = {
-            "plain": estimate(gaps, [units] * seeds),
+            "plain": estimate(gaps, [units] * len(found)),
             "study": study.compare({"x": (one, other)}, "gold")["x"],
         }
-        rows.append({"pair": f"{one}_minus_{other}", **seen(one, other, ways["study"])} | {
+        rows.append({
+            "pair": f"{one}_minus_{other}", **seen(one, other, ways["study"]),
+            "times_less": times_less(ways["plain"], ways["study"]),
+        } | {
             way: {"mean": r["mean"], "variance": r["se"] ** 2, "errors": r["errors"],
                   "detectable": detectable(r)} for way, r in ways.items()
         })  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out, {"profile": profile, "seeds": seeds, "environment": environment(), "pairs": rows}
-    )
-    print(noise_summary(json.loads(out.read_text(encoding="utf-8"))))
+    return rows
+
+
+def times_less(plain: Mapping, study: Mapping) -> dict[str, float]:
+    """How many times the one variance is the other, with a 95 % interval.
+
+    Of two estimates that are independent: these are of the same trained policies, so it is wider
+    than it need be. Each has the degrees of freedom of Satterthwaite (1946, Biometrics Bulletin 2).
+    """
+    ratio = (plain["se"] / study["se"]) ** 2
+    freedoms = [
+        record["se"] ** 4 / sum(error**4 / df for error, df in record["errors"])
+        for record in (plain, study)
+    ]
+    low, high = (ratio / stats.f.ppf(p, *freedoms) for p in (0.975, 0.025))
+    return {"mean": ratio, "low": float(low), "high": float(high)}
 
 
 def seen(one: str, other: str, record: Mapping) -> dict:
     """What a comparison would see as the first of its family, and the seeds for what is wanted.
 
-    More seeds make the error of seeds smaller, and it is known with more degrees of freedom; that
-    of prompts stays. None where no number of seeds up to 50 is enough.
+    The seeds by its own p, and by the corrected one, which a verdict goes by. More seeds make the
+    error of seeds smaller, and it is known with more degrees of freedom; that of prompts stays.
+    None where no number of seeds up to 50 is enough, or there is one seed to judge by.
     """
     families = compared(catalogue.candidates())
     name = next((n for n, family in families.items() if (one, other) in family.values()), "sft")
@@ -81,13 +109,23 @@ def seen(one: str, other: str, record: Mapping) -> dict:
     found: dict = {"family": name, "corrected": detectable(record, size)}
     if name not in WANTED:
         return found
-    (between, df), *rest = record["errors"]
-    found["seeds"] = None
+    return found | {
+        "seeds": seeds_for(WANTED[name], record["errors"]),
+        "seeds_corrected": seeds_for(WANTED[name], record["errors"], size),
+    }
+
+
+def seeds_for(wanted: float, errors: Sequence, comparisons: int = 1) -> int | None:
+    """With how many seeds a study of these errors would see a difference of this size."""
+    if len(errors) < 2:
+        return None
+    (between, df), *rest = errors
     for seeds in range(2, 51):
-        errors = [[between * ((df + 1) / seeds) ** 0.5, seeds - 1], *rest]
-        if detectable({"errors": errors, "se": total(errors)}) <= WANTED[name]:  # type: ignore[operator]
-            return found | {"seeds": seeds}
-    return found
+        scaled = [[between * ((df + 1) / seeds) ** 0.5, seeds - 1], *rest]
+        record = {"errors": scaled, "se": total(scaled)}
+        if detectable(record, comparisons) <= wanted:  # type: ignore[operator]
+            return seeds
+    return None
 
 
 def ask_seed(profile: str, seed: int, run_dir: str) -> tuple[dict, dict]:

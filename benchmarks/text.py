@@ -154,11 +154,11 @@ def noise_summary(results: Mapping) -> str:
             "difference": " − ".join(label(name) for name in row["pair"].split("_minus_")),
             "variance, plain": f"{row['plain']['variance']:.5f}",
             "as asked": f"{row['study']['variance']:.5f}",
-            "÷": f"{row['plain']['variance'] / row['study']['variance']:.1f}",
+            "÷": interval(row["times_less"], 1),
             "detectable": f"{row['study']['detectable']:.2f}",
             "by the corrected p": f"{row['corrected']:.2f}",
-            "seeds for what is wanted": row.get("seeds")
-            or ("more than 50" if "seeds" in row else "–"),
+            "seeds for what is wanted": _seeds(row, "seeds"),
+            "by the corrected p ": _seeds(row, "seeds_corrected"),
         }
         for row in results["pairs"]
     ]
@@ -166,9 +166,16 @@ def noise_summary(results: Mapping) -> str:
     return "\n\n".join([
         f"Profile {results['profile']}, {results['seeds']} seeds{f', {where}' if where else ''}. A "
         "variance is that of a mean difference in gold reward. Detectable: the true difference "
-        "found by 80 of 100 such studies, alone and as the first of its family.",
+        "found by 80 of 100 such studies, alone and as the first of its family. ÷: how many times "
+        "the first variance is the second, with a 95 % interval as of two independent estimates "
+        "(they are of the same policies, so it is too wide). Seeds are reckoned from the spread of "
+        f"{results['seeds']}, which is itself not well known.",
         markdown(pd.DataFrame(rows)),
     ])  # fmt: skip
+
+
+def _seeds(row: Mapping, key: str) -> str:
+    return str(row[key] or "more than 50") if key in row else "–"
 
 
 def growth_summary(results: Mapping) -> str:

@@ -119,7 +119,8 @@ def seed_everything(seed: int) -> None:
 
 def peak_memory_gb() -> float:
     """The most that was allocated since `reset_peak_memory` beyond what was then, in GB (10^9
-    bytes), on the device computed on. What an allocator keeps for later is not in it.
+    bytes), on the device computed on. What an allocator keeps for later is not in it, nor, on a
+    CPU, Python's own objects, for which it asks the system itself.
     """
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() - _sampler.start) / 1e9
@@ -147,7 +148,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def _allocated() -> int:
-    """Bytes that this process has allocated; what is resident where malloc is not asked so."""
+    """Bytes that this process has of malloc; what is resident where malloc is not asked so."""
     mallinfo = getattr(_glibc(), "mallinfo2", None)  # from 2.33 on
     if mallinfo is None:
         return psutil.Process().memory_info().rss

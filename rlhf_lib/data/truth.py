@@ -32,7 +32,10 @@ class Truth:
 
     annotator: Annotator  # who gave the labels
     probes: str = "world"  # its file in data/probes
-    heldout_what: str = "dialogues like those of the base model's pretraining, from the test split"
+    heldout_what: str = (
+        "dialogues like those of the base model's pretraining, from the test split; their replies "
+        "are poor ones, so to find them less likely is to forget, or to have learnt better"
+    )
 
     def gold(self, prompt_text: str, reply_text: str, finished: bool = True) -> Gold:
         """The gold reward of a reply, in its parts."""

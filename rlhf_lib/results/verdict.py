@@ -59,20 +59,23 @@ def _are(names: Sequence[str]) -> str:
 def asked(results: Mapping) -> str:
     """Who answered what, how often, and what was measured of it."""
     config, deciding = results["settings"]["evaluation"], results["deciding"]
-    prompts = results["data"]["prompts"]["evaluation"]["count"]
+    prompts, each = results["data"]["prompts"]["evaluation"]["count"], config["samples_per_prompt"]
     judges = {
         "gold": "the gold reward",
         "judge": "a reward model that was trained on pairs the proxy never saw",
         "proxy": "the proxy reward: no gold reward is known here, and there is no other judge",
     }
+    again = _names(_measured(results, catalogue.policies("null")))
+    luck = f"; {again} has random numbers of its own" if again else ""
+    few = "KL" if deciding == "proxy" else "proxy, KL"
     return (
         f"{len(results['policies']) - 1} policies answered {prompts} prompts "
-        f"({results['policies']['sft'][deciding]['units']} different requests) "
-        f"{config['samples_per_prompt']} times each, SFT {config['baseline_samples']} times, for "
-        f"each of {len(results['seeds'])} seeds, demonstrations for the first alone; all with the "
-        "same random numbers: the k-th reply of one policy to a prompt has the luck of the k-th "
-        f"reply of another. Of all of them {deciding} reward is measured; proxy, KL and entropy of "
-        f"the first {config['measured_samples']} replies to the first "
+        f"({results['policies']['sft'][deciding]['units']} different requests) {each} times each, "
+        f"SFT {max(each, config['baseline_samples'])} times, for each of {len(results['seeds'])} "
+        "seeds, demonstrations for the first alone; with the same random numbers: the k-th reply "
+        f"of one policy to a prompt has the luck of the k-th reply of another{luck}. {deciding} "
+        f"reward is measured of all replies; {few} and entropy of the first "
+        f"{min(config['measured_samples'], each)} to each of the first "
         f"{min(config['measured_prompts'], prompts)} prompts. SFT stands at other values in other "
         f"chapters, which ask other prompts, and fewer. Wins are judged by {judges[deciding]}; a "
         "tie is half a win."
@@ -150,10 +153,9 @@ def _ranking(results: Mapping) -> str:
     if not clear:
         count = len(_methods(results))
         number = COUNTS[count] if count < len(COUNTS) else str(count)
-        return (
-            f"Among themselves the {number} methods are not distinguishable at this number of "
-            "seeds."
-        )
+        one = len(results["seeds"]) == 1
+        enough = "on this many prompts, one trained model each" if one else "at this many seeds"
+        return f"Among themselves the {number} methods are not distinguishable {enough}."
     rest = " Other pairs are not distinguishable." if len(clear) < len(pairs) else ""
     return "Among the methods: " + "; ".join(clear) + "." + rest
 
@@ -218,12 +220,12 @@ def _overoptimisation(results: Mapping) -> str:
 def _best_of_n(results: Mapping) -> str:
     """The baseline that needs no training: where its deciding reward peaks."""
     deciding, peak = results["deciding"], results["best_of_n_peak"]
-    text = f"Best-of-n, which trains nothing, peaks at n = {peak['n']} with {deciding} reward "
-    text += f"{interval(peak[deciding])} (n was chosen on every other request, and all of this is "
-    text += "measured on the rest"
+    text = f"Best-of-n, which trains nothing, is best at n = {peak['n']} on every other request; "
+    text += f"on the rest it has {deciding} reward {interval(peak[deciding])} (all that follows is "
+    text += "measured there"
     if deciding != "proxy" and peak["n"] < peak["last"]:
         fall, n = peak["last_minus_peak"], peak["last"]
-        word = f"{UNCLEAR} from the peak" if fall["verdict"] == UNCLEAR else fall["verdict"]
+        word = f"{UNCLEAR} from that" if fall["verdict"] == UNCLEAR else fall["verdict"]
         text += f"; n = {n} is {word}, difference {interval(fall)}"
     text += ")"
     found = peak["methods"]
@@ -264,26 +266,32 @@ def _repeats(results: Mapping) -> str:
 
 
 def _tuning(results: Mapping) -> str:
-    """Where coefficients and learning rates come from."""
-    keys = [k for name in catalogue.tuned() for k in catalogue.record(name).tuned]
-    tuned = load_profile("laptop")
-
-    def values(settings: Mapping) -> list:
-        places = (key.split(".") for key in keys)  # one that an earlier version had not: None
-        return [settings[section].get(key) for section, key in places]
-
-    if values(results["settings"]) != values(as_dict(tuned)):
+    """Where coefficients and learning rates come from, and what was other there."""
+    keys = [k.split(".") for name in catalogue.tuned() for k in catalogue.record(name).tuned]
+    tuned, settings = load_profile("laptop"), results["settings"]
+    known = as_dict(tuned)
+    other = [  # a setting that an earlier version had not is None
+        f"`{section}.{key}`"
+        for section, key in keys
+        if settings[section].get(key) != known[section][key]
+    ]
+    if len(other) == len(keys):
         return (
-            "Coefficients and learning rates are the profile's or your own, not the best of a "
-            "search on these data, which `python -m rlhf_lib tune` makes: other values may rank "
-            "the methods otherwise."
+            "Coefficients and learning rates are the profile's or your own; "
+            "`python -m rlhf_lib tune` searches for each method's best on given data. Other values "
+            "may rank the methods otherwise."
         )
-    return (
+    text = (
         "Coefficients and learning rates are, for each method, the best of "
         f"{tuned.tuning.trials} pairs of values that `python -m rlhf_lib tune` tried in the "
-        "bundled world (figures/tuning), by gold reward on validation prompts. One seed each: "
-        "intervals of the best few overlap, and values beyond those tried may be better."
+        "bundled world for the profile `laptop` (figures/tuning), by gold reward on validation "
+        "prompts, one seed each"
     )
+    text += f"; {listed(other)} {_are(other)} other here." if other else "."
+    here = results["source"], results["model"], results["profile"]
+    if here != (tuned.data.source, tuned.model.name, tuned.name):
+        text += " This study has other data, another model or another budget."
+    return f"{text} Other values may rank the methods otherwise."
 
 
 def _scope(results: Mapping) -> str:
@@ -292,11 +300,19 @@ def _scope(results: Mapping) -> str:
     if not several:
         over = "evaluation prompts, from a single seed: what is said of a method is said of the "
         over += "one model that it trained"
+    alone = ["SFT against itself", "the ends of best-of-n's curve"]
+    alone.append("the reward model against the bag of words")
+    if results["overoptimisation"] is not None and results["deciding"] != "proxy":
+        alone.append("over-optimisation")
+    if results["requests"] is not None:
+        alone.append("gains by kind of request")
     return (
-        f"Intervals are 95 % over {over}; of accuracies, over pairs. Families were fixed in "
-        f"advance: each candidate against SFT; the methods among themselves; each method against "
-        f"{catalogue.label(catalogue.baseline())}; what is called a difference stays one after "
-        "Holm's correction within its family. Rankings belong to this data, this model size and "
+        f"Intervals are 95 % over {over}; of accuracies, over pairs; of forgetting, over held-out "
+        "texts. Families were fixed in advance: each candidate against SFT; the methods among "
+        f"themselves; each method against {catalogue.label(catalogue.baseline())}; each method "
+        "against best-of-n; the candidates in each need. In these, what is called a difference "
+        "stays one after Holm's correction within its family. Every other difference stands "
+        f"alone, uncorrected: {listed(alone)}. Rankings belong to this data, this model size and "
         "this tuning."
     )
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import noise
 from benchmarks.text import summary
+from rlhf_lib import catalogue
+from rlhf_lib.data.pairs import load_data
+from rlhf_lib.data.truth import truth_of, unit_of
 from rlhf_lib.measure.statistics import detectable
 from rlhf_lib.measure.two_errors import total
+from rlhf_lib.models.load import load_tokenizer
+from rlhf_lib.settings import load_profile
 
 RESULTS = Path(noise.__file__).parent / "results" / "noise.json"
 
@@ -26,12 +32,48 @@ def test_the_seeds_that_are_named_are_the_fewest_that_see_what_is_wanted() -> No
     for seeds, enough in ((found["seeds"], True), (found["seeds"] - 1, False)):
         smaller = record(0.05 * (5 / seeds) ** 0.5, seeds=seeds)
         assert (detectable(smaller) <= noise.WANTED["among"]) is enough  # type: ignore[operator]
-    assert found["seeds"] > 5
+    assert found["seeds_corrected"] > found["seeds"] > 5
     assert noise.seen("grpo", "rejection_sft", record(0.05))["seeds"] < found["seeds"]
 
 
 def test_where_prompts_alone_hide_it_no_seeds_are_enough() -> None:
     assert noise.seen("ppo", "dpo", record(0.01, prompts=0.1))["seeds"] is None
+
+
+def test_one_seed_says_nothing_of_how_many_it_takes() -> None:
+    alone = {"errors": [[0.05, 100.0]], "se": 0.05}
+    assert noise.seen("ppo", "dpo", alone)["seeds"] is None
+
+
+def test_prompts_that_ask_the_same_count_once() -> None:
+    names, luck = (*catalogue.candidates(), "sft"), np.random.default_rng(0)
+    prompts = ["a", "A", "b", "c", "C"]
+
+    def seed() -> tuple[dict, dict]:
+        plain = {name: luck.normal(size=(2, 5)) for name in names}
+        rows = {
+            name: [{"prompt": p, "gold": float(luck.normal())} for p in prompts] for name in names
+        }
+        return plain, rows
+
+    found = noise.both_ways([seed(), seed(), seed()], str.lower)
+    for way in ("plain", "study"):
+        assert {row[way]["errors"][1][1] for row in found} == {2.0}, "three requests"
+
+
+def test_a_ratio_of_variances_is_as_uncertain_as_both() -> None:
+    """Of normal numbers, the interval covers the true ratio 95 times of 100."""
+    luck = np.random.default_rng(1)
+
+    def of(size: float) -> dict:
+        se = float(np.sqrt(size * luck.chisquare(4) / 4))
+        return {"se": se, "errors": [[se, 4.0]]}
+
+    hits = 0
+    for _ in range(2000):
+        found = noise.times_less(of(3.0), of(2.0))
+        hits += found["low"] <= 1.5 <= found["high"]
+    assert 0.935 < hits / 2000 < 0.965
 
 
 def test_against_sft_nothing_is_wanted_and_four_are_compared() -> None:
@@ -47,11 +89,20 @@ def test_the_first_of_a_family_has_to_be_larger() -> None:
 
 def test_the_stored_comparisons_are_what_their_errors_give() -> None:
     stored = json.loads(RESULTS.read_text(encoding="utf-8"))
+    prompts = load_data(load_profile("laptop").data, load_tokenizer("tiny")).prompts["evaluation"]
+    unit = unit_of(truth_of("bundled"))
+    requests = len({unit(prompt.text) for prompt in prompts})
+    assert requests < len(prompts)
     for row in stored["pairs"]:
         known = {"errors": row["study"]["errors"], "se": total(row["study"]["errors"])}
         found = noise.seen(*row["pair"].split("_minus_"), known)
         assert found["corrected"] == pytest.approx(row["corrected"])
         assert found.get("seeds") == row.get("seeds")
+        assert found.get("seeds_corrected") == row.get("seeds_corrected")
+        assert row["study"]["errors"][1][1] == requests - 1
+        assert row["times_less"]["mean"] == pytest.approx(
+            row["plain"]["variance"] / row["study"]["variance"]
+        )
         assert row["study"]["detectable"] == pytest.approx(detectable(known))
     said = summary(stored)
     assert said.startswith("Profile laptop, 5 seeds")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE
 from rlhf_lib.results import verdict
 from rlhf_lib.results.policies import compared
@@ -153,7 +154,7 @@ def test_overoptimisation_needs_more_proxy_and_less_gold(
     ("fall", "words"),
     [
         (DOWN, "n = 8 is lower, difference -0.50 [-0.60, -0.40]"),
-        (UNCLEAR, "n = 8 is not distinguishable from the peak, difference 0.00 [-0.10, 0.10]"),
+        (UNCLEAR, "n = 8 is not distinguishable from that, difference 0.00 [-0.10, 0.10]"),
     ],
 )
 def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, words: str) -> None:
@@ -166,8 +167,8 @@ def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, wor
     }
     (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
     assert said == (
-        "Best-of-n, which trains nothing, peaks at n = 4 with gold reward 2.00 [1.90, 2.10] "
-        f"(n was chosen on every other request, and all of this is measured on the rest; {words}); "
+        "Best-of-n, which trains nothing, is best at n = 4 on every other request; on the rest it "
+        f"has gold reward 2.00 [1.90, 2.10] (all that follows is measured there; {words}); "
         "GRPO is above it (differences: GRPO 0.50 [0.40, 0.60]); PPO is below it "
         "(differences: PPO -0.50 [-0.60, -0.40]); DPO is not distinguishable from it (differences: "
         "DPO 0.00 [-0.10, 0.10])."
@@ -197,10 +198,31 @@ def test_with_the_proxy_as_only_judge_it_warns_and_never_speaks_of_gold() -> Non
     assert not re.search("gold|None|nan|reachable|[Oo]ver-optimisation", said)
 
 
+def test_replies_are_counted_as_they_are_drawn(results: dict) -> None:
+    asked = "evaluation.samples_per_prompt=3 evaluation.baseline_samples=1"
+    results["settings"] = as_dict(load_profile("laptop", f"{asked} evaluation.measured_samples=4"))
+    results["data"] = {"prompts": {"evaluation": {"count": 1000}}}
+    said = verdict.asked(results)
+    assert "3 times each, SFT 3 times" in said
+    assert "entropy of the first 3 to" in said
+    assert "SFT again has random numbers of its own" in said
+    results["deciding"] = "proxy"
+    results["policies"]["sft"]["proxy"] = {"units": 7}
+    assert "proxy reward is measured of all replies; KL and entropy" in verdict.asked(results)
+
+
+def test_a_tie_of_one_seed_is_laid_to_its_prompts(results: dict) -> None:
+    assert "not distinguishable at this many seeds" in text(results)
+    results["seeds"] = [0]
+    assert "not distinguishable on this many prompts" in text(results)
+
+
 def test_the_scope_names_what_the_intervals_are_over(results: dict) -> None:
     last = verdict.sentences(results)[-1]
     assert "95 % over seeds and evaluation prompts" in last
     assert "Holm's correction" in last
+    assert "uncorrected: SFT against itself" in last
+    assert "over-optimisation" in last
     assert "the methods among themselves; each method against Best-of-n SFT" in last
     results["seeds"] = [0]
     assert "from a single seed" in verdict.sentences(results)[-1]
@@ -229,8 +251,9 @@ def test_a_held_out_judge_is_named_as_what_it_is(results: dict) -> None:
     )
     assert "trained on pairs that the proxy never saw" in said
     assert "ends higher in proxy and lower in judge (differences: proxy 0.50" in said
-    assert "with judge reward" in said
-    assert "gold" not in said
+    assert "it has judge reward" in said
+    others = [s for s in verdict.sentences(renamed) if not s.startswith("Coefficients")]
+    assert "gold" not in "".join(others), "but of the search in the bundled world"
 
 
 def test_every_number_of_the_made_up_study_is_one_of_its_results() -> None:
@@ -250,6 +273,7 @@ def test_every_number_of_the_made_up_study_is_one_of_its_results() -> None:
             known.update((f"{100 * abs(value):.1f}", str(value)))
 
     collect(results)
+    known.add(str(load_profile("laptop").tuning.trials))
     said = re.sub("95 %|80%|TF-IDF", "", text(results))
     numbers = re.findall(r"\d+(?:\.\d+)?", said)
     assert len(numbers) > 20
@@ -355,11 +379,25 @@ def test_values_that_no_search_has_found_are_not_called_tuned(results: dict) -> 
     def said() -> str:
         return next(s for s in verdict.sentences(results) if s.startswith("Coefficients and"))
 
-    assert "not the best of a search" in said()
     results["settings"] = as_dict(load_profile("laptop", "seeds=1"))
     assert "the best of 9 pairs of values" in said()
-    results["settings"] = as_dict(load_profile("laptop", "dpo.beta=0.3"))
-    assert "not the best of a search" in said()
+    assert "other here" not in said()
+    assert "another budget" not in said()
+    results["settings"] = as_dict(load_profile("laptop", "dpo.beta=0.3 ppo.kl_coef=7"))
+    assert "; `ppo.kl_coef` and `dpo.beta` are other here." in said()
+    for key, value in (("profile", "smoke"), ("model", "gpt2"), ("source", "path:mine.jsonl")):
+        results |= {"profile": "laptop", "model": "tiny", "source": "bundled"} | {key: value}
+        assert "another budget" in said()
+
+
+def test_where_nothing_is_as_the_search_found_it_no_search_is_spoken_of(results: dict) -> None:
+    tuned = [key for name in catalogue.tuned() for key in catalogue.record(name).tuned]
+    results["settings"] = as_dict(load_profile("laptop"))
+    for section, key in (key.split(".") for key in tuned):
+        results["settings"][section][key] = -1
+    said = next(s for s in verdict.sentences(results) if s.startswith("Coefficients and"))
+    assert "the profile's or your own" in said
+    assert "best of 9" not in said
 
 
 def test_it_says_who_answered_what(results: dict) -> None:
@@ -368,7 +406,7 @@ def test_it_says_who_answered_what(results: dict) -> None:
     said = verdict.asked(results)
     assert said.startswith("7 policies answered 1000 prompts (96 different requests) 4 times each")
     assert "SFT 8 times, for each of 3 seeds" in said
-    assert "the first 2 replies to the first 512 prompts" in said
+    assert "the first 2 to each of the first 512 prompts" in said
     assert "judged by the gold reward" in said
     results["data"]["prompts"]["evaluation"]["count"] = 32
-    assert "to the first 32 prompts" in verdict.asked(results)
+    assert "to each of the first 32 prompts" in verdict.asked(results)
