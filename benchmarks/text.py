@@ -29,6 +29,8 @@ def summary(results: Mapping) -> str:
     """Of a comparison, of how cost grows, or of what a GPU showed, as the keys tell."""
     if "axes" in results:
         return growth_summary(results)
+    if "cpu_seconds" in results:
+        return stages_summary(results)
     if isinstance(results.get("pairs"), list):
         return noise_summary(results)
     return gpu_summary(results) if "parts" in results else benchmark_summary(results)
@@ -176,6 +178,26 @@ def noise_summary(results: Mapping) -> str:
 
 def _seeds(row: Mapping, key: str) -> str:
     return str(row[key] or "more than 50") if key in row else "–"
+
+
+def stages_summary(results: Mapping) -> str:
+    """CPU-seconds of each stage by an earlier code and by the present one."""
+    before, after = results["cpu_seconds"]
+    everything = {name: (before[name], after[name]) for name in before}
+    everything["all"] = (sum(before.values()), sum(after.values()))
+    rows = [
+        {
+            "stage": name.replace("_", " "), "CPU-seconds before": f"{old:.0f}",
+            "now": f"{new:.0f}", "before ÷ now": f"{old / new:.2f}",
+        }
+        for name, (old, new) in everything.items()
+    ]  # fmt: skip
+    env = results["environment"]
+    return (
+        f"Profile {results['profile']}, seed {results['seed']}, one thread each, side by side on "
+        f"{env.get('cpu', 'a CPU')}; code of {' and '.join(results['commits'])}; one run.\n\n"
+        f"{markdown(pd.DataFrame(rows))}"
+    )
 
 
 def growth_summary(results: Mapping) -> str:
