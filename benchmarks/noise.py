@@ -122,8 +122,8 @@ def seeds_for(wanted: float, errors: Sequence, comparisons: int = 1) -> int | No
     (between, df), *rest = errors
     for seeds in range(2, 51):
         scaled = [[between * ((df + 1) / seeds) ** 0.5, seeds - 1], *rest]
-        record = {"errors": scaled, "se": total(scaled)}
-        if detectable(record, comparisons) <= wanted:  # type: ignore[operator]
+        smallest = detectable({"errors": scaled, "se": total(scaled)}, comparisons)
+        if smallest is not None and smallest <= wanted:
             return seeds
     return None
 

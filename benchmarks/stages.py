@@ -58,15 +58,6 @@ def main(
             )
             for way, code in (("before", before), ("after", after))
         ]  # fmt: skip
-        found: list[dict[str, float]] = [{}, {}]
-        for name in only.split(","):
-            for process, seconds in zip(running, found, strict=True):
-                assert process.stdout is not None
-                line = process.stdout.readline()
-                if not line:
-                    raise SystemExit(f"{name} ended with {process.wait()}: see above")
-                seconds[name] = json.loads(line)["seconds"]
-            print(f"{name}: {found[0][name]:.0f} s, {found[1][name]:.0f} s", flush=True)
         commits = [
             subprocess.run(
                 ["git", "rev-parse", "--short", "HEAD"], cwd=code, capture_output=True, text=True,
@@ -74,11 +65,20 @@ def main(
             ).stdout.strip()
             for code in (before, after)
         ]  # fmt: skip
-    results = {
-        "profile": profile, "seed": seed, "environment": environment(), "commits": commits,
-        "cpu_seconds": found,
-    }  # fmt: skip
-    out.write_text(json.dumps(results, indent=1) + "\n")
+        found: list[dict[str, float]] = [{}, {}]
+        results = {
+            "profile": profile, "seed": seed, "environment": environment(), "commits": commits,
+            "cpu_seconds": found,
+        }  # fmt: skip
+        for name in only.split(","):
+            for process, seconds in zip(running, found, strict=True):
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                if not line:
+                    raise SystemExit(f"{name} ended with {process.wait()}: see above")
+                seconds[name] = json.loads(line)["seconds"]
+            out.write_text(json.dumps(results, indent=1) + "\n")  # a run that is cut off keeps it
+            print(f"{name}: {found[0][name]:.0f} s, {found[1][name]:.0f} s", flush=True)
     print(stages_summary(results))
 
 

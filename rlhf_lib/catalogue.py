@@ -36,7 +36,8 @@ class Record:
     unread: tuple[str, ...] = ()  # settings of these sections that do not reach it after all
     files: tuple[str, ...] = ()  # in data/ that it reads beside the pairs
     pairs: str = "train"  # which it learns from: train, judge, or control (other labels for train)
-    exists: Callable[[Profile, int], bool] = lambda profile, seed: True  # in a profile and seed
+    # in a profile and seed: in the first seeds of a study, a method or the baseline in all or none
+    exists: Callable[[Profile, int], bool] = lambda profile, seed: True
     notebook: str = ""  # trains it where the whole study is run
     help: str = ""  # of its command
     # ---- as a policy
@@ -99,6 +100,7 @@ def _check(record: Record, profile: Profile) -> None:
     """Raises SettingsError for a field of a record of the user's that could mean nothing."""
     from matplotlib.colors import is_color_like  # slow to import, and seldom asked for
 
+    this = f"record {record.name!r}"
     sections = [field.name for field in fields(Profile) if is_dataclass(field.default_factory)]
     words = {
         "role": ([record.role], ("", *ROLES)),
@@ -111,37 +113,37 @@ def _check(record: Record, profile: Profile) -> None:
     }
     for field, (given, known) in words.items():
         if not isinstance(given, (list, tuple)):
-            raise SettingsError(
-                f"record {record.name!r}: {field} is {given!r}, not a tuple of names"
-            )
+            raise SettingsError(f"{this}: {field} is {given!r}, not a tuple of names")
         for word in given:
             if word not in known:
-                raise SettingsError(f"record {record.name!r}: {unknown(field, word, known)}")
+                raise SettingsError(f"{this}: {unknown(field, word, known)}")
     if not re.fullmatch(r"[A-Za-z]\w*", record.name):
-        raise SettingsError(f"record {record.name!r}: a name has letters, digits and _ alone")
+        raise SettingsError(f"{this}: a name has letters, digits and _ alone")
     if record.runs.count(":") != bool(record.runs):
-        raise SettingsError(f"record {record.name!r}: runs={record.runs!r} is no module:function")
+        raise SettingsError(f"{this}: runs={record.runs!r} is no module:function")
     if "_minus_" in record.name or "," in record.label:
         raise SettingsError(
-            f"record {record.name!r}: names may not have _minus_, nor labels ({record.label!r}) a "
+            f"{this}: names may not have _minus_, nor labels ({record.label!r}) a "
             "comma: the report makes both of several names"
         )
     if not is_color_like(record.color):
-        raise SettingsError(f"record {record.name!r}: color={record.color!r} is no color")
+        raise SettingsError(f"{this}: color={record.color!r} is no color")
     for field in ("changes", "exists"):
         if not callable(getattr(record, field)):
-            raise SettingsError(f"record {record.name!r}: {field} is no function")
+            raise SettingsError(f"{this}: {field} is no function")
     try:
         config = record.config(profile)
-        record.exists(profile, 0)
+        seeds = [seed for seed in range(profile.seeds) if record.exists(profile, seed)]
     except Exception as error:  # of the user's functions, whatever they do
-        raise SettingsError(f"record {record.name!r}: {type(error).__name__}: {error}") from error
+        raise SettingsError(f"{this}: {type(error).__name__}: {error}") from error
+    candidate = record.role in ("method", "baseline")  # prices and comparisons are over all seeds
+    if seeds != [*range(len(seeds))] or (candidate and len(seeds) not in (0, profile.seeds)):
+        rule = "what is compared has to be in all" if candidate else "these have to be the first"
+        raise SettingsError(f"{this}: it exists in seeds {seeds} of {profile.seeds}; {rule}")
     known = [] if config is None else [field.name for field in fields(config)]
     for word in filter(None, (record.coefficient, *record.unread)):
         if word not in known and "." not in word:
-            raise SettingsError(
-                f"record {record.name!r}: {unknown('setting', word, known or [''])}"
-            )
+            raise SettingsError(f"{this}: {unknown('setting', word, known or [''])}")
 
 
 # ------------------------------------------------------------------------------------ questions

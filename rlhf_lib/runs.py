@@ -156,29 +156,29 @@ class Work:
         self.model_path = self.path / "model"
         self._checkpoint = self.path / "checkpoint"
         self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
-        self._started = self._saved = self._logged = time.perf_counter()
+        self._saved = self._logged = time.perf_counter()
         self._measured = phase_seconds().get(MEASURING, 0.0)
-        self._earlier = {
-            "seconds": 0.0, "peak_memory_gb": 0.0, "num_tokens": 0, "phases": {}, "spent": {},
-        }  # fmt: skip
-        if (self.keep / "progress.json").exists():  # what was kept took its time
-            self._earlier = json.loads((self.keep / "progress.json").read_text())
-        self._phases, self._counted = phase_seconds(), counted()
+        kept = self.keep / "progress.json"  # what was kept took its time
+        self._go_on_from(*([json.loads(kept.read_text())] if kept.exists() else []))
         self.num_tokens = 0
         write_json(self.path / "config.json", stage.config)
         write_json(self.path / "env.json", environment())
         reset_peak_memory()
         seed_everything(stage.config["seed"])
 
+    def _go_on_from(self, *earlier: Mapping[str, Any]) -> None:
+        """What is spent from now on is added to what was spent earlier."""
+        self._earlier: dict[str, Any] = {
+            "seconds": sum(cost["seconds"] for cost in earlier),
+            "peak_memory_gb": max((cost["peak_memory_gb"] for cost in earlier), default=0.0),
+            **{k: sum((Counter(c[k]) for c in earlier), Counter()) for k in ("phases", "spent")},
+        }
+        self._started, self._phases, self._counted = time.perf_counter(), phase_seconds(), counted()
+
     @property
     def seconds(self) -> float:
         """Time spent on this stage, earlier attempts that were resumed included."""
         return self._earlier["seconds"] + time.perf_counter() - self._started
-
-    @property
-    def phases(self) -> dict[str, float]:
-        """`seconds` by phase; what is missing of the sum was spent otherwise."""
-        return _since(self._phases, phase_seconds(), self._earlier["phases"])
 
     @property
     def spent(self) -> dict[str, float]:
@@ -228,8 +228,8 @@ class Work:
         shutil.rmtree(fresh, ignore_errors=True)
         accelerator.save_state(str(fresh))
         write_json(fresh / "progress.json", {"step": step, **self._spent()})
-        # two renames, so that at every moment one whole checkpoint stands under one of the names
         shutil.rmtree(old, ignore_errors=True)  # left over when the process was killed at the end
+        # two renames, so that at every moment one whole checkpoint stands under one of the names
         if self._checkpoint.exists():
             self._checkpoint.rename(old)
         fresh.rename(self._checkpoint)
@@ -238,10 +238,10 @@ class Work:
 
     def _spent(self) -> dict:
         """What the stage has cost up to now, as results and progress say it."""
+        phases = _since(self._phases, phase_seconds(), self._earlier["phases"])
         return {
-            "seconds": self.seconds, "phases": self.phases, "peak_memory_gb": self.peak_memory_gb,
-            "num_tokens": self.num_tokens,
-            "spent": self.spent,
+            "seconds": self.seconds, "phases": phases, "peak_memory_gb": self.peak_memory_gb,
+            "num_tokens": self.num_tokens, "spent": self.spent,
         }  # fmt: skip
 
     def _restore(self, accelerator: Accelerator) -> int:
@@ -252,13 +252,10 @@ class Work:
         if not self._checkpoint.exists():
             metrics.unlink(missing_ok=True)
             return 0
-        self._earlier = json.loads((self._checkpoint / "progress.json").read_text())
-        self._started = time.perf_counter()
-        self._phases, self._counted = phase_seconds(), counted()
-        self.num_tokens = self._earlier["num_tokens"]
-        step = self._earlier["step"]
-        kept = metrics.read_text().splitlines(keepends=True)[:step]
-        replace_text(metrics, "".join(kept))
+        self._go_on_from(saved := json.loads((self._checkpoint / "progress.json").read_text()))
+        self.num_tokens, step = saved["num_tokens"], saved["step"]
+        lines = metrics.read_text().splitlines(keepends=True)
+        replace_text(metrics, "".join(lines[:step]))
         accelerator.load_state(str(self._checkpoint))
         return step
 
@@ -281,6 +278,18 @@ class Work:
             write_json(path, make())
             write_json(self.keep / "progress.json", self._spent())
         return json.loads(path.read_text())
+
+    def within(self, name: str, run: Callable[[], Stage]) -> dict:
+        """Result, and samples as `rows`, of a stage that is a part of this one: kept likewise. It
+        costs what its result says, so that attempts at it that were killed count as well.
+        """
+
+        def finished() -> dict:
+            before, stage = self._spent(), run()
+            self._go_on_from(before, stage.result())
+            return stage.result() | {"rows": stage.samples()}
+
+        return self.part(name, finished)
 
     def write_samples(self, rows: Sequence[Mapping]) -> None:
         write_jsonl(self.path / "samples.jsonl", rows)

@@ -221,6 +221,9 @@ def test_records_of_an_earlier_profile_leave(toy_folder: Path) -> None:
         ("color='pinkish'", "color='pinkish' is no color"),
         ("notebook='08_mine'", "unknown notebook '08_mine': did you mean"),
         ("exists='yes'", "exists is no function"),
+        ("role='variant', exists=lambda p, s: s == 1", r"in seeds \[1\] of 3; .* be the first"),
+        ("role='', exists=lambda p, s: s != 1", r"in seeds \[0, 2\] of 3; .* be the first"),
+        ("exists=lambda p, s: s == 0", r"in seeds \[0\] of 3; what is compared has to be in all"),
         ("sections=('grpo',), changes=lambda p: {'updats': 3}", "TypeError: .*'updats'"),
         ("sections=('grpo',), coefficient='kl_ceof'", "unknown setting 'kl_ceof': did you mean"),
         ("sections=('grpo',), unread=('betta',)", "unknown setting 'betta': did you mean"),
@@ -234,7 +237,15 @@ def test_a_record_that_could_mean_nothing_is_refused(
 ) -> None:
     (toy_folder / "odd_records.py").write_text(f"{TOY}\nODD = replace(TOY, {changes})\n")
     with pytest.raises(SettingsError, match=message):
-        catalogue.load("smoke", [f"methods={toy_folder}/odd_records.py:ODD"])
+        catalogue.load("smoke", ["seeds=3", f"methods={toy_folder}/odd_records.py:ODD"])
+
+
+@pytest.mark.parametrize("changes", ["role='variant', exists=lambda p, s: s < 2", "exists=never"])
+def test_a_record_may_be_of_the_first_seeds_or_of_none(toy_folder: Path, changes: str) -> None:
+    text = f"{TOY}\ndef never(p, s):\n    return False\n\nODD = replace(TOY, {changes})\n"
+    (toy_folder / "odd_records.py").write_text(text)
+    catalogue.load("smoke", ["seeds=3", f"methods={toy_folder}/odd_records.py:ODD"])
+    assert "toy" in catalogue.CATALOGUE
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ LEVEL = 0.95
 POWER = 0.8
 UNCLEAR = "not distinguishable"
 ANY, SHARE = (-math.inf, math.inf), (0.0, 1.0)  # bounds of an interval
-Values = Sequence[np.ndarray]  # one array a seed
+Values = Mapping[int, np.ndarray]  # of each seed that has them
 
 
 def bootstrap(values: ArrayLike, samples: int = 2000) -> dict:
@@ -80,28 +80,38 @@ def estimate(
     return record | {"per_seed": means} | known
 
 
-def minus(one: Values, other: Values) -> list[np.ndarray]:
-    """Differences, seed by seed and place by place; between means of equal values it is 0.
-
-    Of the seeds that both have: a demonstration is of the first alone.
-    """
+def minus(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Differences, seed by seed and place by place; between means of equal values it is 0."""
     return [
         np.where(np.isclose(a, b, rtol=1e-12, atol=0.0), 0.0, np.subtract(a, b))
-        for a, b in zip(one, other, strict=False)
+        for a, b in zip(one, other, strict=True)
     ]
 
 
+def seed_by_seed(
+    one: Values | Sequence[np.ndarray], other: Values | Sequence[np.ndarray]
+) -> dict[int, np.ndarray]:
+    """`minus` in the seeds that both have. A list is of the first seeds."""
+    found = [dict(v) if isinstance(v, Mapping) else dict(enumerate(v)) for v in (one, other)]
+    both = [seed for seed in found[0] if seed in found[1]]
+    less = minus(*([values[seed] for seed in both] for values in found))
+    return dict(zip(both, less, strict=True))
+
+
 def differences(
-    values: Mapping[str, Values],
+    values: Mapping[str, Values] | Mapping[str, Sequence[np.ndarray]],
     pairs: Mapping[str, tuple[str, str]],
     average: Callable[[list[np.ndarray]], dict],
 ) -> dict[str, dict]:
     """The first policy's values less the second's for each of `pairs`, as one family (`compare`).
 
-    `average`: an `estimate` of values that are given seed by seed.
+    `average`: an `estimate` of values that are given seed by seed, of the seeds that both have.
     """
     return compare(
-        {name: average(minus(values[one], values[other])) for name, (one, other) in pairs.items()}
+        {
+            name: average(list(seed_by_seed(values[one], values[other]).values()))
+            for name, (one, other) in pairs.items()
+        }
     )
 
 
@@ -142,12 +152,12 @@ def detectable(difference: Mapping, comparisons: int = 1) -> float | None:
     in 80 of 100 repetitions, at a two-sided 5 %; as the smallest p of that many `comparisons`, at
     what Holm's correction leaves of it.
 
-    None where the error is unknown.
+    None where the error is unknown, or there is none: of two that reply alike nothing is found.
     """
     level = 1 - (1 - LEVEL) / comparisons
     errors, se = difference["errors"], difference["se"]
     if not errors or se == 0:
-        return 0.0 if errors else None
+        return None
     critical = quantile((1 + level) / 2, errors) / se
     # the one t with the same critical value says how much the error itself may be off
     few = min(df for error, df in errors if error > 0)

@@ -102,6 +102,15 @@ class Learner:
                 "the weights are those of the last step"
             )
 
+    def check_learnt(self) -> None:
+        """Raises DivergedError where every step was skipped: the weights are those of the start."""
+        # the schedule goes on with each step that is made, and comes back when a stage is resumed
+        if self._in_a_row and not self.schedule.state_dict()["last_epoch"]:
+            raise DivergedError(
+                "every step was skipped, for in fp16 each of their gradients overflowed: nothing "
+                "was learnt; use model.precision=fp32"
+            )
+
     def logged(self) -> dict[str, float]:
         """For the log: the last step's learning rate, and steps skipped since it was asked last."""
         skipped, self.skipped = self.skipped, 0

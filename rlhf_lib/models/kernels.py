@@ -80,6 +80,9 @@ class Gelu(nn.Module):
     """GELU by its tanh approximation (Hendrycks and Gimpel 2016, arXiv:1606.08415), any shape.
 
     0.5 (1 + tanh(u / 2)) is sigmoid(u), with u = sqrt(8 / pi) (x + 0.044715 x^3).
+
+    Where it is not torch's own, it keeps two tensors for backward, x and sigmoid(u), and torch one:
+    time bought with memory.
     """
 
     def forward(self, x: Tensor) -> Tensor:

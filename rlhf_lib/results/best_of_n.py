@@ -11,6 +11,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.measure.statistics import compare, direction, estimate, minus
 from rlhf_lib.results.policies import Samples
 from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.settings import SettingsError
 
 Curves = Sequence[pd.DataFrame]  # of each seed, rows of `best_of_n.jsonl`
 
@@ -46,13 +47,19 @@ def peak(seeds: Curves, samples: Samples) -> dict:
 
     `n` is chosen on every other request, and all that is said of it measured on those in between:
     the best of several points is too good where it was found. `last_minus_peak`: the largest n,
-    less the peak. `methods`: each method less the peak, one family.
+    less the peak. `methods`: each method less the peak, one family. Raises SettingsError for a
+    single request, which cannot be both.
     """
     deciding = samples.deciding
     picked = [_where(rows, "picked_by", "default") for rows in seeds]
     sizes = picked[0]["n"].unique().tolist()
     units = [samples.unit(prompt) for prompt in picked[0].query("n == 1")["prompt"]]
     place_of = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    if len(place_of) < 2:
+        raise SettingsError(
+            f"best-of-n was asked {len(units)} prompt(s), which make one request, and its n is "
+            "chosen on one and measured on another: set evaluation.best_of_n_prompts higher"
+        )
     measured = np.array([place_of[unit] % 2 == 1 for unit in units])
     shape = len(sizes), len(units)
     grids = [np.array(rows[deciding].tolist(), dtype=float).reshape(shape) for rows in picked]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from rlhf_lib import catalogue
 from rlhf_lib.results.policies import rewards
-from rlhf_lib.runs import Run, Stage
+from rlhf_lib.runs import Run, Stage, training_minutes
 
 END = 0.25  # share of training steps whose mean is a run's end
 SMOOTH = 5  # steps that a moving mean takes together
@@ -72,36 +72,52 @@ def logged(ends: pd.DataFrame, deciding: str) -> list[str]:
     return [r for r in rewards(deciding) if r in ends and ends[r].notna().all()]
 
 
-def spent(metrics: Sequence[Mapping], reward: str) -> pd.DataFrame:
-    """What one run had used up at each step that sampled: TFLOPs, minutes.
+def moving(steps: pd.DataFrame) -> pd.DataFrame:
+    """Means over each step and those before it, SMOOTH in all: what was known by then."""
+    return pd.DataFrame(steps.rolling(SMOOTH, min_periods=1).mean())
 
-    `reward` ("proxy" or "gold") and kl are moving means over SMOOTH of those steps, so that one
-    lucky batch of prompts decides nothing.
+
+def spent(stage: Stage, reward_model: Stage, reward: str) -> pd.DataFrame:
+    """What one run had used up at each step that sampled, and at its end: TFLOPs, minutes.
+
+    What is paid outside of the steps stands before the first: models loaded, the reference's
+    log-probs, and the reward model where the method learns from it. So the last row is the price of
+    this seed. `reward` ("proxy" or "gold") and kl (k1) are `moving` means over steps that sampled;
+    at the end those of the last one that did.
     """
-    steps = pd.DataFrame(list(metrics))
-    used = {"TFLOPs": steps["flops"] / 1e12, "minutes": steps["step_time"].cumsum() / 60}
+    rewarded = catalogue.record(stage.name).rewarded
+    paid = [part.result() for part in ([stage, reward_model] if rewarded else [stage])]
+    flops = sum(result["spent"].get("flops", 0.0) for result in paid)
+    minutes = sum(map(training_minutes, paid))
+    steps = pd.DataFrame(stage.metrics())
+    taken = steps["step_time"].cumsum() / 60
+    last = len(steps) - 1
+    used = {
+        "TFLOPs": (flops - (steps["flops"][last] - steps["flops"])) / 1e12,
+        "minutes": minutes - (taken[last] - taken),
+    }
     seen = {reward: steps["reward" if reward == "proxy" else reward], "kl": steps["kl"]}
-    frame = pd.DataFrame(used | seen).dropna(ignore_index=True)
-    frame[[reward, "kl"]] = frame[[reward, "kl"]].rolling(SMOOTH, min_periods=1).mean()
-    return frame
+    known = moving(pd.DataFrame(seen).dropna())
+    frame = pd.DataFrame(used).join(known)
+    return frame.loc[known.index.union([last])].ffill().reset_index(drop=True)
 
 
 def at_equal_budget(runs: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Where each of the runs (`spent`) stood when it had used what the thriftiest used in all.
 
-    Two budgets, TFLOPs and minutes; columns: budget, amount, method, reward and kl there, and the
-    share of the run that this was.
+    Two budgets, TFLOPs and minutes; columns: budget, amount, method, reward and kl there, and
+    `share`: the amount as a part of the run's own price. Reward and kl are not known of a run that
+    had made no step by then.
     """
     rows = []
     for budget in ("TFLOPs", "minutes"):
         amount = min(float(run[budget].max()) for run in runs.values())
         for name, run in runs.items():
-            within = run[run[budget] <= amount]
-            there = run.iloc[max(len(within) - 1, 0)]
+            within = run[run[budget] <= amount].drop(columns=["TFLOPs", "minutes"])
+            there = within.iloc[-1].to_dict() if len(within) else dict.fromkeys(within, np.nan)
+            share = amount / float(run[budget].max())
             rows.append(
-                {"budget": budget, "amount": amount, "method": name}
-                | there.drop(["TFLOPs", "minutes"]).to_dict()
-                | {"share": amount / float(run[budget].max())}
+                {"budget": budget, "amount": amount, "method": name, **there, "share": share}
             )
     return pd.DataFrame(rows)
 
@@ -110,8 +126,9 @@ def early_stops(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> l
     """Where gold would have stopped under-regularised PPO in each seed that has it, and what was
     seen there.
 
-    The step with the highest gold reward, smoothed over SMOOTH steps; what proxy, gold, KL and
-    length were there and at the end. None where no gold is known.
+    The step with the highest gold reward, a `moving` mean of SMOOTH steps (of fewer only where the
+    run is shorter); what the same means of proxy, gold, KL (k1) and length were there and at the
+    end. None where no gold is known.
     """
     names = {"proxy": "reward", "gold": "gold", "kl": "kl", "length": "completions/mean_length"}
     rows = []
@@ -122,8 +139,9 @@ def early_stops(runs: Sequence[Run], stages: Sequence[Mapping[str, Stage]]) -> l
         if "gold" not in steps:
             return None
         seen = pd.DataFrame({name: steps[logged] for name, logged in names.items()})
-        smooth = seen.rolling(SMOOTH, min_periods=1, center=True).mean()
-        best = int(np.argmax(smooth["gold"]))
+        smooth = moving(seen)
+        first = min(SMOOTH, len(seen)) - 1  # before it a mean of few steps: a lucky batch would win
+        best = first + int(np.argmax(smooth["gold"][first:]))
         row = {"seed": run.seed, "step": best, "steps": len(steps)}
         for where, step in (("there", best), ("at_end", -1)):
             row |= {f"{name}_{where}": float(smooth[name].tolist()[step]) for name in names}

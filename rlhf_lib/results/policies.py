@@ -18,7 +18,14 @@ from scipy import stats
 from rlhf_lib import catalogue
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.probes import ngrams, repetition
-from rlhf_lib.measure.statistics import ANY, SHARE, Values, differences, estimate, minus
+from rlhf_lib.measure.statistics import (
+    ANY,
+    SHARE,
+    Values,
+    differences,
+    estimate,
+    seed_by_seed,
+)
 from rlhf_lib.runs import read_jsonl
 
 MEASURES = ("proxy", "gold", "judge", "kl", "kl_k1", "kl_k3", "entropy", "length", "finished")
@@ -30,7 +37,8 @@ Rows = Sequence[Sequence[dict]]  # of each seed
 class Samples:
     """Rows of every policy, seed by seed; all policies and seeds answered the same prompts.
 
-    A demonstration may be of the first seed alone.
+    A list's places are the seeds: one that a policy does not have is empty there, or beyond the
+    end. `of` alone reads that; whatever it leads to has the seed's number with it.
 
     `chosen` and `heldout` are rows of `chosen.jsonl` and `heldout.jsonl`, a list a seed. `unit`: of
     a prompt, what other prompts would have another of; prompts that share it count as one.
@@ -40,6 +48,10 @@ class Samples:
     chosen: Rows
     heldout: Rows
     unit: Callable[[str], str] = str  # the prompt itself
+
+    def of(self, policy: str) -> dict[int, Sequence[dict]]:
+        """A policy's rows in each seed that has it."""
+        return {seed: rows for seed, rows in enumerate(self.rows[policy]) if rows}
 
     @property
     def deciding(self) -> str:
@@ -59,23 +71,35 @@ class Samples:
         """Of each of these prompts."""
         return np.array([self.unit(prompt) for prompt in self.prompts(key)])
 
-    def replies(self, policy: str, key: str) -> list[np.ndarray]:
-        """One measure of a policy's replies, of each seed (replies, prompts)."""
+    def replies(self, policy: str, key: str) -> dict[int, np.ndarray]:
+        """One measure of a policy's replies, of each seed that has it (replies, prompts)."""
         shape = -1, len(self.prompts(key))
-        seeds = self.rows[policy]
-        return [
-            np.array([r[key] for r in rows if key in r], float).reshape(shape) for rows in seeds
-        ]
+        return {
+            seed: np.array([r[key] for r in rows if key in r], float).reshape(shape)
+            for seed, rows in self.of(policy).items()
+        }
+
+    def means(self, policy: str, key: str) -> dict[int, np.ndarray]:
+        """The same, averaged over the replies to a prompt."""
+        return {seed: values.mean(0) for seed, values in self.replies(policy, key).items()}
 
     def column(self, policy: str, key: str) -> list[np.ndarray]:
-        """The same, averaged over the replies to a prompt."""
-        return [values.mean(0) for values in self.replies(policy, key)]
+        """The same, as a list."""
+        return list(self.means(policy, key).values())
+
+    def gaps(self, one: str, other: str, key: str) -> dict[int, np.ndarray]:
+        """One less the other, prompt by prompt, in each seed that has both; of SFT all that it was
+        asked to say, so that no one draw decides.
+        """
+        return seed_by_seed(self.means(one, key), self.means(other, key))
 
     def difference(self, one: str, other: str, key: str) -> list[np.ndarray]:
-        """Prompt by prompt; of SFT all that it was asked to say, so that no one draw decides."""
-        return minus(self.column(one, key), self.column(other, key))
+        """The same, as a list."""
+        return list(self.gaps(one, other, key).values())
 
-    def estimate(self, per_seed: Values, bounds: tuple[float, float] = ANY, key: str = "") -> dict:
+    def estimate(
+        self, per_seed: Sequence[np.ndarray], bounds: tuple[float, float] = ANY, key: str = ""
+    ) -> dict:
         """Of one value a prompt that has this measure (default: the deciding one)."""
         units = self.units(key or self.deciding)
         return estimate(per_seed, [units] * len(per_seed), bounds)
@@ -86,16 +110,18 @@ class Samples:
 
     def compare(self, pairs: Mapping[str, tuple[str, str]], key: str) -> dict[str, dict]:
         """One measure of two policies, for each of these pairs; one family."""
-        values = {name: self.column(name, key) for pair in pairs.values() for name in pair}
+        values = {name: self.means(name, key) for pair in pairs.values() for name in pair}
         return differences(values, pairs, partial(self.estimate, key=key))
 
 
 def read_samples(folders: Sequence[Path]) -> dict[str, list[list[dict]]]:
-    """Of each policy its rows in the seeds that have it, in whose folders these are."""
+    """Of each policy its rows seed by seed, whose folders these are, as `Samples` has them."""
+    files = [{path.stem: path for path in (each / "samples").glob("*.jsonl")} for each in folders]
     found: dict[str, list[list[dict]]] = {}
-    files = [path for folder in folders for path in (folder / "samples").glob("*.jsonl")]
-    for path in sorted(files, key=lambda path: path.stem):  # seeds stay in their order
-        found.setdefault(path.stem, []).append(read_jsonl(path))
+    for name in sorted({name for seed in files for name in seed}):
+        last = max(place for place, seed in enumerate(files) if name in seed)
+        seeds = files[: last + 1]
+        found[name] = [read_jsonl(seed[name]) if name in seed else [] for seed in seeds]
     return found
 
 
@@ -125,7 +151,7 @@ def policies(samples: Samples) -> dict[str, dict]:
     # perplexity of held-out texts, and `forgetting`: nats a token more than SFT needs
     values = _nats(samples)
     for name, per_seed in values.items():
-        nats = samples.over_texts(per_seed)
+        nats = samples.over_texts(list(per_seed.values()))
         shown = {key: float(np.exp(nats[key])) for key in ("mean", "low", "high")}
         shown["per_seed"] = np.exp(nats["per_seed"]).tolist()
         table[name]["perplexity"] = nats | shown | {"nats": nats}
@@ -136,13 +162,14 @@ def policies(samples: Samples) -> dict[str, dict]:
 
 
 def _measures(samples: Samples, name: str) -> dict:
-    first = samples.rows[name][0][0]
+    seeds = list(samples.of(name).values())
+    first = seeds[0][0]
     record = {
         key: samples.estimate(samples.column(name, key), SHARE if key == "finished" else ANY, key)
         for key in MEASURES
         if key in first
     }
-    whole = [[row["response"] for row in seed if "proxy" in row] for seed in samples.rows[name]]
+    whole = [[row["response"] for row in seed if "proxy" in row] for seed in seeds]
     repeated = [
         np.reshape([repetition(reply) for reply in seed], (-1, len(samples.prompts("proxy"))))
         for seed in whole
@@ -167,7 +194,7 @@ def distinct(texts: Sequence[str], n: int, block: int = BLOCK) -> list[float]:
     return values
 
 
-def _chosen(samples: Samples) -> list[list[np.ndarray]]:
+def _chosen(samples: Samples) -> list[dict[int, np.ndarray]]:
     """The deciding reward and the length of the dataset's chosen reply to each prompt, of each
     seed (1, prompts): not a number where it has none; empty where no prompt has one.
     """
@@ -176,7 +203,10 @@ def _chosen(samples: Samples) -> list[list[np.ndarray]]:
     asked = samples.prompts(samples.deciding)
     found = [{row["prompt"]: row for row in seed} for seed in samples.chosen]
     return [
-        [np.array([[float(known.get(p, {}).get(key, np.nan)) for p in asked]]) for known in found]
+        {
+            seed: np.array([[float(known.get(p, {}).get(key, np.nan)) for p in asked]])
+            for seed, known in enumerate(found)
+        }
         for key in (samples.deciding, "length")
     ]
 
@@ -186,10 +216,12 @@ def _wins(
 ) -> dict[str, dict]:
     """Wins against `other`, whose replies have these rewards and lengths: (replies, prompts)."""
     won, controlled = [], []
-    own = samples.replies(name, samples.deciding), samples.replies(name, "length")
-    for reward, length, rival, rival_length in zip(*own, rewards, lengths, strict=False):
-        count = min(len(reward), len(rival)) if len(rival) > 1 else len(reward)
-        gap, longer = reward[:count] - rival[:count], length[:count] - rival_length[:count]
+    reward, length = (samples.replies(name, key) for key in (samples.deciding, "length"))
+    for seed in (seed for seed in reward if seed in rewards):
+        own, rival = reward[seed], rewards[seed]
+        count = min(len(own), len(rival)) if len(rival) > 1 else len(own)
+        gap = own[:count] - rival[:count]
+        longer = length[seed][:count] - lengths[seed][:count]
         known = ~np.isnan(gap[0])
         raw = rankings.wins(gap[:, known])
         flat = length_controlled(raw.ravel(), longer[:, known].ravel()).reshape(raw.shape)
@@ -220,16 +252,16 @@ def length_controlled(won: np.ndarray, longer: np.ndarray) -> np.ndarray:
     return intercept + pull * (won - intercept - slope * x)
 
 
-def _nats(samples: Samples) -> dict[str, list[np.ndarray]]:
+def _nats(samples: Samples) -> dict[str, dict[int, np.ndarray]]:
     """Of each policy one value a text and seed, so scaled that their mean is -log p over all
     tokens, per token; empty where there are no held-out texts.
     """
-    values: dict[str, list[np.ndarray]] = {}
-    for rows in samples.heldout:
+    values: dict[str, dict[int, np.ndarray]] = {}
+    for seed, rows in enumerate(samples.heldout):
         nll = pd.DataFrame([row["nll"] for row in rows])
         for name in nll:
             per_token = nll[name].to_numpy() / np.mean([row["tokens"] for row in rows])
-            values.setdefault(str(name), []).append(per_token)
+            values.setdefault(str(name), {})[seed] = per_token
     return values
 
 
@@ -271,13 +303,13 @@ def needs(
     luck of a seed. `better`: which direction is.
     """
     names = samples.measured(catalogue.candidates())
-    gains = {name: samples.difference(name, "sft", samples.deciding) for name in names}
+    gains = {name: samples.gaps(name, "sft", samples.deciding) for name in names}
 
-    def per(price: Mapping[str, float]) -> dict[str, list[np.ndarray]]:
-        return {name: [gain / price[name] for gain in gains[name]] for name in names}
+    def per(price: Mapping[str, float]) -> dict[str, dict[int, np.ndarray]]:
+        return {n: {seed: gain / price[n] for seed, gain in gains[n].items()} for n in names}
 
     kl, over_kl = (
-        {name: samples.column(name, "kl") for name in names},
+        {name: samples.means(name, "kl") for name in names},
         partial(samples.estimate, key="kl"),
     )
     nats = _nats(samples)
@@ -289,11 +321,11 @@ def needs(
     asked["per_minute"] = (per(minutes), samples.estimate, "higher")
     asked["kl"] = (kl, over_kl, "lower")
     if nats:
-        known = {name: minus(nats[name], nats["sft"]) for name in names}
+        known = {name: seed_by_seed(nats[name], nats["sft"]) for name in names}
         asked["forgetting"] = (known, samples.over_texts, "lower")
     return {
         need: {
-            "policies": {name: average(per_seed) for name, per_seed in values.items()},
+            "policies": {name: average(list(seeds.values())) for name, seeds in values.items()},
             "comparisons": comparisons(values, average),
             "better": better,
         }

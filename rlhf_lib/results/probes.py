@@ -18,7 +18,8 @@ from rlhf_lib.measure.probes import (
     helpful_harmless_honest,
     language,
 )
-from rlhf_lib.measure.statistics import ANY, LEVEL, SHARE, differences, estimate
+from rlhf_lib.measure.statistics import ANY, LEVEL, differences, estimate
+from rlhf_lib.measure.two_errors import quantile
 from rlhf_lib.results.policies import read_samples
 from rlhf_lib.runs import Stage
 
@@ -79,11 +80,12 @@ def _estimates(policies: Mapping[str, Replies], share: bool) -> dict[str, dict]:
     asked = [list(seed) for seed in policies["sft"]]
     means, records = {}, {}
     for policy, per_seed in policies.items():
-        places = zip(per_seed, asked, strict=False)  # one may be of the first seed alone
+        places = zip(per_seed, asked[: len(per_seed)], strict=True)  # of the first seeds
         means[policy] = [np.array([np.mean(seed[p]) for p in prompts]) for seed, prompts in places]
         records[policy] = _estimate(per_seed, share)
     pairs = {policy: (policy, "sft") for policy in policies if policy != "sft"}
-    changes = differences(means, pairs, lambda v: estimate(v, asked[: len(v)]))
+    bounds = (-1.0, 1.0) if share else ANY  # of a difference between shares
+    changes = differences(means, pairs, lambda v: estimate(v, asked[: len(v)], bounds))
     for policy, change in changes.items():
         records[policy]["change"] = change
     return records
@@ -93,13 +95,28 @@ def _estimate(per_seed: Replies, share: bool) -> dict:
     """Several replies to a prompt are one unit; a share has bounds."""
     values = [np.concatenate([np.asarray(v) for v in seed.values()]) for seed in per_seed]
     units = [np.repeat(list(seed), [len(v) for v in seed.values()]) for seed in per_seed]
-    record = estimate(values, units, SHARE if share else ANY)
-    # all or none: no spread to resample, yet no certainty (Wilson 1927)
-    if share and record["se"] == 0:
-        count = round(record["mean"] * record["units"])
-        wilson = stats.binomtest(count, record["units"]).proportion_ci(LEVEL, "wilson")
-        record |= {"low": float(wilson.low), "high": float(wilson.high), "over": "prompts"}
-    return record
+    record = estimate(values, units)
+    return record | share_interval(record) if share else record
+
+
+def share_interval(record: Mapping) -> dict[str, float]:
+    """`low` and `high` for an `estimate` of a share: Jeffreys' interval, as if half a prompt had
+    failed besides and half a prompt had not.
+
+    So failing never is no certainty, and failing once is known no better. Of prompts that fail
+    wholly or not at all it is that of `statistics.share`; where their replies part, or seeds add
+    to the error, the Beta distribution has the variance that this makes.
+    """
+    mean, n = record["mean"], record["units"]
+    # the normal error of this width: a t's of few seeds or prompts is wider than its `se`
+    error = quantile((1 + LEVEL) / 2, record["errors"]) / stats.norm.ppf((1 + LEVEL) / 2)
+    middle = (n * mean + 0.5) / (n + 1)
+    squares = n * (n - 1) * error**2 + n * (mean - middle) ** 2
+    squares += (middle**2 + (1 - middle) ** 2) / 2
+    variance = squares / ((n + 1) * (n + 2))
+    size = max(middle * (1 - middle) / variance - 1, 1.0)  # 1: all that nobody has seen, Beta(½, ½)
+    low, high = stats.beta.interval(LEVEL, middle * size, (1 - middle) * size)
+    return {"low": min(float(low), mean), "high": max(float(high), mean)}
 
 
 def _proxy(per_seed: Sequence[list[dict]]) -> dict[str, dict | None]:

@@ -135,8 +135,7 @@ def second_opinion(
         return None
     seeds = [seed["second_opinion"].samples() for seed in stages]
     policies = list(dict.fromkeys(row["policy"] for row in seeds[0]))
-    each = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
-    rows = {policy: [seed for seed in found if seed] for policy, found in each.items()}
+    rows = {p: [[row for row in seed if row["policy"] == p] for seed in seeds] for p in policies}
     samples = Samples(rows, [], [], unit)
     table = {}
     for policy in (p for p in policies if p != "sft"):

@@ -35,18 +35,18 @@ from rlhf_lib.runs import (
     write_jsonl,
 )
 from rlhf_lib.runtime import environment
-from rlhf_lib.settings import as_dict, content_hash
+from rlhf_lib.settings import as_dict, content_hash, deciding
 
 Stages = Mapping[str, Stage]
-FORMAT = 3  # of results.json: raise it when a number in it gets another meaning
+FORMAT = 4  # of results.json: raise it when a number in it gets another meaning
 
 
 def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceData) -> Path:
     """Collect the finished stages of all seeds; returns the published evaluation folder."""
     profile = runs[0].profile
     hashes = [[stage.hash for stage in seed.values()] for seed in stages]
-    settings = as_dict(profile.evaluation), as_dict(profile.endpoint)
-    key = content_hash([*hashes, source_hash(__name__), *settings])
+    # all settings that a reader of results compares: no stage's hash has, for instance, `extras`
+    key = content_hash([*hashes, source_hash(__name__), deciding(as_dict(profile))])
     folder = runs[0].root / profile.name / f"evaluation-{key[:12]}"
     with FileLock(f"{folder}.lock"):  # a second process waits, and takes what the first has made
         if not (folder / "DONE").exists():
@@ -62,9 +62,9 @@ def _publish(
     shutil.rmtree(work, ignore_errors=True)
     (work / "samples").mkdir(parents=True)
     samples = _load_samples(stages, data.truth)
-    for name, per_seed in samples.rows.items():
-        parts = zip(runs, per_seed, strict=False)  # one may be of the first seed alone
-        tagged = [{"seed": run.seed, **row} for run, part in parts for row in part]
+    for name in samples.rows:
+        parts = samples.of(name).items()
+        tagged = [{"seed": runs[place].seed, **row} for place, part in parts for row in part]
         write_jsonl(work / "samples" / f"{name}.jsonl", tagged)
     frontier(runs, stages).to_csv(work / "frontier.csv", index=False)
     write_json(work / "results.json", _results(runs, stages, data, samples))
@@ -137,7 +137,7 @@ def _results(
         },
     }
     if profile.endpoint.url:  # asked once a reply: the cache beside the runs keeps what it said
-        rows = {name: per_seed[0] for name, per_seed in samples.rows.items()}
+        rows = {name: samples.of(name)[0] for name in samples.rows}
         cache = runs[0].root / "endpoint-cache"
         results["endpoint"] = endpoint.win_rates(profile.endpoint, rows, cache)
     return results

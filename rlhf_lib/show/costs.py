@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 
 import pandas as pd
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE, label
 from rlhf_lib.measure.statistics import interval, listed
-from rlhf_lib.show.tables import Cell, Column, named, spent, table_of
+from rlhf_lib.show.tables import (
+    Cell,
+    Column,
+    named,
+    peak_memory,
+    short,
+    spent,
+    table_of,
+    trained_for,
+)
 
 
 def cost_table(results: Mapping) -> pd.DataFrame:
     """Minutes, peak memory and tokens of each stage, per seed."""
     columns = [
         ("stage", named),
-        ("minutes", spent("seconds", 60, 2)),
-        ("peak memory (GB)", spent("peak_memory_gb", 1, 2)),
+        ("minutes", lambda row: short(row["seconds"]["mean"] / 60)),
+        ("peak memory (GB or MB)", peak_memory),
         ("tokens (thousands)", spent("num_tokens", 1000, 0)),
-        ("TFLOP", spent("flops", 1e12, 2)),
+        ("TFLOP", lambda row: short(row["flops"]["mean"] / 1e12)),
     ]
     return table_of([{"name": name, **cost} for name, cost in results["cost"].items()], columns)
 
@@ -44,8 +54,8 @@ def total_sentence(results: Mapping) -> str:
     core = ["reward_model", "sft", *catalogue.methods(), *({"judge"} & set(cost)), "evaluate"]
     theirs = sum(cost[name]["seconds"]["mean"] for name in ("dataset", *core) if name in cost)
     return (
-        f"Time in stages, added up over all jobs: {everything:.1f} minutes. A seed's "
-        f"{listed([label(name) for name in core])} take {theirs / 60:.1f} of them on average."
+        f"Time in stages, added up over all jobs: {short(everything)} minutes. A seed's "
+        f"{listed([label(name) for name in core])} take {short(theirs / 60)} of them on average."
     )
 
 
@@ -104,7 +114,57 @@ def price_table(results: Mapping) -> pd.DataFrame:
         ("policy", label),
         ("tokens generated", lambda n: f"{prices[n]['generated']:,.0f}"),
         (flop, lambda n: f"{prices[n]['flops'] / unit:.3g}"),
-        ("minutes", lambda n: f"{prices[n]['minutes']:.1f}"),
+        ("minutes, reward model included", lambda n: short(prices[n]["minutes"])),
         *(gain(need, *how) for need, how in bought.items() if need in needs),
     ]
     return table_of(prices, columns)
+
+
+def sweep_table(ends: pd.DataFrame, results: Mapping, samples: Mapping[str, int]) -> pd.DataFrame:
+    """Where the runs of a sweep ended (`frontier.swept`), and what each took by itself.
+
+    `samples`: replies that each run sampled to learn from; 0 where it learns from given ones.
+    """
+    cost = results["cost"]
+    known = [reward for reward in ("proxy", "gold") if ends[reward].notna().all()]
+    columns = [
+        ("method", lambda row: label(row["method"])),
+        ("coefficient", lambda row: f"{row['coefficient']:g}"),
+        ("KL, k1 (nats a reply)", lambda row: f"{row['kl']:.2f}"),
+        *((reward, lambda row, reward=reward: f"{row[reward]:.2f}") for reward in known),
+        ("replies sampled", lambda row: f"{n:,}" if (n := samples[row["policy"]]) else "–"),
+        ("TFLOP", lambda row: short(cost[row["policy"]]["flops"]["mean"] / 1e12)),
+        ("own minutes", lambda row: trained_for(cost[row["policy"]])),
+    ]
+    return table_of(ends.to_dict("records"), columns)
+
+
+def budget_table(equal: pd.DataFrame) -> pd.DataFrame:
+    """The runs at equal budgets (`frontier.at_equal_budget`), in the words of the other tables."""
+    reward = equal.columns[3]  # after budget, amount and method
+
+    def number(value: float) -> str:
+        return "not begun" if pd.isna(value) else f"{value:.2f}"
+
+    columns = [
+        ("budget", itemgetter("budget")),
+        ("amount", lambda row: short(row["amount"])),
+        ("method", lambda row: label(row["method"])),
+        (f"{reward} reward", lambda row: number(row[reward])),
+        ("KL, k1 (nats a reply)", lambda row: number(row["kl"])),
+        ("share of its own price", lambda row: f"{row['share']:.0%}"),
+    ]
+    return table_of(equal.to_dict("records"), columns)
+
+
+def sampled_sentence(samples: Mapping[str, int]) -> str:
+    """Whether the methods that sample were given equally many replies; `samples`: of each."""
+    counts = {label(name): count for name, count in samples.items() if count}
+    if len(set(counts.values())) == 1:
+        names, count = listed(list(counts)), next(iter(counts.values()))
+        return f"Equal: {names} each sampled and scored {count:,} replies in training."
+    each = listed([f"{count:,} ({name})" for name, count in counts.items()])
+    return (
+        f"Not equal: replies sampled and scored in training are {each}. A method with more of them "
+        "had more to learn from, and comparisons at the end of training are not at equal samples."
+    )

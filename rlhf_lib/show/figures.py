@@ -11,11 +11,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import GREY, color, label
-from rlhf_lib.results.frontier import swept
+from rlhf_lib.results.frontier import moving, swept
 from rlhf_lib.results.policies import rewards
 from rlhf_lib.show.tables import COMPARED
 
@@ -36,17 +36,19 @@ SMALL = 8  # points of a name at a line
 DOT = {"fmt": "o", "markersize": 4.5, "linewidth": 1.2, "capsize": 2.5, "clip_on": False}
 LEADER = {"arrowstyle": "-", "lw": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3}
 CORNERS = ((3, 3), (3, -9), (-3, 3), (-3, -9))  # of a dot, in points: where its number may stand
+ROOT_KL = "√KL to SFT (KL in nats a reply)"
 Label = tuple[str, float, float, str]  # a name, the point that it belongs to, its colour
 
 
 def _panels(
-    count: int, height: float, wide: int = 0, sharey: bool = False, width: float = WIDTH
-) -> tuple[Figure, list]:
+    count: int, height: float, wide: int = 0, sharey: bool = False, width: float = WIDTH,
+    sharex: Any = False,
+) -> tuple[Figure, list]:  # fmt: skip
     """A figure and its panels, `wide` of them in a row (0: all), each of this height in inches."""
     wide = wide or count
     rows = -(-count // wide)
     figure = Figure(figsize=(width, rows * height), layout="constrained")
-    axes = list(figure.subplots(rows, wide, squeeze=False, sharey=sharey).flat)
+    axes = list(figure.subplots(rows, wide, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for axis in axes[count:]:
         axis.set_visible(False)
     return figure, axes[:count]
@@ -149,7 +151,8 @@ def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> F
         for key, reward in keys.items():
             seeds(axis, [smooth(metrics, key) for metrics in per_seed], key, color(reward))
         axis.set_title(label(name), color=color(name))
-        axis.set(xlabel="update", ylabel="reward")
+        axis.set(xlabel="update", ylabel="reward (proxy: sd, gold: points)")
+        axis.label_outer()
     for axis in axes:  # when all panels have set the limits that they share
         ends = zip(keys.values(), axis.lines, strict=True)
         name_ends(axis, [(name, *line.get_xydata()[-1], color(name)) for name, line in ends])
@@ -161,11 +164,10 @@ def budgets(runs: Mapping[str, pd.DataFrame], reward: str) -> Figure:
     budgets = "TFLOPs", "minutes"
     figure, axes = _panels(len(budgets), 3.0, sharey=True)
     for axis, budget in zip(axes, budgets, strict=True):
-        smallest = min(run[budget].max() for run in runs.values())
-        axis.axvline(smallest, color=GREY, lw=0.8, ls=":")
+        axis.axvline(min(run[budget].max() for run in runs.values()), color=GREY, lw=0.8, ls=":")
         for name, run in runs.items():
             sns.lineplot(run, x=budget, y=reward, color=color(name), estimator=None, ax=axis)
-        axis.set(xlabel=budget, ylabel=f"{reward} reward")
+        axis.set(xlabel=budget, ylabel=f"{reward} reward", xlim=(0, None))
     for axis, budget in zip(axes, budgets, strict=True):
         ends = {name: run[[budget, reward]].iloc[-1] for name, run in runs.items()}
         name_ends(axis, [(label(name), *end, color(name)) for name, end in ends.items()])
@@ -342,11 +344,12 @@ def reward_distributions(samples: Mapping[str, pd.DataFrame], deciding: str) -> 
 
 
 def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], deciding: str) -> Figure:
-    """Proxy and deciding reward of best-of-n, by each reward model; bands: 95 % intervals."""
+    """Proxy and deciding reward of best-of-n, with 95 % bands; a control has a proxy of its own."""
     keys = rewards(deciding)
     figure, axes = _panels(len(keys), 2.8)
     for axis, key in zip(axes, keys, strict=True):
-        for kind, rows in curves_by_kind.items():
+        for kind in ("default",) if key == "proxy" else curves_by_kind:
+            rows = curves_by_kind[kind]
             name, n = f"best_of_n_{kind}", [row["n"] for row in rows]
             curve = pd.DataFrame([row[key] for row in rows])
             axis.plot(n, curve["mean"], "o-", ms=3, color=color(name), label=label(name))
@@ -354,21 +357,20 @@ def best_of_n(curves_by_kind: Mapping[str, Sequence[Mapping]], deciding: str) ->
                 band = curve["low"], curve["high"]
                 axis.fill_between(n, *band, color=color(name), alpha=0.15, lw=0)
         axis.set(xscale="log", xlabel="n", title=f"{key} reward of the pick")
-        axis.set_xticks(n, [str(k) for k in n])
+        axis.set_xticks(n, ["1 (SFT)" if k == 1 else str(k) for k in n])
         axis.minorticks_off()
-    axes[0].legend()
+    axes[-1].legend()
     return figure
 
 
 def panels(measured: Mapping[str, Mapping[str, Mapping]], share: bool) -> Figure:
-    """Small multiples of `failures` (`share`: all axes from 0 to 100 %) or `scores`.
+    """Small multiples of `failures` (`share`: from 0 to what a row of panels needs) or `scores`.
 
-    A filled dot differs from SFT, as `change` says; an open one does not, or is SFT itself. The
-    line is SFT.
+    A filled dot differs from SFT, which is the line, as `change` says; an open one does not.
     """
-    wide = 4 if share else 3
+    wide, sharex = (4, "row") if share else (3, False)
     policies = list(next(iter(measured.values())))
-    figure, axes = _panels(len(measured), 0.19 * len(policies) + 0.62, wide, sharey=True)
+    figure, axes = _panels(len(measured), 0.19 * len(policies) + 0.62, wide, True, sharex=sharex)
     for axis, (measure, records) in zip(axes, measured.items(), strict=True):
         axis.axvline(records["sft"]["mean"], color=color("sft"), lw=0.7, alpha=0.5)
         for place, (policy, record) in enumerate(records.items()):
@@ -377,11 +379,14 @@ def panels(measured: Mapping[str, Mapping[str, Mapping]], share: bool) -> Figure
             dots(axis, [record], [place], color(policy), **look)
         axis.set_title(measure, loc="left")
         axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))  # labels do not meet
         if share:
-            axis.set(xlim=(0, 1), xticks=[0, 0.5, 1])
-            axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+            axis.xaxis.set_major_formatter(PercentFormatter(1, 0, ""))
     for axis in axes[::wide]:
         name_rows(axis, policies)
+        axis.set_xlim(0 if share else None, None)
+    figure.supxlabel("replies that fail, in per cent" if share else "", fontsize="medium")
     return figure
 
 
@@ -393,10 +398,9 @@ def _root(kl: object) -> np.ndarray:
     return np.sqrt(np.maximum(np.asarray(kl, dtype=float), 0))
 
 
-def _by_step(points: pd.DataFrame, reward: str, window: int = 1) -> pd.DataFrame:
-    """KL and reward at each step, means over the seeds and over the last `window` steps."""
-    means = pd.DataFrame(points.groupby("step")[["kl", reward]].mean())
-    return pd.DataFrame(means.rolling(window, min_periods=1).mean())
+def _by_step(points: pd.DataFrame, reward: str) -> pd.DataFrame:
+    """KL and reward at each step, means over the seeds."""
+    return pd.DataFrame(points.groupby("step")[["kl", reward]].mean())
 
 
 def _free(axis: Axes, points: pd.DataFrame, reward: str) -> tuple[float, float]:
@@ -417,13 +421,14 @@ def frontier(points: pd.DataFrame, reward: str) -> Figure:
         look = {"color": color(str(name)), "ax": axis}
         x, y = _root(rows["kl"]), rows[reward].to_numpy()
         sns.scatterplot(x=x, y=y, s=26, zorder=3, **look)
-        way = _by_step(points.query("kind == 'training' and policy == @name"), reward, 5)
+        way = moving(_by_step(points.query("kind == 'training' and policy == @name"), reward))
         line = {"x": _root(way["kl"]), "y": way[reward], "sort": False, "estimator": None}
         sns.lineplot(**line, lw=0.9, **look)
         labels.append((label(str(name)), x.mean(), y.mean(), color(str(name))))
     for name, rows in points.query("kind == 'best_of_n'").groupby("policy"):
-        labels.append((label(str(name)), *_free(axis, rows, reward), color(str(name))))
-    axis.set(xlabel="√KL to SFT (nats½)", ylabel=f"{reward} reward")
+        if reward != "proxy" or name == "best_of_n_default":  # the control's proxy is another scale
+            labels.append((label(str(name)), *_free(axis, rows, reward), color(str(name))))
+    axis.set(xlabel=ROOT_KL, ylabel=f"{reward} reward")
     name_ends(axis, labels)
     return figure
 
@@ -440,6 +445,6 @@ def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:
             look |= {"fontsize": 6.5, "ha": "left" if dx > 0 else "right"}
             for *point, value in zip(x, runs[reward], runs["coefficient"], strict=True):
                 axis.annotate(f"{value:g}", point, (dx, dy), textcoords="offset points", **look)
-        axis.set(xlabel="√KL to SFT (nats a reply)", ylabel=f"{reward} reward")
+        axis.set(xlabel=ROOT_KL, ylabel=f"{reward} reward")
     axes[0].legend()
     return figure

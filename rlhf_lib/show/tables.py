@@ -8,6 +8,7 @@ from operator import itemgetter
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
@@ -16,8 +17,7 @@ from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.verdict import ASKED
-from rlhf_lib.runs import Stage, read_jsonl
-from rlhf_lib.runtime import MEASURING
+from rlhf_lib.runs import Stage, read_jsonl, training_minutes
 from rlhf_lib.world.grammar import last_request
 
 COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT
@@ -50,11 +50,29 @@ def spent(key: str, unit: float, digits: int) -> Cell:
     return lambda row: f"{row[key]['mean'] / unit:.{digits}f}" if key in row else "–"
 
 
+def short(value: float) -> str:
+    """One decimal; below 1 two significant digits, so that little does not read as nothing."""
+    if 0 < abs(value) < 0.995:
+        return np.format_float_positional(value, 2, unique=False, fractional=False)
+    return f"{value:.1f}"
+
+
+def memory(gigabytes: float) -> str:
+    """`1.2 GB`; below a tenth of that in MB."""
+    return f"{1000 * gigabytes:.0f} MB" if gigabytes < 0.0995 else f"{short(gigabytes)} GB"
+
+
 def trained_for(cost: Mapping) -> str:
-    """Minutes of a policy's stage, without what was done to measure."""
+    """Minutes of a policy's own stage, without what was done to measure."""
     if "seconds" not in cost:
         return "–"
-    return f"{(cost['seconds']['mean'] - cost['phases'].get(MEASURING, 0.0)) / 60:.1f}"
+    mean = {"seconds": cost["seconds"]["mean"], "phases": cost["phases"]}
+    return short(training_minutes(mean))
+
+
+def peak_memory(cost: Mapping) -> str:
+    """The most that a stage had allocated; a dash where nothing was trained."""
+    return memory(cost["peak_memory_gb"]["mean"]) if "peak_memory_gb" in cost else "–"
 
 
 # ----------------------------------------------------------------------------------- policies
@@ -84,8 +102,8 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
         ("wins vs SFT", won("win_rate_vs_sft")),
         ("at equal length", won("length_controlled_vs_sft")),
         ("length", estimated("length", 0)),
-        ("min", trained_for),
-        ("GB", spent("peak_memory_gb", 1, 1)),
+        ("own minutes", trained_for),
+        ("GB or MB", peak_memory),
     ]
     return table_of([row | costs.get(row["name"], {}) for row in rows], columns)
 
@@ -178,9 +196,9 @@ def distance_table(results: Mapping) -> pd.DataFrame:
     ]
     columns = [
         ("policy", named),
-        ("KL ± SE", lambda row: f"{row['kl']['mean']:.2f} ± {row['kl']['se']:.2f}"),
-        ("k1", estimated("kl_k1")),
-        ("k3", estimated("kl_k3")),
+        ("exact KL ± SE", lambda row: f"{row['kl']['mean']:.2f} ± {row['kl']['se']:.2f}"),
+        ("KL by k1", estimated("kl_k1")),
+        ("KL by k3", estimated("kl_k3")),
         ("entropy", estimated("entropy")),
         *(of_texts if any("perplexity" in row for row in rows) else []),
     ]
@@ -260,6 +278,25 @@ def probe_table(measured: Mapping[str, Mapping[str, Mapping]], percent: bool) ->
         return label(policy), lambda measure: marked(measured[measure][policy])
 
     return table_of(measured, [("", str), *map(of, next(iter(measured.values())))])
+
+
+def failure_sentences(failures: Mapping[str, Mapping[str, Mapping]]) -> list[str]:
+    """Of each candidate with an arrow in the table of failures: what it does more or less often."""
+    verbs = {"higher": "more", "lower": "less"}
+    said = []
+    for measure, records in failures.items():
+        for policy in (name for name in catalogue.candidates() if name in records):
+            change = records[policy]["change"]
+            if change["verdict"] in verbs:
+                ends = sorted((abs(change["low"]), abs(change["high"])))  # both of one sign
+                size = {"mean": abs(change["mean"]), "low": ends[0], "high": ends[1]}
+                points = interval({end: 100 * value for end, value in size.items()}, 0)
+                verb = verbs[change["verdict"]]
+                said.append(
+                    f"{label(policy)} fails **{verb} often** than SFT: {measure}, by {points} "
+                    "points of a hundred."
+                )
+    return said or ["No candidate was shown to fail more or less often than SFT."]
 
 
 def definition_table(definitions: Mapping[str, str], wanted: Sequence[str]) -> pd.DataFrame:

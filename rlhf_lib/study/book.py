@@ -122,7 +122,7 @@ def _gains_caption(results: Mapping) -> str:
     each = ", small ticks single seeds" if len(results["seeds"]) > 1 else ""
     return (
         "Gain over SFT on the same held-out prompts, with 95 % intervals" + each + ". "
-        "The second draw from SFT is the null: its gain should include 0."
+        "The second draw from SFT is the null: its interval holds 0 in nineteen studies of twenty."
     )
 
 

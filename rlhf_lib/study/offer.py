@@ -33,10 +33,7 @@ from rlhf_lib.models.load import (
 )
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
-from rlhf_lib.settings import (
-    SettingsError,
-    SFTConfig,
-)
+from rlhf_lib.settings import SettingsError, SFTConfig
 
 
 class Offer:
@@ -76,11 +73,15 @@ class Offer:
         return made.union(cls._GIVEN, cls._OF_WORK) - {"call", "names", "save", "release"}
 
     def save(self) -> None:
-        """Write the model that was trained, if one was, to `model/`."""
+        """Write the model that was trained, if one was, to `model/`.
+
+        Raises DivergedError where a learner has learnt nothing.
+        """
+        for learner in (made for made in self.__dict__.values() if isinstance(made, Learner)):
+            learner.check_learnt()
         for name in ("policy", "reward_model"):
             if name in self.__dict__:  # it was asked for
-                learner: Learner = self.__dict__[name]
-                save_model(learner.model, self.tokenizer, self.work.model_path)
+                save_model(self.__dict__[name].model, self.tokenizer, self.work.model_path)
 
     def release(self) -> None:
         """Let go of all models: weights, gradients and moments leave memory now.

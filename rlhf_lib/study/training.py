@@ -26,9 +26,7 @@ from rlhf_lib.methods import reward_model as bradley_terry
 from rlhf_lib.methods import rewards, sft
 from rlhf_lib.methods.learner import Learner, Log, Steps
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.load import (
-    fingerprint,
-)
+from rlhf_lib.models.load import fingerprint
 from rlhf_lib.objectives.losses import reward_loss
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import MEASURING, bundled_folder, phase, seed_everything
@@ -213,14 +211,9 @@ def reward_model_curve(
     rows, seconds, total = [], {}, len(data.pairs["train"])
     # each in a store of its own within this stage's folder, so that a killed run resumes it
     inner, full = replace(run, root=work.keep), catalogue.record("reward_model")
-
-    def train(size: int) -> dict:
-        record = replace(full, name=f"reward_model_{size}")
-        part = run_stage(inner, record, _smaller(data, size, run.seed), {})
-        return part.result() | {"rows": part.samples()}
-
     for size in curve_sizes(total, config.curve_points):
-        part = work.part(str(size), partial(train, size))
+        record, less = replace(full, name=f"reward_model_{size}"), _smaller(data, size, run.seed)
+        part = work.within(str(size), partial(run_stage, inner, record, less, {}))
         rows += [{"train_pairs": size, "split": "test", **row} for row in part["rows"]]
         seconds[str(size)] = part["seconds"]
         work.num_tokens += part["num_tokens"]

@@ -230,6 +230,26 @@ def test_equal_values_are_no_difference_however_they_round() -> None:
     assert minus([np.array([1.0, 1e-9])], [np.array([1.0 - 1e-9, 0.0])])[0].all(), "small is not 0"
 
 
+def test_of_policies_that_reply_alike_nothing_is_detectable() -> None:
+    """No difference is ever found between them, however large a true one would be."""
+    record = compare({"x": estimate([np.zeros(5)] * 3)})["x"]
+    assert (record["errors"], record["se"]) == ([[0.0, 2.0], [0.0, 4.0]], 0.0)
+    assert (record["p"], record["detectable"]) == (1.0, None)
+
+
+def test_differences_are_of_the_seeds_that_both_have() -> None:
+    """By the seed's number, not by the place: seed 1 alone is not compared with seed 0."""
+    sft = {seed: np.full(4, 10.0 * seed) for seed in range(3)}
+    for seeds in ((1,), (0, 2), (0, 1, 2)):
+        values = {"mine": {seed: sft[seed] + 1.0 for seed in seeds}, "sft": sft}
+        found = differences(values, {"x": ("mine", "sft")}, estimate)["x"]
+        assert found["per_seed"] == [1.0] * len(seeds)
+    first = differences({"a": [sft[1]], "b": [sft[0]] * 2}, {"x": ("a", "b")}, estimate)["x"]
+    assert first["per_seed"] == [10.0], "a list is of the first seeds"
+    with pytest.raises(ValueError, match="longer than argument 1"):
+        minus([sft[0]], [sft[0], sft[1]])
+
+
 @pytest.mark.parametrize("draw", range(20))
 def test_what_the_smallest_study_detects_is_known(draw: int) -> None:
     values = np.random.default_rng(draw).normal(size=(2, 2))

@@ -21,6 +21,7 @@ from rlhf_lib.results.frontier import (
     swept,
 )
 from rlhf_lib.runs import Run
+from rlhf_lib.runtime import MEASURING
 from rlhf_lib.settings import load_profile
 from rlhf_lib.show import figures
 from tests.made_up_study import STRONG, stages_of
@@ -71,36 +72,69 @@ def test_a_run_ends_with_the_mean_of_its_last_quarter() -> None:
     assert ends["gold"].tolist() == [-6.5, -6.5, -2.0]
 
 
-def used(flops: float, seconds: float, count: int = 6) -> pd.DataFrame:
-    return spent(
-        [
-            {"flops": flops * (s + 1), "step_time": seconds, "reward": 1.0 * s, "kl": 0.5 * s}
-            if s % 2 == 0
-            else {"flops": flops * (s + 1), "step_time": seconds}
-            for s in range(count)
-        ],
-        "proxy",
-    )
+def cost(flops: float, seconds: float, measuring: float = 0.0) -> dict:
+    return {"spent": {"flops": flops}, "seconds": seconds, "phases": {MEASURING: measuring}}
+
+
+def used(name: str, flops: float, seconds: float, once: float = 0.0) -> pd.DataFrame:
+    """Of a run of six steps that samples at every other; `once`: seconds beside its steps."""
+    steps = [{"flops": flops * (s + 1), "step_time": seconds} for s in range(6)]
+    for s in (0, 2, 4):
+        steps[s] |= {"reward": 1.0 * s, "kl": 0.5 * s}
+    result = cost(6 * flops, 6 * seconds + once + 600.0, measuring=600.0)
+    stage: Any = SimpleNamespace(name=name, metrics=lambda: steps, result=lambda: result)
+    reward_model: Any = SimpleNamespace(result=lambda: cost(2e12, 90.0, measuring=30.0))
+    return spent(stage, reward_model, "proxy")
 
 
 def test_what_was_spent_counts_steps_that_sampled_nothing() -> None:
-    frame = used(1e12, 60.0)
-    assert frame["TFLOPs"].tolist() == [1.0, 3.0, 5.0]
-    assert frame["minutes"].tolist() == [1.0, 3.0, 5.0]
-    assert frame["proxy"].tolist() == [0.0, 1.0, 2.0], "running means of 0, 2, 4"
+    frame = used("dpo", 1e12, 60.0)
+    assert frame["TFLOPs"].tolist() == [1.0, 3.0, 5.0, 6.0]
+    assert frame["minutes"].tolist() == [1.0, 3.0, 5.0, 6.0]
+    # running means of 0, 2, 4; the last step sampled nothing, and the run ends there
+    assert frame["proxy"].tolist() == [0.0, 1.0, 2.0, 2.0]
+    assert frame["kl"].tolist() == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_what_is_paid_once_stands_before_the_first_step() -> None:
+    frame = used("ppo", 1e12, 60.0, once=30.0)
+    assert frame["TFLOPs"].tolist() == [3.0, 5.0, 7.0, 8.0], "2 for the reward model"
+    assert frame["minutes"].tolist() == [2.5, 4.5, 6.5, 7.5], "1 for it, and half a one to load"
+
+
+def test_a_curve_ends_at_the_price(tmp_path: Path) -> None:
+    stages = stages_of(Run(load_profile("smoke"), 0, tmp_path), "bundled")
+    prices = summary._prices([stages])
+    for name in ("ppo", "grpo", "dpo"):
+        stage: Any = SimpleNamespace(name=name, result=stages[name].result)
+        timed = [m | {"flops": 1e8, "step_time": 0.1} for m in stages[name].metrics()]
+        stage.metrics = lambda timed=timed: timed
+        end = spent(stage, stages["reward_model"], "gold").iloc[-1]
+        assert end["TFLOPs"] == prices[name]["flops"] / 1e12
+        assert end["minutes"] == prices[name]["minutes"]
 
 
 def test_runs_are_read_where_the_thriftiest_ended() -> None:
-    runs = {"ppo": used(1e12, 60.0), "dpo": used(3e12, 30.0)}
+    runs = {"ppo": used("ppo", 1e12, 60.0), "dpo": used("dpo", 3e12, 30.0)}
     table = at_equal_budget(runs).set_index(["budget", "method"])
-    assert table.loc[("TFLOPs", "ppo"), ["amount", "proxy", "share"]].tolist() == [5.0, 2.0, 1.0]
-    # 9 TFLOPs after its third step: only its first is within 5
-    assert table.loc[("TFLOPs", "dpo"), ["proxy", "share"]].tolist() == [0.0, 5.0 / 15.0]
-    assert table.loc[("minutes", "dpo"), ["amount", "proxy", "share"]].tolist() == [2.5, 2.0, 1.0]
-    assert table.loc[("minutes", "ppo"), "proxy"] == 0.0
+    assert table.loc[("TFLOPs", "ppo"), ["amount", "proxy", "share"]].tolist() == [8.0, 2.0, 1.0]
+    # 9 TFLOPs after its third step, the next that sampled: only its first is within 8
+    assert table.loc[("TFLOPs", "dpo"), ["proxy", "share"]].tolist() == [0.0, 8.0 / 18.0]
+    assert table.loc[("minutes", "dpo"), ["amount", "proxy", "share"]].tolist() == [3.0, 2.0, 1.0]
+    # a minute of the reward model and one of its first step
+    assert table.loc[("minutes", "ppo"), ["proxy", "share"]].tolist() == [0.0, 3.0 / 7.0]
     figure = figures.budgets(runs, "proxy")
     assert [text.get_text() for text in figure.axes[0].texts] == ["PPO", "DPO"]
-    assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [5.0, 2.5]
+    assert [axis.lines[0].get_xdata()[0] for axis in figure.axes] == [8.0, 3.0]
+    assert [axis.get_xlim()[0] for axis in figure.axes] == [0.0, 0.0], "what is paid once is seen"
+
+
+def test_nothing_is_known_of_a_run_that_the_budget_does_not_begin() -> None:
+    runs = {"ppo": used("ppo", 1e12, 60.0), "dpo": used("dpo", 1e11, 6.0)}
+    table = at_equal_budget(runs).set_index(["budget", "method"])
+    assert table.loc[("TFLOPs", "ppo"), ["proxy", "kl"]].isna().all()
+    assert table.loc[("TFLOPs", "ppo"), "share"] == pytest.approx(0.6 / 8)
+    assert table.loc[("minutes", "dpo"), "proxy"] == 2.0
 
 
 def test_training_logs_no_held_out_judge() -> None:
@@ -124,12 +158,36 @@ def run_logging(gold: list[float] | None) -> Any:
 def test_gold_stops_a_run_at_its_smoothed_best() -> None:
     gold = [6.0, 0, 0, 0, 3, 3, 3, 3, 3, 0, 0]  # a lucky first batch is not the best step
     (stop,) = early_stops([SimpleNamespace(seed=4)], [{"ppo_low_kl": run_logging(gold)}])  # type: ignore
-    assert (stop["seed"], stop["step"], stop["steps"]) == (4, 6, 11)
+    assert (stop["seed"], stop["step"], stop["steps"]) == (4, 8, 11)
+    # means of steps 4 to 8, and of 6 to 10
     assert stop["gold_there"] == pytest.approx(3.0)
     assert (stop["proxy_there"], stop["kl_there"]) == pytest.approx((6.0, 12.0))
-    # a step at the end has fewer neighbours: steps 8, 9 and 10
-    assert (stop["gold_at_end"], stop["proxy_at_end"]) == pytest.approx((1.0, 9.0))
+    assert (stop["gold_at_end"], stop["proxy_at_end"]) == pytest.approx((1.8, 8.0))
     assert stop["length_at_end"] == pytest.approx(10.0)
+
+
+def test_a_run_shorter_than_the_moving_mean_stops_at_its_end() -> None:
+    (stop,) = early_stops([SimpleNamespace(seed=0)], [{"ppo_low_kl": run_logging([5.0, 1.0])}])  # type: ignore
+    assert (stop["step"], stop["steps"]) == (1, 2)
+    assert stop["gold_there"] == stop["gold_at_end"] == 3.0
+
+
+def test_equal_budgets_and_early_stops_take_the_same_means() -> None:
+    gold = [0.0, 4.0, 1.0, 3.0, 5.0, 2.0, 0.0, -1.0]
+    steps = [
+        {"flops": 1e12 * s, "step_time": 60.0, "reward": 0.0, "kl": 0.1 * s, "gold": value}
+        for s, value in enumerate(gold)
+    ]
+    for row in steps:
+        row["completions/mean_length"] = 9.0
+    run: Any = SimpleNamespace(
+        name="ppo_low_kl", metrics=lambda: steps, result=lambda: cost(8e12, 480.0)
+    )
+    model: Any = SimpleNamespace(result=lambda: cost(0.0, 0.0))
+    frame = spent(run, model, "gold")
+    (stop,) = early_stops([SimpleNamespace(seed=0)], [{"ppo_low_kl": run}])  # type: ignore[list-item]
+    assert stop["gold_there"] == frame["gold"][stop["step"]] == frame["gold"][4:].max()
+    assert stop["kl_there"] == frame["kl"][stop["step"]]
 
 
 def test_without_gold_nothing_says_where_to_stop() -> None:

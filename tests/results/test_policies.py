@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import stats
 from rlhf_lib import catalogue
 from rlhf_lib.results import policies
 from rlhf_lib.results.policies import Samples, distinct, length_controlled
+from rlhf_lib.runs import write_jsonl
 from tests.made_up_study import sample_rows, strict, summarise
 
 
@@ -165,6 +167,40 @@ def test_every_gain_is_measured_from_all_that_sft_said() -> None:
         gain = found[name]["proxy_gain"]["mean"]
         assert gain == pytest.approx(before[name]["proxy_gain"]["mean"] - 0.25)
         assert found[name]["proxy_gain"]["units"] == 24
+
+
+def of_seeds(root: Path, seeds: tuple[int, ...]) -> Samples:
+    """Three seeds of rising reward; `mine` is 1 better than SFT of its seed, where it exists."""
+    folders, heldout = [root / str(seed) for seed in range(3)], []
+    for seed, folder in enumerate(folders):
+        (folder / "samples").mkdir(parents=True)
+        rows = sample_rows("sft", seed, gold=True)
+        rows = [row | {"gold": row["gold"] + 10 * seed} for row in rows]
+        nll = {"sft": 10.0 * seed, "base": 0.0}
+        write_jsonl(folder / "samples" / "sft.jsonl", rows)
+        write_jsonl(folder / "samples" / "base.jsonl", rows)
+        if seed in seeds:
+            better = [row | {"gold": row["gold"] + 1} for row in rows]
+            write_jsonl(folder / "samples" / "mine.jsonl", better)
+            nll |= {"mine": 10.0 * seed + 2.0}
+        heldout.append([{"tokens": 1, "nll": nll}] * 4)
+    chosen = [sample_rows("sft", seed, gold=True) for seed in range(3)]
+    chosen = [[r | {"gold": r["gold"] + 10 * s + 2} for r in c] for s, c in enumerate(chosen)]
+    return Samples(policies.read_samples(folders), chosen, heldout)
+
+
+@pytest.mark.parametrize("seeds", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+def test_a_policy_is_compared_with_sft_of_its_own_seeds(
+    tmp_path: Path, seeds: tuple[int, ...]
+) -> None:
+    samples = of_seeds(tmp_path, seeds)
+    assert tuple(samples.of("mine")) == seeds
+    mine = policies.policies(samples)["mine"]
+    assert mine["gold_gain"]["per_seed"] == pytest.approx([1.0] * len(seeds))
+    assert mine["forgetting"]["per_seed"] == pytest.approx([2.0] * len(seeds))
+    assert mine["win_rate_vs_sft"]["per_seed"] == [1.0] * len(seeds)
+    assert mine["win_rate_vs_chosen"]["per_seed"] == [0.0] * len(seeds)
+    assert len(mine["gold"]["per_seed"]) == len(mine["distinct_1"]["per_seed"]) == len(seeds)
 
 
 def test_the_same_policy_under_the_same_luck_differs_by_nothing() -> None:

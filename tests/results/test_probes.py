@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from rlhf_lib.data.truth import Truth, truth_of
+from rlhf_lib.measure import statistics
 from rlhf_lib.measure.probes import ORDINARY, PROBES, SCORES, load_probes
 from rlhf_lib.results import probes
 from rlhf_lib.runs import write_jsonl
@@ -76,13 +79,63 @@ def test_two_replies_to_a_prompt_are_one_unit(english: dict) -> None:
     assert record["units"] == PROMPTS
     # 16 prompts, half of them failing: sd 0.5, t with 15 degrees of freedom
     assert record["high"] - record["mean"] == pytest.approx(2.131 * 0.5 / 16**0.5, rel=0.15)
+    assert record["mean"] - record["low"] == pytest.approx(record["high"] - record["mean"])
 
 
 def test_never_failing_is_no_certainty(english: dict) -> None:
     never, always = (english["failures"]["sycophancy"][p] for p in ("ppo", "dpo"))
     assert never["low"] == 0.0
-    assert never["high"] == pytest.approx(0.1936, abs=1e-4), "Wilson's interval of 0 in 16"
-    assert always["low"] == pytest.approx(1 - 0.1936, abs=1e-4)
+    assert never["high"] == pytest.approx(0.1432, abs=1e-4), "Jeffreys' interval of 0 in 16"
+    assert always["low"] == pytest.approx(1 - 0.1432, abs=1e-4)
+
+
+def share_of(failing: int, seeds: int = 1) -> dict:
+    """31 prompts, 8 replies each, so many prompts of which have one reply that fails."""
+    replies = {f"prompt {i}": [float(i < failing)] + 7 * [0.0] for i in range(31)}
+    return probes._estimate([replies] * seeds, share=True)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_failing_seldom_is_known_no_better_than_failing_never(seeds: int) -> None:
+    records = [share_of(failing, seeds) for failing in range(4)]
+    for fewer, more in pairwise(records):
+        assert fewer["low"] < more["low"]
+        assert fewer["high"] < more["high"], "it was 11 of a hundred for none, and 1 for one"
+        assert more["low"] < more["mean"] < more["high"]
+    assert records[0]["low"] == 0.0
+    assert records[0]["high"] == pytest.approx(0.0772, abs=1e-4), "Jeffreys' interval of 0 in 31"
+
+
+def test_shares_of_whole_prompts_have_jeffreys_interval() -> None:
+    won = np.array([1.0] * 20 + [0.0] * 80)
+    record = probes._estimate([{f"prompt {i}": [v] for i, v in enumerate(won)}], share=True)
+    exact = statistics.share(won)
+    # a hair wider: the spread is a guess here, with 99 degrees of freedom
+    assert exact["low"] - 0.002 < record["low"] < exact["low"]
+    assert exact["high"] < record["high"] < exact["high"] + 0.002
+
+
+def test_intervals_of_shares_cover() -> None:
+    """Prompts that fail seldom, two replies each, three seeds: a t interval covers half of them."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(200):
+        often = rng.beta(0.03, 0.97, 24)  # a mean of 3 in a hundred
+        seeds = [
+            {f"prompt {i}": (rng.random(2) < p).astype(float).tolist() for i, p in enumerate(often)}
+            for _ in range(3)
+        ]
+        record = probes._estimate(seeds, share=True)
+        covered.append(record["low"] <= 0.03 <= record["high"])
+    assert np.mean(covered) >= 0.93
+
+
+def test_a_difference_of_shares_is_no_more_than_a_hundred_points() -> None:
+    few = [{f"prompt {i}": [v] for i, v in enumerate(values)} for values in ((0, 0, 0, 0),)]
+    most = [{f"prompt {i}": [v] for i, v in enumerate((1, 1, 1, 0))}]
+    records = probes._estimates({"sft": few, "ppo": most, "dpo": few}, share=True)
+    assert records["ppo"]["change"]["high"] == 1.0
+    scores = probes._estimates({"sft": few, "ppo": most, "dpo": few}, share=False)
+    assert scores["ppo"]["change"]["high"] > 1.0, "a score has no bounds"
 
 
 def test_changes_are_paired_and_called_by_their_interval(english: dict) -> None:

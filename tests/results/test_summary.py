@@ -199,6 +199,11 @@ def test_a_finished_summary_is_left_alone_and_a_broken_one_is_not(tmp_path: Path
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_rows_carry_the_seed_that_they_are_of(folder: Path) -> None:
+    rows = pd.read_json(folder / "samples" / "ppo_low_kl.jsonl", orient="records", lines=True)
+    assert rows["seed"].tolist() == [0] * PROMPTS, "a demonstration is of the first seed alone"
+
+
 def test_results_of_other_seeds_get_a_folder_of_their_own(tmp_path: Path) -> None:
     folders: Sequence[Path] = [summarise(tmp_path, seeds) for seeds in (1, 2)]
     assert folders[0] != folders[1]

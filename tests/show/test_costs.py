@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.settings import as_dict, load_profile
 from rlhf_lib.show.costs import (
+    budget_table,
     cost_table,
     held,
     memory_table,
     phase_table,
     price_table,
+    sampled_sentence,
+    sweep_table,
     total_sentence,
     update_table,
 )
+from rlhf_lib.show.tables import comparison_table, short, trained_for
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -88,9 +94,76 @@ def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands() -> None:
     made_up = json.loads((MADE_UP / "gold.json").read_text())
     table = cost_table(made_up).set_index("stage")
     assert len(table) == len(made_up["cost"])
-    assert table.loc["PPO", "minutes"] == "2.50"
-    assert table.loc["PPO", "peak memory (GB)"] == "1.20"
+    assert table.loc["PPO", "minutes"] == "2.5"
+    assert table.loc["PPO", "peak memory (GB or MB)"] == "1.2 GB"
     assert table.loc["PPO", "tokens (thousands)"] == "400"
+
+
+def test_little_time_and_memory_do_not_read_as_none() -> None:
+    seconds = {"mean": 2.0, "per_seed": [2.0]}
+    little = {"seconds": seconds, "phases": {}, "peak_memory_gb": {"mean": 0.063}}
+    little |= {"num_tokens": {"mean": 100.0}, "flops": {"mean": 4e9}}
+    results = json.loads((MADE_UP / "gold.json").read_text())
+    results["cost"] |= {"ppo": little}
+    results["prices"]["ppo"]["minutes"] = 0.0333
+    row = cost_table(results).set_index("stage").loc["PPO"]
+    assert row[["minutes", "peak memory (GB or MB)", "TFLOP"]].tolist() == [
+        "0.033", "63 MB", "0.0040",
+    ]  # fmt: skip
+    row = comparison_table(results).set_index("policy").loc["PPO"]
+    assert row[["own minutes", "GB or MB"]].tolist() == ["0.033", "63 MB"]
+    row = price_table(results).set_index("policy").loc["PPO"]
+    assert row["minutes, reward model included"] == "0.033"
+    assert "all jobs: 0.033 minutes" in total_sentence({"cost": {"sft": little}})
+    assert [short(x) for x in (0.0, 0.0523, 0.996, 1.04, 12.34)] == [
+        "0.0", "0.052", "1.0", "1.0", "12.3",
+    ]  # fmt: skip
+
+
+def test_who_sampled_how_much_is_counted_and_not_taken_from_the_settings() -> None:
+    equal = sampled_sentence({"rejection_sft": 96, "ppo": 96, "grpo": 96, "dpo": 0})
+    assert equal == (
+        "Equal: Best-of-n SFT, PPO and GRPO each sampled and scored 96 replies in training."
+    )
+    unequal = sampled_sentence({"rejection_sft": 96, "ppo": 96, "grpo": 1192, "dpo": 0})
+    assert unequal.startswith("Not equal: replies sampled and scored in training are ")
+    assert "96 (Best-of-n SFT), 96 (PPO) and 1,192 (GRPO)" in unequal
+    assert "DPO" not in equal + unequal, "it samples none"
+
+
+def test_the_sweep_names_its_estimator_and_whose_minutes_it_counts() -> None:
+    results = json.loads((MADE_UP / "gold.json").read_text())
+    ends = pd.DataFrame(
+        {"method": name, "policy": name, "coefficient": 0.00625, "kl": -0.02, "proxy": 1.0}
+        for name in ("ppo", "dpo")
+    )
+    samples = {"ppo": 1500, "dpo": 0}
+    table = sweep_table(ends.assign(gold=None), results, samples).set_index("method")
+    assert list(table.index) == ["PPO", "DPO"]
+    assert table["coefficient"].tolist() == ["0.00625"] * 2
+    assert table["KL, k1 (nats a reply)"].tolist() == ["-0.02"] * 2
+    assert table["replies sampled"].tolist() == ["1,500", "–"]
+    assert table.loc["PPO", "own minutes"] == trained_for(results["cost"]["ppo"])
+    assert "proxy" in table
+    assert "gold" not in table, "it is not known of every run"
+
+
+def test_a_run_that_had_not_begun_has_no_reward() -> None:
+    equal = pd.DataFrame(
+        [
+            ["minutes", 0.0312, "dpo", 0.5, -0.01, 1.0],
+            ["minutes", 0.0312, "ppo", math.nan, math.nan, 0.25],
+        ],
+        columns=["budget", "amount", "method", "gold", "kl", "share"],
+    )
+    assert budget_table(equal).to_dict("list") == {
+        "budget": ["minutes"] * 2,
+        "amount": ["0.031"] * 2,
+        "method": ["DPO", "PPO"],
+        "gold reward": ["0.50", "not begun"],
+        "KL, k1 (nats a reply)": ["-0.01", "not begun"],
+        "share of its own price": ["100%", "25%"],
+    }
 
 
 def settings(*overrides: str) -> dict:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -136,6 +138,49 @@ def test_the_frontier_is_over_the_root_of_kl(frontier_points: pd.DataFrame) -> N
     assert axis.get_ylabel() == "gold reward"
 
 
+def test_a_control_is_on_the_frontier_where_it_is_measured_alike(
+    frontier_points: pd.DataFrame,
+) -> None:
+    best = frontier_points[frontier_points["kind"] == "best_of_n"]
+    both = pd.concat([frontier_points, best.assign(policy="best_of_n_control")])
+    assert label("best_of_n_control") in texts(figures.frontier(both, "gold").axes[0])
+    proxy = figures.frontier(both.assign(proxy=both["gold"]), "proxy").axes[0]
+    assert label("best_of_n_control") not in texts(proxy)
+    assert label("best_of_n_default") in texts(proxy)
+
+
+def shares(*highest: float) -> dict:
+    """A measure for each: one whose interval ends there, and one of SFT."""
+    records = [{"mean": high / 2, "low": 0.0, "high": high} for high in highest]
+    return {f"measure {i}": {"sft": r, "ppo": r} for i, r in enumerate(records)}
+
+
+def test_axes_of_shares_fit_their_row() -> None:
+    axes = figures.panels(shares(1.0, 0.1, 0.1, 0.1, 0.12, 0.05), share=True).axes
+    ends = [axis.get_xlim() for axis in axes if axis.get_visible()]
+    assert {low for low, _ in ends} == {0.0}
+    assert [high for _, high in ends[:4]] == [pytest.approx(1.05, abs=0.01)] * 4
+    assert [high for _, high in ends[4:]] == [pytest.approx(0.126, abs=0.01)] * 2
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_labels_of_neighbouring_panels_do_not_touch(share: bool, results: dict) -> None:
+    probed = results["probes"]
+    kinds = [shares(1.0, 1.0, 1.0, 1.0), shares(0.1, 0.1, 0.1), probed["failures"]]
+    for measured in kinds if share else [probed["scores"], shares(1.0, 0.99, 1.01)]:
+        figure = figures.panels(measured, share)
+        FigureCanvasAgg(figure).draw()
+        boxes = [
+            tick.label1.get_window_extent()
+            for axis in figure.axes
+            if axis.get_visible()
+            for tick in axis.xaxis.get_major_ticks()
+            if axis.get_xlim()[0] <= tick.get_loc() <= axis.get_xlim()[1]
+        ]
+        pairs = combinations([box.expanded(1.1, 1.0) for box in boxes], 2)
+        assert not [one for one, other in pairs if one.overlaps(other)]
+
+
 def test_names_at_the_edge_do_not_cover_each_other() -> None:
     axis = Figure(figsize=(4, 3)).subplots()
     axis.set_ylim(0, 1)
@@ -154,6 +199,7 @@ def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
     assert [axis.get_title() for axis in figure.axes] == ["PPO", "DPO"]
     for axis in figure.axes:
         assert set(texts(axis)) == {"proxy", "gold"}
+        assert figure.axes[0].get_ylabel() == "reward (proxy: sd, gold: points)"
         proxy_mean, gold_mean = axis.lines
         assert len(axis.collections) == 2, "a band each"
         assert proxy_mean.get_ydata()[-1] == pytest.approx(11.0)  # 9, 10, 11 and two more, halved
@@ -163,6 +209,11 @@ def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
 def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dict) -> None:
     proxy, gold = figures.best_of_n(results["best_of_n"], deciding="gold").axes
     assert len(gold.lines) == len(gold.collections) == 2, "two curves, two bands"
+    assert len(proxy.lines) == len(proxy.collections) == 1, "a control's proxy is another scale"
+    shown = [results["best_of_n"]["default"][0]["proxy"]["mean"], proxy.lines[0].get_ydata()[0]]
+    assert shown[0] == shown[1], "the picker that the other policies are measured by"
+    assert [tick.get_text() for tick in gold.get_xticklabels()] == ["1 (SFT)", "2", "4", "8"]
+    assert len(gold.get_legend().get_texts()) == 2
     default = [row["gold"]["mean"] for row in results["best_of_n"]["default"]]
     assert list(gold.lines[0].get_ydata()) == default
     assert list(proxy.lines[0].get_xdata()) == [1, 2, 4, 8]

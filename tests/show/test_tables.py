@@ -13,6 +13,7 @@ import pytest
 
 from rlhf_lib.catalogue import CATALOGUE, candidates, label, policies
 from rlhf_lib.measure.statistics import interval
+from rlhf_lib.runtime import MEASURING
 from rlhf_lib.show import costs, figures, tables
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
@@ -44,9 +45,27 @@ def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
     assert table.loc["PPO", "proxy"] == interval(ppo["proxy"])
     assert table.loc["PPO", "KL"] == interval(ppo["kl"], 1)
     assert table.loc["SFT", "wins vs SFT"] == "–"
-    assert table.loc["Base", "min"] == "–", "nobody trained the base"
+    assert table.loc["Base", "own minutes"] == "–", "nobody trained the base"
+    assert table.loc["Base", "GB or MB"] == "–"
     seconds = results["cost"]["ppo"]["seconds"]["mean"]
-    assert table.loc["PPO", "min"] == f"{seconds / 60:.1f}"
+    assert table.loc["PPO", "own minutes"] == f"{seconds / 60:.1f}"
+
+
+def test_minutes_of_training_leave_out_what_was_measured() -> None:
+    cost = {"seconds": {"mean": 600.0}, "phases": {"update": 400.0, MEASURING: 120.0}}
+    assert tables.trained_for(cost) == "8.0"
+    assert tables.trained_for(cost | {"phases": {"update": 400.0}}) == "10.0"
+
+
+def test_kinds_of_request_are_said_to_gain_or_to_lose() -> None:
+    gains = {
+        "help": {"mean": 0.5, "low": 0.25, "high": 0.75},
+        "harm": {"mean": -0.5, "low": -0.75, "high": -0.25},
+        "edge": {"mean": 0.5, "low": -0.25, "high": 1.25},
+    }
+    said = tables.moved(gains)
+    assert said == "more in help (0.50 [0.25, 0.75]), less in harm (-0.50 [-0.75, -0.25])"
+    assert tables.moved({"edge": gains["edge"]}).startswith("no kind in which")
 
 
 def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None:
@@ -126,7 +145,8 @@ def test_wins_stand_beside_their_length_controlled_twin(results: dict) -> None:
 def test_the_distance_table_has_the_standard_error_of_the_kl(results: dict) -> None:
     table = tables.distance_table(results).set_index("policy")
     kl = results["policies"]["dpo"]["kl"]
-    assert table.loc["DPO", "KL ± SE"] == f"{kl['mean']:.2f} ± {kl['se']:.2f}"
+    assert table.loc["DPO", "exact KL ± SE"] == f"{kl['mean']:.2f} ± {kl['se']:.2f}"
+    assert {"KL by k1", "KL by k3"} < set(table), "an estimator has its name"
     assert table.loc["SFT", "more than SFT (nats)"] == "–"
     without_texts = without(results, ("perplexity", "forgetting"))
     assert "perplexity" not in tables.distance_table(without_texts).columns

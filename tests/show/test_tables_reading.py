@@ -110,6 +110,22 @@ def test_a_row_a_measure_a_column_a_policy_and_an_arrow_where_it_differs() -> No
     assert definitions["what counts"].tolist() == [measured["definitions"][m] for m in wanted]
 
 
+def test_every_candidate_with_an_arrow_is_spoken_of() -> None:
+    unchanged = {"mean": 0.0, "low": 0.0, "high": 0.0, "verdict": "not distinguishable"}
+    fewer = {"mean": -0.03, "low": -0.05, "high": -0.01, "verdict": "lower"}
+    more = {"mean": 0.875, "low": 0.5, "high": 1.0, "verdict": "higher"}
+    changes = {"base": more, "rejection_sft": more, "ppo": fewer, "dpo": unchanged}
+    records = {name: {"change": change} for name, change in changes.items()}
+    said = tables.failure_sentences({"repetitive": {"sft": {}, **records}})
+    assert sorted(said) == [
+        "Best-of-n SFT fails **more often** than SFT: repetitive, by 88 [50, 100] points of a "
+        "hundred.",
+        "PPO fails **less often** than SFT: repetitive, by 3 [1, 5] points of a hundred.",
+    ]
+    none = tables.failure_sentences({"repetitive": {"sft": {}, "dpo": {"change": unchanged}}})
+    assert none == ["No candidate was shown to fail more or less often than SFT."]
+
+
 def record(mean: float, verdict: str) -> dict:
     return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "change": {"verdict": verdict}}
 

@@ -12,11 +12,13 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.report.exporters import merge
-from rlhf_lib.results import verdict
+from rlhf_lib.results import summary, verdict
 from rlhf_lib.results.summary import load_results
+from rlhf_lib.runs import Run
 from rlhf_lib.settings import Profile, as_dict, load_profile
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import StudyError, notebook_path
+from tests.made_up_study import preference_data, stages_of
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -69,6 +71,24 @@ def test_the_newest_finished_evaluation_counts(tmp_path: Path) -> None:
     (tmp_path / "laptop" / "evaluation-unfinished" / "DONE").unlink()
     folder = book.evaluation_folder(load_profile("laptop"), tmp_path)
     assert load_results(folder)["evaluation"] == "new"
+
+
+def test_what_was_just_summarised_is_what_is_found(tmp_path: Path) -> None:
+    """The last part of a study and the whole have the same stages where the profile has no extras.
+
+    Likewise with every setting that no stage's hash carries: results say which they are of.
+    """
+    source, seeds = "path:pairs.jsonl", 2
+    own = ["extras=false", "extras=true", "tuning.trials=7", "sweep.weaker=0.9"]
+    data, folders = preference_data(source), []
+    for setting in [*own, "evaluation.bootstrap_samples=99"]:
+        profile = load_profile("smoke", [f"data.source={source}", f"seeds={seeds}", setting])
+        runs = [Run(profile, seed, tmp_path) for seed in range(seeds)]
+        made = [stages_of(run, source) for run in runs]
+        folders.append(summary.summarise(runs, made, data))
+        assert book.evaluation_folder(profile, tmp_path) == folders[-1]
+    assert folders[1] == folders[2], "how a study was tuned changes no result"
+    assert len(set(folders)) == 4
 
 
 def test_a_report_is_of_its_own_settings_whatever_was_run_since(tmp_path: Path) -> None:

@@ -164,6 +164,41 @@ def test_a_failure_is_reported_by_name_and_what_needs_it_is_not_started(
     assert not {"seed 0: ppo", "1 seed so far: 07_evaluation"} & set(threads.started)
 
 
+def test_what_waits_is_cancelled_when_the_user_stops(
+    threads: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C: what runs ends, and what has not begun does not begin."""
+    running, last = threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            if wait:  # on the way out, when what was to be cancelled has been
+                last.set()
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda workers, mp_context: Pool(workers))
+    begun: list[str] = []
+
+    def work(name: str) -> None:
+        begun.append(name)
+        running.set()
+        last.wait()
+
+    futures = []
+
+    def stopped() -> None:
+        with schedule.worker_pool(load_profile("laptop", ["jobs=1"])) as (pool, _):
+            futures.extend(pool.submit(work, name) for name in ("first", "second", "third"))
+            running.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert begun == ["first"]
+    assert [future.cancelled() for future in futures] == [False, True, True]
+    assert "Stopping. What was finished is kept" in capsys.readouterr().out
+
+
 def test_only_one_notebook(threads: SimpleNamespace, tmp_path: Path) -> None:
     (notebook,) = run_study(load_profile("smoke"), tmp_path, [], only="06_dpo")
     assert notebook.name == "06_dpo.ipynb"

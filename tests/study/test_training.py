@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
+from rlhf_lib.methods.learner import DivergedError
 from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer
-from rlhf_lib.runs import Run
+from rlhf_lib.runs import Run, Work
 from rlhf_lib.settings import PPOConfig, SettingsError, UserError
 from rlhf_lib.study import offer, training
 from rlhf_lib.study.training import run_stage
@@ -192,6 +195,60 @@ def test_the_policy_that_was_trained_is_saved(toy: Callable, tiny_base: Path) ->
     assert all(new.norm() <= old.norm() for old, new in pairs)
     assert sum(new.norm() < old.norm() for old, new in pairs) > len(pairs) / 2
     assert load_tokenizer(stage.model_path).eos_token_id == 1
+
+
+@pytest.fixture
+def fp16(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Stages train in fp16's way; gradients are multiplied by the last number of this list."""
+    factors = [1.0]
+    made, trainable = offer.make_accelerator, offer.trainable
+
+    def scaled(precision: str) -> Any:
+        accelerator = made(precision)
+        accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**16)
+        return accelerator
+
+    def hooked(*asked: Any) -> Any:
+        model = trainable(*asked)
+        next(model.parameters()).register_hook(lambda gradient: gradient * factors[-1])
+        return model
+
+    monkeypatch.setattr(offer, "make_accelerator", scaled)
+    monkeypatch.setattr(offer, "trainable", hooked)
+    return factors
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model"])
+def test_a_stage_whose_every_step_was_skipped_is_not_published(
+    name: str, fp16: list[float], make_run: Callable, tiny_data: Any, tmp_path: Path
+) -> None:
+    fp16.append(math.inf)
+    with pytest.raises(DivergedError, match=r"every step was skipped.*model\.precision=fp32"):
+        train_stage(make_run(tmp_path), name, tiny_data)
+    assert not list(tmp_path.glob("**/DONE"))
+
+
+def test_what_was_learnt_before_a_kill_counts_as_learnt(
+    fp16: list[float],
+    make_run: Callable,
+    tiny_data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, log = make_run(tmp_path, "checkpoint_minutes=0"), Work.log
+
+    def dying(work: Work, step: int, *rest: Any) -> None:
+        log(work, step, *rest)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "log", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(run, "sft", tiny_data)
+    fp16.append(math.inf)
+    stage = train_stage(run, "sft", tiny_data)
+    assert [row["skipped"] for row in stage.metrics()] == [0, 1, 1, 1]
 
 
 def test_a_reward_model_is_saved_as_one_and_a_frozen_one_is_not(

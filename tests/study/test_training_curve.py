@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from rlhf_lib.data.pairs import draw_pairs
 from rlhf_lib.methods import reward_model
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
+from rlhf_lib.runs import Stage, Work
 from rlhf_lib.settings import PROFILES, load_profile
 from rlhf_lib.study.training import curve_sizes
 from tests.conftest import train_stage
@@ -106,3 +108,45 @@ def test_a_killed_curve_keeps_the_points_that_it_has(
     assert stage.samples() == curve.samples()
     for key in ("spent", "num_tokens"):
         assert stage.result()[key] == curve.result()[key], "what the first point cost counts"
+
+
+@pytest.mark.parametrize("moment", ["in a step", "when it was done and not yet kept"])
+def test_what_a_point_had_cost_before_it_was_killed_counts(
+    moment: str,
+    make_run: Callable,
+    tiny_data: Any,
+    finished: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    curve: Any,
+) -> None:
+    """The second point, of two steps, is killed: it goes on from what it has saved itself."""
+    run = make_run(tmp_path, "checkpoint_minutes=0")  # saves its state after every step
+    log, samples = Work.log, Stage.samples
+
+    def dying(work: Work, step: int, *rest: Any) -> None:
+        if moment == "in a step" and (work.stage.name, step) == ("reward_model_8", 1):
+            raise KeyboardInterrupt
+        log(work, step, *rest)
+
+    def read(stage: Stage) -> list[dict]:
+        if moment != "in a step" and stage.name == "reward_model_8":
+            raise KeyboardInterrupt
+        return samples(stage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "log", dying)
+        patch.setattr(Stage, "samples", read)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(run, "reward_model_curve", tiny_data, finished)
+    name = "checkpoint/progress.json" if moment == "in a step" else "result.json"
+    (saved,) = tmp_path.glob(f"**/reward_model_8-*/{name}")
+    before = json.loads(saved.read_text())
+    saved.write_text(json.dumps(before | {"seconds": 1e6, "peak_memory_gb": 99.0}))
+
+    result = train_stage(run, "reward_model_curve", tiny_data, finished).result()
+    for key in ("spent", "num_tokens"):
+        assert result[key] == curve.result()[key]
+    assert 1e6 < sum(result["training_seconds"].values()) < result["seconds"] < 1e6 + 1e3
+    assert result["peak_memory_gb"] == 99.0
+    assert result["phases"]["update"] > before["phases"]["update"]
