@@ -94,10 +94,19 @@ def _passed(
 
 
 def _worth_it(model: nn.Module) -> bool:
-    if next(model.parameters()).device.type != "cuda":
+    """Whether a pass is many short kernels, and the same ones each time."""
+    if not _on_gpu(model) or (
+        model.training and getattr(model, "is_gradient_checkpointing", False)
+    ):
         return False
-    again = model.training and getattr(model, "is_gradient_checkpointing", False)
-    return not again and sum(p.numel() for p in model.parameters()) <= LARGEST
+    weights = dict(model.named_parameters())
+    # adapters are at times left out
+    adapted = any("lora_" in name for name in weights)
+    return not adapted and sum(weight.numel() for weight in weights.values()) <= LARGEST
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"
 
 
 class _Recorder:

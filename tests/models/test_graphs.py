@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from rlhf_lib.models import graphs, logprobs
+from rlhf_lib.models.load import adapters_off, add_lora
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.models.packing import lay_out
 
@@ -54,7 +55,7 @@ def emulated(compute: Callable[[], Any], pool: Any = None) -> tuple[Callable[[],
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "record", emulated)
-    monkeypatch.setattr(graphs, "_worth_it", lambda model: True)
+    monkeypatch.setattr(graphs, "_on_gpu", lambda model: True)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(logprobs, "lay_out_for", lambda model, *rows: lay_out(*rows, multiple=8))
     monkeypatch.setattr(graphs, "MEMORY", graphs.Memory())
@@ -80,7 +81,7 @@ def test_replayed_passes_give_the_same_gradients(
 ) -> None:
     found = [gradients(causal_model, [i, i + 1, i + 12]) for i in range(4)]
     assert len(graphs.RECORDERS[causal_model].recordings) == 2, "one for each number of rows"
-    monkeypatch.setattr(graphs, "_worth_it", lambda model: False)
+    monkeypatch.setattr(graphs, "_on_gpu", lambda model: False)
     for i, ours in enumerate(found):
         theirs = gradients(causal_model, [i, i + 1, i + 12])
         assert len(ours) == len(theirs) > 10
@@ -100,3 +101,18 @@ def test_a_pass_whose_memory_is_still_needed_is_not_overwritten(
     for ours, p in zip(alone, causal_model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, ours)
     del second
+
+
+def test_a_reference_that_is_the_policy_without_adapters_is_read_without_them(
+    causal_model: PreTrainedModel, recording: None
+) -> None:
+    add_lora(causal_model, 2, 4.0)
+    for name, weight in causal_model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    with torch.no_grad():
+        for _ in range(4):
+            policy = loss(causal_model, 0)
+            with adapters_off(causal_model):
+                reference = loss(causal_model, 0)
+    assert abs(policy - reference) > 1e-3
