@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ LEAVE_OUT = ("sweep.stronger=0", "reward_model.curve_points=0")  # what no compa
 
 def main(
     profile: str = "laptop",
-    seeds: int = 5,
+    seeds: Annotated[int, typer.Option(min=2)] = 5,
     jobs: int = 2,
     run_dir: Path = Path("runs/noise"),
     out: Path = Path("benchmarks/results/noise.json"),
@@ -81,17 +82,16 @@ def both_ways(found: Sequence[tuple[dict, dict]], unit: Callable[[str], str]) ->
     return rows
 
 
-def times_less(plain: Mapping, study: Mapping) -> dict[str, float]:
-    """How many times the one variance is the other, with a 95 % interval.
+def times_less(plain: Mapping, study: Mapping) -> dict[str, float] | None:
+    """How many times the one variance is the other, with a 95 % interval; None where one is 0.
 
-    Of two estimates that are independent: these are of the same trained policies, so it is wider
-    than it need be. Each has the degrees of freedom of Satterthwaite (1946, Biometrics Bulletin 2).
+    As of two independent estimates that know no more than the seeds' spread does, which has the
+    fewest degrees of freedom: F's quantiles. Where prompts make most of an error it is too wide.
     """
+    if not plain["se"] or not study["se"]:
+        return None
     ratio = (plain["se"] / study["se"]) ** 2
-    freedoms = [
-        record["se"] ** 4 / sum(error**4 / df for error, df in record["errors"])
-        for record in (plain, study)
-    ]
+    freedoms = [min(df for _, df in record["errors"]) for record in (plain, study)]
     low, high = (ratio / stats.f.ppf(p, *freedoms) for p in (0.975, 0.025))
     return {"mean": ratio, "low": float(low), "high": float(high)}
 
@@ -101,7 +101,7 @@ def seen(one: str, other: str, record: Mapping) -> dict:
 
     The seeds by its own p, and by the corrected one, which a verdict goes by. More seeds make the
     error of seeds smaller, and it is known with more degrees of freedom; that of prompts stays.
-    None where no number of seeds up to 50 is enough, or there is one seed to judge by.
+    None where no number of seeds up to 50 is enough.
     """
     families = compared(catalogue.candidates())
     name = next((n for n, family in families.items() if (one, other) in family.values()), "sft")
@@ -117,8 +117,6 @@ def seen(one: str, other: str, record: Mapping) -> dict:
 
 def seeds_for(wanted: float, errors: Sequence, comparisons: int = 1) -> int | None:
     """With how many seeds a study of these errors would see a difference of this size."""
-    if len(errors) < 2:
-        return None
     (between, df), *rest = errors
     for seeds in range(2, 51):
         scaled = [[between * ((df + 1) / seeds) ** 0.5, seeds - 1], *rest]

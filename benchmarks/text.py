@@ -157,8 +157,8 @@ def noise_summary(results: Mapping) -> str:
             "variance, plain": f"{row['plain']['variance']:.5f}",
             "as asked": f"{row['study']['variance']:.5f}",
             "÷": interval(row["times_less"], 1),
-            "detectable": f"{row['study']['detectable']:.2f}",
-            "by the corrected p": f"{row['corrected']:.2f}",
+            "detectable": _size(row["study"]["detectable"]),
+            "by the corrected p": _size(row["corrected"]),
             "seeds for what is wanted": _seeds(row, "seeds"),
             "by the corrected p ": _seeds(row, "seeds_corrected"),
         }
@@ -170,10 +170,14 @@ def noise_summary(results: Mapping) -> str:
         "variance is that of a mean difference in gold reward. Detectable: the true difference "
         "found by 80 of 100 such studies, alone and as the first of its family. ÷: how many times "
         "the first variance is the second, with a 95 % interval as of two independent estimates "
-        "(they are of the same policies, so it is too wide). Seeds are reckoned from the spread of "
+        "that know no more than the seeds' spread does. Seeds are reckoned from the spread of "
         f"{results['seeds']}, which is itself not well known.",
         markdown(pd.DataFrame(rows)),
     ])  # fmt: skip
+
+
+def _size(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _seeds(row: Mapping, key: str) -> str:
@@ -294,8 +298,8 @@ def _on_a_t4(results: Mapping) -> str:
             })  # fmt: skip
     said = (
         "Profile `t4` with GPT-2, stages whose rate was measured. A T4 was not: its minutes are "
-        f"those at its published peak of {T4_PEAK / 1e12:.0f} TFLOP/s, and at the share of its "
-        "peak that this card reached:"
+        f"those at its published peak of {T4_PEAK / 1e12:.0f} TFLOP/s, and at the share that "
+        "this card reached of its own measured matmul roof:"
     )
     return f"{said}\n\n{markdown(pd.DataFrame(rows))}"
 

@@ -8,6 +8,7 @@ the same places of memory each time: inputs are copied there, and gradients from
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -110,12 +111,12 @@ def _on_gpu(model: nn.Module) -> bool:
 
 
 class _Recorder:
-    """The recordings of one model, and the place that all their backward passes write to."""
+    """The recordings of one model, and the places that their backward passes write to."""
 
     def __init__(self) -> None:
         self.seen: Counter = Counter()
-        self.recordings: dict[Any, _Recording] = {}
-        self.gradients: Tensor | None = None
+        self.recordings: dict[Any, _Recording | None] = {}  # None: it cannot be recorded
+        self.gradients: dict[tuple[str, ...], Tensor] = {}  # of all that learns, by its names
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
         weights = dict(model.base_model.named_parameters())  # type: ignore[union-attr]
@@ -124,23 +125,33 @@ class _Recorder:
             name: w for name, w in weights.items() if w.requires_grad and learns
         }
         key = (
-            inputs[0].shape, inputs[1].dtype, len(learnt), model.training,
+            inputs[0].shape, inputs[1].dtype, tuple(learnt), model.training,
             torch.is_autocast_enabled("cuda"), tuple(w.data_ptr() for w in weights.values()),
         )  # fmt: skip
-        if MEMORY.in_use():
+        if MEMORY.in_use() or torch.is_inference_mode_enabled():
             return _passed(model, *inputs)
         if key not in self.recordings:
             self.seen[key] += 1
-            if self.seen[key] < SIGHTS:
-                return _passed(model, *inputs)
-            if learnt and self.gradients is None:
-                size = sum(w.numel() for w in learnt.values())
-                self.gradients = torch.zeros(size, device=inputs[0].device)
-            self.recordings[key] = _Recording(model, inputs, learnt, self.gradients)
-        recording = self.recordings[key]
+            if self.seen[key] == SIGHTS:
+                self.recordings[key] = self._record(model, inputs, learnt)
+        recording = self.recordings.get(key)
+        if recording is None:
+            return _passed(model, *inputs)
         for place, given in zip(recording.inputs, inputs, strict=True):
             place.copy_(given)
         return _Replayed.apply(recording, *learnt.values())  # type: ignore[return-value]
+
+    def _record(
+        self, model: nn.Module, inputs: Inputs, learnt: dict[str, Tensor]
+    ) -> _Recording | None:
+        if learnt and tuple(learnt) not in self.gradients:
+            size = sum(w.numel() for w in learnt.values())
+            self.gradients[tuple(learnt)] = torch.zeros(size, device=inputs[0].device)
+        try:
+            return _Recording(model, inputs, learnt, self.gradients.get(tuple(learnt)))
+        except RuntimeError as error:  # it asks the GPU for a number on its way, say
+            warnings.warn(f"this model's passes are not recorded: {error}", stacklevel=2)
+            return None
 
 
 class _Recording:
@@ -162,7 +173,7 @@ class _Recording:
             self.forward, output = record(
                 lambda: functional_call(trunk, leaves, (), named).last_hidden_state, pool
             )
-        if gradients is not None and learnt:
+        if gradients is not None:
             self.incoming, self.gradients = torch.empty_like(output), gradients
             self.sizes = [w.numel() for w in learnt.values()]
             places = gradients.split(self.sizes)
@@ -187,11 +198,13 @@ class _Replayed(torch.autograd.Function):
         if learnt:
             ctx.recording, ctx.shapes, ctx.user = recording, [w.shape for w in learnt], _User()
             MEMORY.hand_to(ctx.user)
-        return recording.output.detach()
+        return recording.output.detach()  # the next replay's as well: who asked picks from it now
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.user is None:
+            raise RuntimeError("a recorded pass goes backward once: what it kept is gone")
         recording, ctx.user = ctx.recording, None
         recording.incoming.copy_(incoming)
         recording.backward()

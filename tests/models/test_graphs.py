@@ -116,3 +116,57 @@ def test_a_reference_that_is_the_policy_without_adapters_is_read_without_them(
             with adapters_off(causal_model):
                 reference = loss(causal_model, 0)
     assert abs(policy - reference) > 1e-3
+
+
+def test_other_weights_that_learn_have_other_gradients(
+    causal_model: PreTrainedModel, recording: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = [w for name, w in causal_model.base_model.named_parameters() if "norm" not in name]
+    halves = trunk[: len(trunk) // 2], trunk[len(trunk) // 2 :], trunk
+    found = []
+    for learning in halves:
+        causal_model.requires_grad_(False)
+        for weight in learning:
+            weight.requires_grad_(True)
+        found += [gradients(causal_model, [1]) for _ in range(4)][-1]
+    monkeypatch.setattr(graphs, "_on_gpu", lambda model: False)
+    theirs = []
+    for learning in halves:
+        causal_model.requires_grad_(False)
+        for weight in learning:
+            weight.requires_grad_(True)
+        theirs += gradients(causal_model, [1])
+    for a, b in zip(found, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_recorded_pass_goes_backward_once(causal_model: PreTrainedModel, recording: None) -> None:
+    for _ in range(4):
+        gradients(causal_model, [0])
+    again = loss(causal_model, 0)
+    again.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward once"):
+        again.backward()
+
+
+def test_what_cannot_be_recorded_is_said_and_computed_as_before(
+    causal_model: PreTrainedModel, recording: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "record", refuse)
+    first = gradients(causal_model, [3])
+    gradients(causal_model, [3])
+    with pytest.warns(UserWarning, match="not recorded: operation not permitted"):
+        third = gradients(causal_model, [3])
+    for a, b in zip(first, third, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inference_mode_leaves_no_recording(causal_model: PreTrainedModel, recording: None) -> None:
+    with torch.inference_mode():
+        for _ in range(4):
+            loss(causal_model, 0)
+    assert len(gradients(causal_model, [0])) > 10
+    assert not graphs.RECORDERS[causal_model].recordings
