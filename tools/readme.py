@@ -79,7 +79,7 @@ def searched(trials: Sequence[Mapping]) -> str:
     rows = []
     for method in dict.fromkeys(trial["method"] for trial in trials):
         tried = ranked([t for t in of(trials, method) if t["mean"] is not None])
-        first, second = tried[:2]
+        first, second = tried[0], tried[min(1, len(tried) - 1)]
         ends = [
             f"{key.rpartition('.')[2]} ({'highest' if value > min(values) else 'lowest'})"
             for key, value in first["values"].items()

@@ -103,9 +103,9 @@ def share_interval(record: Mapping) -> dict[str, float]:
     """`low` and `high` for an `estimate` of a share: Jeffreys' interval, as if half a prompt had
     failed besides and half a prompt had not.
 
-    So failing never is no certainty, and failing once is known no better. Of prompts that fail
-    wholly or not at all it is that of `statistics.share`; where their replies part, or seeds add
-    to the error, the Beta distribution has the variance that this makes.
+    So failing never is no certainty, and failing once is known no better. The Beta distribution
+    has the variance that seeds and prompts make: it is wider than `statistics.share` of as many
+    prompts where these are few, and narrower where replies to one prompt differ.
     """
     mean, n = record["mean"], record["units"]
     # the normal error of this width: a t's of few seeds or prompts is wider than its `se`

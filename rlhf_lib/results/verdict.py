@@ -288,10 +288,16 @@ def _tuning(results: Mapping) -> str:
         "prompts, one seed each"
     )
     text += f"; {listed(other)} {_are(other)} other here." if other else "."
+    if unknown := [n for n in _measured(results, catalogue.candidates()) if not _searched(n)]:
+        text += f" No search was made for {_names(unknown)}."
     here = results["source"], results["model"], results["profile"]
     if here != (tuned.data.source, tuned.model.name, tuned.name):
         text += " This study has other data, another model or another budget."
     return f"{text} Other values may rank the methods otherwise."
+
+
+def _searched(name: str) -> bool:
+    return bool(catalogue.record(name).tuned)
 
 
 def _scope(results: Mapping) -> str:
@@ -300,8 +306,10 @@ def _scope(results: Mapping) -> str:
     if not several:
         over = "evaluation prompts, from a single seed: what is said of a method is said of the "
         over += "one model that it trained"
-    alone = ["SFT against itself", "the ends of best-of-n's curve"]
-    alone.append("the reward model against the bag of words")
+    alone = [
+        "policies that are no candidates", "SFT against itself", "the ends of best-of-n's curve",
+        "the reward model against the bag of words and along its learning curve",
+    ]  # fmt: skip
     if results["overoptimisation"] is not None and results["deciding"] != "proxy":
         alone.append("over-optimisation")
     if results["requests"] is not None:
@@ -310,10 +318,11 @@ def _scope(results: Mapping) -> str:
         f"Intervals are 95 % over {over}; of accuracies, over pairs; of forgetting, over held-out "
         "texts. Families were fixed in advance: each candidate against SFT; the methods among "
         f"themselves; each method against {catalogue.label(catalogue.baseline())}; each method "
-        "against best-of-n; the candidates in each need. In these, what is called a difference "
-        "stays one after Holm's correction within its family. Every other difference stands "
-        f"alone, uncorrected: {listed(alone)}. Rankings belong to this data, this model size and "
-        "this tuning."
+        "against best-of-n; in each need, the candidates among themselves and against "
+        f"{catalogue.label(catalogue.baseline())}; and the policies in each kind of failure, in "
+        "forgetting and in second opinions. What is called a difference there stays one after "
+        f"Holm's correction within its family. Uncorrected are {listed(alone)}. Rankings belong to "
+        "this data, this model size and this tuning."
     )
 
 

@@ -129,7 +129,7 @@ def sweep_table(ends: pd.DataFrame, results: Mapping, samples: Mapping[str, int]
     known = [reward for reward in ("proxy", "gold") if ends[reward].notna().all()]
     columns = [
         ("method", lambda row: label(row["method"])),
-        ("coefficient", lambda row: f"{row['coefficient']:g}"),
+        ("coefficient", lambda row: f"{c:g}" if (c := row["coefficient"]) == c else "–"),
         ("KL, k1 (nats a reply)", lambda row: f"{row['kl']:.2f}"),
         *((reward, lambda row, reward=reward: f"{row[reward]:.2f}") for reward in known),
         ("replies sampled", lambda row: f"{n:,}" if (n := samples[row["policy"]]) else "–"),

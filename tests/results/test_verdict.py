@@ -221,7 +221,7 @@ def test_the_scope_names_what_the_intervals_are_over(results: dict) -> None:
     last = verdict.sentences(results)[-1]
     assert "95 % over seeds and evaluation prompts" in last
     assert "Holm's correction" in last
-    assert "uncorrected: SFT against itself" in last
+    assert "Uncorrected are policies that are no candidates, SFT against itself" in last
     assert "over-optimisation" in last
     assert "the methods among themselves; each method against Best-of-n SFT" in last
     results["seeds"] = [0]
@@ -388,6 +388,15 @@ def test_values_that_no_search_has_found_are_not_called_tuned(results: dict) -> 
     for key, value in (("profile", "smoke"), ("model", "gpt2"), ("source", "path:mine.jsonl")):
         results |= {"profile": "laptop", "model": "tiny", "source": "bundled"} | {key: value}
         assert "another budget" in said()
+
+
+def test_a_method_that_nobody_searched_for_is_named(
+    results: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results["settings"] = as_dict(load_profile("laptop"))
+    assert "No search" not in text(results)
+    monkeypatch.setitem(CATALOGUE, "grpo", replace(CATALOGUE["grpo"], tuned=()))
+    assert "No search was made for GRPO." in text(results)
 
 
 def test_where_nothing_is_as_the_search_found_it_no_search_is_spoken_of(results: dict) -> None:

@@ -70,3 +70,4 @@ def test_what_stands_at_the_end_of_a_search_is_said_of_every_method() -> None:
     assert said[2].endswith("| learning_rate=0.1 epochs=8 gold 0.500 [0.000, 1.000] | "
                             "learning_rate (highest) |")  # fmt: skip
     assert said[3].endswith("| no |")
+    assert len(readme.searched(trials[:1]).splitlines()) == 3, "one trial is the best and the next"
