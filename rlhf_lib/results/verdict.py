@@ -30,14 +30,15 @@ def sentences(results: Mapping) -> list[str]:
     parts = [_gains(results), _null(results), _ranking(results), _against_baseline(results)]
     parts += [*choices(results), _detectable(results)]
     parts += [_overoptimisation(results), _best_of_n(results)]
-    parts += [_reward_model(results), _repeats(results), _tuning(results), _scope(results)]
+    parts += [_reward_model(results), _repeats(results), _tuning(results), _over(results)]
+    parts.append(_families(results))
     return [part for part in parts if part]
 
 
 def headline(results: Mapping) -> list[str]:
     """The verdict in short, for the first page: who gained, who leads, what went wrong."""
     parts = [_gains(results), _null(results), _ranking(results), _overoptimisation(results)]
-    return [part for part in (*parts, _best_of_n(results), _scope(results)) if part]
+    return [part for part in (*parts, _best_of_n(results), _over(results)) if part]
 
 
 def _measured(results: Mapping, names: Iterable[str]) -> list[str]:
@@ -300,12 +301,21 @@ def _searched(name: str) -> bool:
     return bool(catalogue.record(name).tuned)
 
 
-def _scope(results: Mapping) -> str:
-    several = len(results["seeds"]) > 1
+def _over(results: Mapping) -> str:
+    """What the intervals are over."""
     over = "seeds and evaluation prompts"
-    if not several:
+    if len(results["seeds"]) == 1:
         over = "evaluation prompts, from a single seed: what is said of a method is said of the "
         over += "one model that it trained"
+    return (
+        f"Intervals are 95 % over {over}; of accuracies, over pairs; of forgetting, over held-out "
+        "texts."
+    )
+
+
+def _families(results: Mapping) -> str:
+    """What was corrected for the number of comparisons, and what was not."""
+    baseline = catalogue.label(catalogue.baseline())
     alone = [
         "policies that are no candidates", "SFT against itself", "the ends of best-of-n's curve",
         "the reward model against the bag of words and along its learning curve",
@@ -315,14 +325,12 @@ def _scope(results: Mapping) -> str:
     if results["requests"] is not None:
         alone.append("gains by kind of request")
     return (
-        f"Intervals are 95 % over {over}; of accuracies, over pairs; of forgetting, over held-out "
-        "texts. Families were fixed in advance: each candidate against SFT; the methods among "
-        f"themselves; each method against {catalogue.label(catalogue.baseline())}; each method "
-        "against best-of-n; in each need, the candidates among themselves and against "
-        f"{catalogue.label(catalogue.baseline())}; and the policies in each kind of failure, in "
-        "forgetting and in second opinions. What is called a difference there stays one after "
-        f"Holm's correction within its family. Uncorrected are {listed(alone)}. Rankings belong to "
-        "this data, this model size and this tuning."
+        "Families were fixed in advance: each candidate against SFT; the methods among "
+        f"themselves; each method against {baseline}; each method against best-of-n; in each "
+        f"need, the candidates among themselves and against {baseline}; and the policies in each "
+        "kind of failure, in forgetting and in second opinions. What is called a difference there "
+        f"stays one after Holm's correction within its family. Uncorrected are {listed(alone)}. "
+        "Rankings belong to this data, this model size and this tuning."
     )
 
 

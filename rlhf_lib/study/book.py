@@ -109,7 +109,8 @@ def _subtitle(results: Mapping) -> str:
 
 def front_page(results: Mapping) -> nbformat.NotebookNode:
     """The answer first: the verdict in short, one figure, one table, on one page."""
-    said = [*verdict.headline(results), "What to choose for which need: at the end of chapter 7."]
+    rest = "What to choose for which need, and what was corrected for how many comparisons, stands "
+    said = [*verdict.headline(results), f"{rest}at the end of chapter 7."]
     caption = HEADLINE_CAPTION.format(deciding=results["deciding"])
     return _notebook([
         _prose("## The verdict\n\n" + "\n\n".join(said)),
