@@ -14,6 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -46,30 +48,17 @@ def main(
     out: Path = Path("benchmarks/results/stages.json"),
 ) -> None:
     """Run the stages by both codes, and write how many CPU-seconds each has taken."""
-    with tempfile.TemporaryDirectory() as folder:
+    results = {
+        "profile": profile, "seed": seed, "environment": environment(),
+        "commits": [commit_of(code) for code in (before, after)],
+        "cpu_seconds": (found := [{}, {}]),
+    }  # fmt: skip
+    asked = profile, str(seed), only, overrides
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         running = [
-            subprocess.Popen(
-                [
-                    sys.executable, "-c", CODE,
-                    profile, str(seed), f"{folder}/{way}", only, overrides,
-                ],
-                cwd=code, stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "PYTHONPATH": str(code.resolve()), "RLHF_THREADS": "1"},
-            )
+            stack.enter_context(started(code, f"{folder}/{way}", *asked))
             for way, code in (("before", before), ("after", after))
-        ]  # fmt: skip
-        commits = [
-            subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], cwd=code, capture_output=True, text=True,
-                check=True,
-            ).stdout.strip()
-            for code in (before, after)
-        ]  # fmt: skip
-        found: list[dict[str, float]] = [{}, {}]
-        results = {
-            "profile": profile, "seed": seed, "environment": environment(), "commits": commits,
-            "cpu_seconds": found,
-        }  # fmt: skip
+        ]
         for name in only.split(","):
             for process, seconds in zip(running, found, strict=True):
                 assert process.stdout is not None
@@ -80,6 +69,28 @@ def main(
             out.write_text(json.dumps(results, indent=1) + "\n")  # a run that is cut off keeps it
             print(f"{name}: {found[0][name]:.0f} s, {found[1][name]:.0f} s", flush=True)
     print(stages_summary(results))
+
+
+@contextmanager
+def started(
+    code: Path, folder: str, profile: str, seed: str, names: str, overrides: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs these stages by one code; leaving ends it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE, profile, seed, folder, names, overrides],
+        cwd=code, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(code.resolve()), "RLHF_THREADS": "1"},
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def commit_of(code: Path) -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=code, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
