@@ -25,6 +25,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -301,6 +302,23 @@ def check_resume(
     return partial(_check_resume, tmp_path, make_run, monkeypatch)
 
 
+@contextmanager
+def dying_at(last: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it a stage dies when it has logged step `last`."""
+    from rlhf_lib.runs import Work
+
+    log = Work.log
+
+    def log_and_die(work: Work, step: int, *rest: Any) -> None:
+        log(work, step, *rest)
+        if step == last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "log", log_and_die)
+        yield
+
+
 def _check_resume(
     root: Path,
     make_run: Callable,
@@ -315,17 +333,8 @@ def _check_resume(
     if kill is not None:
         kill(run)
     else:
-        log = Work.log
-
-        def log_and_die(work: Work, step: int, *rest: Any) -> None:
-            log(work, step, *rest)
-            if step == 2:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Work, "log", log_and_die)
-            with pytest.raises(KeyboardInterrupt):
-                train(run)
+        with dying_at(2, monkeypatch), pytest.raises(KeyboardInterrupt):
+            train(run)
     (partial_folder,) = (root / "killed").glob("*/*/*.partial")
     assert (partial_folder / "checkpoint" / "progress.json").exists()
     assert not list((root / "killed").glob("*/*/*/DONE"))

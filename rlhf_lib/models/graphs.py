@@ -119,6 +119,8 @@ class _Recorder:
         self.gradients: dict[tuple[str, ...], Tensor] = {}  # of all that learns, by its names
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        if MEMORY.in_use() or torch.is_inference_mode_enabled():
+            return _passed(model, *inputs)
         weights = dict(model.base_model.named_parameters())  # type: ignore[union-attr]
         learns = torch.is_grad_enabled()
         learnt: dict[str, Tensor] = {
@@ -128,8 +130,6 @@ class _Recorder:
             inputs[0].shape, inputs[1].dtype, tuple(learnt), model.training,
             torch.is_autocast_enabled("cuda"), tuple(w.data_ptr() for w in weights.values()),
         )  # fmt: skip
-        if MEMORY.in_use() or torch.is_inference_mode_enabled():
-            return _passed(model, *inputs)
         if key not in self.recordings:
             self.seen[key] += 1
             if self.seen[key] == SIGHTS:
@@ -144,11 +144,12 @@ class _Recorder:
     def _record(
         self, model: nn.Module, inputs: Inputs, learnt: dict[str, Tensor]
     ) -> _Recording | None:
-        if learnt and tuple(learnt) not in self.gradients:
+        names = tuple(learnt)
+        if learnt and names not in self.gradients:
             size = sum(w.numel() for w in learnt.values())
-            self.gradients[tuple(learnt)] = torch.zeros(size, device=inputs[0].device)
+            self.gradients[names] = torch.zeros(size, device=inputs[0].device)
         try:
-            return _Recording(model, inputs, learnt, self.gradients.get(tuple(learnt)))
+            return _Recording(model, inputs, learnt, self.gradients.get(names))
         except RuntimeError as error:  # it asks the GPU for a number on its way, say
             warnings.warn(f"this model's passes are not recorded: {error}", stacklevel=2)
             return None

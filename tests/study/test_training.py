@@ -18,11 +18,11 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.methods.learner import DivergedError
 from rlhf_lib.models.load import load_policy, load_reward_model, load_tokenizer
-from rlhf_lib.runs import Run, Work
+from rlhf_lib.runs import Run
 from rlhf_lib.settings import PPOConfig, SettingsError, UserError
 from rlhf_lib.study import offer, training
 from rlhf_lib.study.training import run_stage
-from tests.conftest import train_stage
+from tests.conftest import dying_at, train_stage
 
 # ------------------------------------------------------------------------------ what a stage gets
 
@@ -235,17 +235,9 @@ def test_what_was_learnt_before_a_kill_counts_as_learnt(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, log = make_run(tmp_path, "checkpoint_minutes=0"), Work.log
-
-    def dying(work: Work, step: int, *rest: Any) -> None:
-        log(work, step, *rest)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Work, "log", dying)
-        with pytest.raises(KeyboardInterrupt):
-            train_stage(run, "sft", tiny_data)
+    run = make_run(tmp_path, "checkpoint_minutes=0")
+    with dying_at(1, monkeypatch), pytest.raises(KeyboardInterrupt):
+        train_stage(run, "sft", tiny_data)
     fp16.append(math.inf)
     stage = train_stage(run, "sft", tiny_data)
     assert [row["skipped"] for row in stage.metrics()] == [0, 1, 1, 1]
