@@ -34,15 +34,18 @@ ORDER = (
     "results",
     "show",
     "proofs",
+    "course",
     "report",
     "study",
+    "review",
     "lesson",
     "__main__",
 )
 # what a folder may import of ours, where that is less than all that stands before it
 ALONE = {"objectives": {"objectives"}, "world": {"world"}, "report": {"report"}}
 SHARED_BY_METHODS = {f"rlhf_lib.methods.{name}" for name in ("learner", "rewards", "rollout")}
-SHOWS = {"show", "study", "lesson", "__main__"}  # of the library; tools and benchmarks may as well
+# of the library; tools and benchmarks may as well
+SHOWS = {"show", "course", "study", "lesson", "__main__"}
 # The standard library lends the objectives words for types and records, no more.
 PURE = frozenset({"__future__", "collections", "dataclasses", "math", "typing", "torch"})
 

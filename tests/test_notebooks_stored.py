@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -90,6 +93,51 @@ def test_code_cells_are_short(notebook: nbformat.NotebookNode) -> None:
     for index, cell in enumerate(code_cells(notebook)):
         lines = len(cell.source.splitlines())
         assert lines <= MAX_CELL_LINES, f"code cell {index} has {lines} lines"
+
+
+def printed_lines(notebook: nbformat.NotebookNode) -> int:
+    """Lines of the library's source that a notebook prints with `source(...)`."""
+    names: dict[str, object] = {}
+    printed = 0
+    for cell in code_cells(notebook):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(compile(ast.Module([node], []), "imports", "exec"), names)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "source":
+                for argument in node.args:
+                    asked = argument.value if isinstance(argument, ast.Starred) else argument
+                    if ast.unparse(asked).split(".")[0] not in names:
+                        continue  # the variable of a loop
+                    found = eval(ast.unparse(asked), names)
+                    several = found if isinstance(found, list | tuple) else [found]
+                    printed += sum(len(inspect.getsourcelines(f)[0]) for f in several)
+    return printed
+
+
+def test_a_notebook_says_truly_how_long_it_is_read(notebook: nbformat.NotebookNode) -> None:
+    """200 words or 25 lines of code a minute; what only a run prints may add a third."""
+    folded = [c for c in notebook.cells if "solution" in c.metadata.get("tags", [])]
+    hidden = [c for c in code_cells(notebook) if "hide-input" in c.metadata.get("tags", [])]
+    prose = [c.source for c in notebook.cells if c.cell_type == "markdown" and c not in folded]
+    code = [c.source for c in code_cells(notebook) if c not in hidden]
+    lines = sum(len(source.splitlines()) for source in code) + printed_lines(notebook)
+    minutes = len(" ".join(prose).split()) / 200 + lines / 25
+    said = re.search(r"[Aa]bout (\d+) minutes", notebook.cells[0].source)
+    assert said, "the first cell says `about N minutes`"
+    assert minutes - 2.5 <= int(said[1]) <= 1.35 * minutes + 5, f"{minutes:.0f} minutes"
+
+
+def test_a_notebook_says_what_is_learnt_and_opens_with_its_diagram(
+    notebook: nbformat.NotebookNode,
+) -> None:
+    assert 3 <= notebook.cells[0].source.partition("What you learn:")[2].count("\n- ") <= 5
+    assert any("pictures.diagram(" in cell.source for cell in notebook.cells[:6])
+
+
+def test_no_sentence_leads_into_hidden_code(notebook: nbformat.NotebookNode) -> None:
+    for before, cell in pairwise(notebook.cells):
+        if cell.cell_type == "code" and before.cell_type == "markdown":
+            assert not before.source.rstrip().endswith(":"), before.source[-80:]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""PPO, GRPO and DPO on bare torch, to be read from top to bottom.
+"""SFT, reward model, PPO, GRPO and DPO on bare torch, to be read from top to bottom.
 
-Plain padded batches, and nothing of the rest of this library: the tests hold the library's methods
-against it, and the benchmark runs it as the peer of PPO.
+Plain padded batches, and nothing of the rest of this library: the notebooks print it and run it
+live, the tests hold the library's methods against it, and the benchmark runs it as a peer.
 
-Policy and reference are causal language models of transformers, the value model is a sequence
-classifier with one label, the reward any function of a batch, (B,): of a reward model it is
+Policy and reference are causal language models of transformers, reward and value model sequence
+classifiers with one label, the reward any function of a batch, (B,): of a reward model it is
 `lambda batch: scores(model, batch)`. All are in eval mode: dropout gives a token two log-probs.
-Shapes: B replies, P tokens in the longest prompt, T in the longest reply.
+Shapes: B replies, P tokens in the longest prompt, T in the longest reply. Each loop yields what it
+did after each update, so that it can be looked at.
 """
 
 from __future__ import annotations
@@ -123,78 +124,178 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> tuple[Tensor,
     return advantages, advantages + values
 
 
-def ppo_update(policy, value, reference, reward, batch: Batch, optimizers, s: Settings) -> float:
-    with torch.no_grad():
-        old, ref = (logprobs(model, batch, s.temperature) for model in (policy, reference))
-        old_values, earned = values(value, batch), reward(batch)
-        # 1. KL is paid at each token, the score comes with the last (arXiv:2203.02155, eq. 2)
-        rewards, ends = -s.kl_coef * (old - ref), batch.mask.sum(1, keepdim=True) - 1
-        rewards = rewards.scatter_add(1, ends, earned[:, None])
-        # 2. advantages, whitened after the returns, which stay in units of the reward
-        advantages, returns = gae(rewards, old_values, batch.mask, s.gamma, s.gae_lambda)
-        of_tokens = advantages[batch.mask.bool()]
-        advantages = (advantages - of_tokens.mean()) / (of_tokens.var() + 1e-8).sqrt()
-    # 3. small steps of both models; losses are means over all tokens of a minibatch
+# ------------------------------------------------------------------------------------------- SFT
+
+
+def sft_loss(policy, examples) -> Tensor:
+    """Of pairs (prompt, reply): a mean over all tokens of the replies; prompts are only read."""
+    rows = examples
+    batch = pad(*(list(side) for side in zip(*rows, strict=True)), policy.device)
+    return -logprobs(policy, batch, 1.0).sum() / batch.mask.sum()
+
+
+def sft(policy, examples, s: Settings) -> Iterator[float]:
+    """Train the policy to imitate; yields the loss of each step."""
+    optimizer = adamw(policy, s.learning_rate)
+    for _ in range(s.updates):
+        loss = sft_loss(policy, random.sample(examples, s.batch_size))
+        descend(loss, [optimizer], s.max_grad_norm)
+        yield loss.item()
+
+
+# ---------------------------------------------------------------------------------- reward model
+
+
+def reward_margins(model, pairs) -> Tensor:
+    """Of triples (prompt, chosen, rejected): by how much each chosen reply scores higher, (B,)."""
+    prompts, *sides = (list(tokens) for tokens in zip(*pairs, strict=True))
+    chosen, rejected = (scores(model, pad(prompts, side, model.device)) for side in sides)
+    return chosen - rejected
+
+
+def reward_loss(model, pairs) -> Tensor:
+    """How unlikely Bradley and Terry's model finds the labels (arXiv:2203.02155, eq. 1)."""
+    return -torch.nn.functional.logsigmoid(reward_margins(model, pairs)).mean()
+
+
+def reward_model(model, pairs, s: Settings) -> Iterator[float]:
+    """Train the classifier to rank pairs as labelled; yields the loss of each step."""
+    optimizer = adamw(model, s.learning_rate)
+    for _ in range(s.updates):
+        loss = reward_loss(model, random.sample(pairs, s.batch_size))
+        descend(loss, [optimizer], s.max_grad_norm)
+        yield loss.item()
+
+
+# ------------------------------------------------------------------------------------------- PPO
+
+
+class Experience(NamedTuple):
+    """What PPO knows of a batch before it learns from it; (B, T), `earned` (B,)."""
+
+    old: Tensor  # log-probs of the policy that sampled
+    ref: Tensor
+    earned: Tensor  # the scores
+    rewards: Tensor  # of each token
+    values: Tensor
+    advantages: Tensor  # whitened
+    returns: Tensor
+
+
+@torch.no_grad()
+def ppo_experience(policy, value, reference, reward, batch: Batch, s: Settings) -> Experience:
+    old, ref = (logprobs(model, batch, s.temperature) for model in (policy, reference))
+    old_values, earned = values(value, batch), reward(batch)
+    # KL is paid at each token, the score comes with the last (arXiv:2203.02155, eq. 2)
+    rewards, ends = -s.kl_coef * (old - ref), batch.mask.sum(1, keepdim=True) - 1
+    rewards = rewards.scatter_add(1, ends, earned[:, None])
+    # advantages, whitened after the returns, which stay in units of the reward
+    advantages, returns = gae(rewards, old_values, batch.mask, s.gamma, s.gae_lambda)
+    of_tokens = advantages[batch.mask.bool()]
+    advantages = (advantages - of_tokens.mean()) / (of_tokens.var() + 1e-8).sqrt()
+    return Experience(old, ref, earned, rewards, old_values, advantages, returns)
+
+
+def ppo_loss(policy, value, batch: Batch, seen: Experience, s: Settings) -> Tensor:
+    """Of policy and value model together: means over all tokens of the batch."""
+    new, now = logprobs(policy, batch, s.temperature), values(value, batch)
+    gain = clipped_gain(new, seen.old, seen.advantages, s.clip_range)
+    near = seen.values + (now - seen.values).clamp(-s.value_clip_range, s.value_clip_range)
+    error = torch.max((now - seen.returns) ** 2, (near - seen.returns) ** 2)
+    return ((0.5 * error - gain) * batch.mask).sum() / batch.mask.sum()
+
+
+def ppo_update(policy, value, reference, reward, batch: Batch, optimizers, s) -> Experience:
+    """Small steps of both models, some passes over the same replies in minibatches."""
+    seen = ppo_experience(policy, value, reference, reward, batch, s)
     for _ in range(s.epochs):
-        for rows in torch.randperm(len(earned)).split(s.minibatch_size):
-            part, was = Batch(*(x[rows] for x in batch)), old_values[rows]
-            new, now = logprobs(policy, part, s.temperature), values(value, part)
-            gain = clipped_gain(new, old[rows], advantages[rows], s.clip_range)
-            near = was + (now - was).clamp(-s.value_clip_range, s.value_clip_range)
-            error = torch.max((now - returns[rows]) ** 2, (near - returns[rows]) ** 2)
-            loss = ((0.5 * error - gain) * part.mask).sum() / part.mask.sum()
-            descend(loss, optimizers, s.max_grad_norm)
-    return float(earned.mean())
+        for rows in torch.randperm(len(batch.ids)).split(s.minibatch_size):
+            part, known = Batch(*(x[rows] for x in batch)), Experience(*(x[rows] for x in seen))
+            descend(ppo_loss(policy, value, part, known, s), optimizers, s.max_grad_norm)
+    return seen
 
 
-def ppo(policy, value, reference, reward, prompts, eos: int, s: Settings) -> Iterator[float]:
-    """Train policy and value model; yields the mean score at each update."""
+def ppo(
+    policy, value, reference, reward, prompts, eos: int, s: Settings
+) -> Iterator[tuple[Batch, Experience]]:
+    """Train policy and value model; yields each update's replies and what was known of them."""
     optimizers = [adamw(model, s.learning_rate) for model in (policy, value)]
     for _ in range(s.updates):
         batch = sample(policy, random.choices(prompts, k=s.batch_size), eos, s)
-        yield ppo_update(policy, value, reference, reward, batch, optimizers, s)
+        yield batch, ppo_update(policy, value, reference, reward, batch, optimizers, s)
 
 
-def grpo_update(policy, reference, reward, batch: Batch, optimizer, s: Settings) -> float:
-    with torch.no_grad():
-        old, ref = (logprobs(model, batch, s.temperature) for model in (policy, reference))
-        # 1. how a reply compares with its group (arXiv:2402.03300, sec. 4.1)
-        earned = reward(batch)
-        group = (earned - s.kl_coef * (old - ref).sum(1)).view(-1, s.group_size)
-        advantages = (group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)
-    # 2. small steps; the loss is a mean over a reply's tokens, then over replies (eq. 3)
+# ------------------------------------------------------------------------------------------ GRPO
+
+
+class Judged(NamedTuple):
+    """What GRPO knows of a batch before it learns from it; log-probs (B, T), the rest (B,)."""
+
+    old: Tensor
+    ref: Tensor
+    earned: Tensor
+    advantages: Tensor
+
+
+@torch.no_grad()
+def grpo_judge(policy, reference, reward, batch: Batch, s: Settings) -> Judged:
+    """How each reply compares with the others of its group (arXiv:2402.03300, sec. 4.1)."""
+    old, ref = (logprobs(model, batch, s.temperature) for model in (policy, reference))
+    earned = reward(batch)
+    group = (earned - s.kl_coef * (old - ref).sum(1)).view(-1, s.group_size)
+    advantages = (group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)
+    return Judged(old, ref, earned, advantages.flatten())
+
+
+def grpo_loss(policy, batch: Batch, seen: Judged, s: Settings) -> Tensor:
+    """A mean over a reply's tokens, then over replies (arXiv:2402.03300, eq. 3)."""
+    new = logprobs(policy, batch, s.temperature)
+    k3 = (seen.ref - new).exp() - 1 - (seen.ref - new)
+    gain = clipped_gain(new, seen.old, seen.advantages[:, None], s.clip_range) - s.k3_coef * k3
+    return -((gain * batch.mask).sum(1) / batch.mask.sum(1)).mean()
+
+
+def grpo_update(policy, reference, reward, batch: Batch, optimizer, s: Settings) -> Judged:
+    seen = grpo_judge(policy, reference, reward, batch, s)
     for _ in range(s.epochs):
-        new = logprobs(policy, batch, s.temperature)
-        k3 = (ref - new).exp() - 1 - (ref - new)
-        gain = clipped_gain(new, old, advantages.view(-1, 1), s.clip_range) - s.k3_coef * k3
-        loss = -((gain * batch.mask).sum(1) / batch.mask.sum(1)).mean()
-        descend(loss, [optimizer], s.max_grad_norm)
-    return float(earned.mean())
+        descend(grpo_loss(policy, batch, seen, s), [optimizer], s.max_grad_norm)
+    return seen
 
 
-def grpo(policy, reference, reward, prompts, eos: int, s: Settings) -> Iterator[float]:
-    """Train the policy; yields the mean score at each update."""
+def grpo(
+    policy, reference, reward, prompts, eos: int, s: Settings
+) -> Iterator[tuple[Batch, Judged]]:
+    """Train the policy; yields each update's replies and what was known of them."""
     optimizer = adamw(policy, s.learning_rate)
     for _ in range(s.updates):
         asked = [p for p in random.choices(prompts, k=s.batch_size) for _ in range(s.group_size)]
-        yield grpo_update(policy, reference, reward, sample(policy, asked, eos, s), optimizer, s)
+        batch = sample(policy, asked, eos, s)
+        yield batch, grpo_update(policy, reference, reward, batch, optimizer, s)
 
 
-def dpo_update(policy, reference, pairs, optimizer, s: Settings) -> float:
-    """A pair is (prompt, chosen, rejected); the loss is eq. 7 of arXiv:2305.18290."""
+# ------------------------------------------------------------------------------------------- DPO
+
+
+def rises(policy, reference, prompts, replies) -> Tensor:
+    """By how much the policy has raised each reply's log-prob, a sum over its tokens, (B,)."""
+    batch = pad(prompts, replies, policy.device)
+    with torch.no_grad():
+        before = logprobs(reference, batch, 1.0)
+    return (logprobs(policy, batch, 1.0) - before).sum(1)
+
+
+def dpo_update(policy, reference, pairs, optimizer, s: Settings) -> Tensor:
+    """Of triples (prompt, chosen, rejected); returns both implicit rewards before, (2, B)."""
     prompts, *sides = (list(tokens) for tokens in zip(*pairs, strict=True))
-    rises = []  # by how much the policy has raised each reply's log-prob, a sum over its tokens
-    for batch in (pad(prompts, replies, policy.device) for replies in sides):
-        with torch.no_grad():
-            before = logprobs(reference, batch, 1.0).sum(1)
-        rises.append(logprobs(policy, batch, 1.0).sum(1) - before)
-    loss = -torch.nn.functional.logsigmoid(s.beta * (rises[0] - rises[1])).mean()
+    chosen, rejected = (s.beta * rises(policy, reference, prompts, side) for side in sides)
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()  # arXiv:2305.18290, eq. 7
     descend(loss, [optimizer], s.max_grad_norm)
-    return loss.item()
+    return torch.stack((chosen, rejected)).detach()
 
 
-def dpo(policy, reference, pairs, s: Settings) -> Iterator[float]:
-    """Train the policy on pairs that somebody else wrote; yields the loss of each step."""
+def dpo(policy, reference, pairs, s: Settings) -> Iterator[tuple[list, Tensor]]:
+    """Train the policy on pairs that somebody else wrote; yields each step's pairs and rewards."""
     optimizer = adamw(policy, s.learning_rate)
     for _ in range(s.updates):
-        yield dpo_update(policy, reference, random.sample(pairs, s.batch_size), optimizer, s)
+        some = random.sample(pairs, s.batch_size)
+        yield some, dpo_update(policy, reference, some, optimizer, s)

@@ -99,7 +99,8 @@ class CheckExecuted(Preprocessor):
 def _clean(output: NotebookNode, where: str) -> tuple[str, str, dict] | None:
     """MIME type, content and metadata of an output's one representation; None: nothing is shown.
 
-    Of a widget its static twin stays, where it has one, and progress bars go.
+    Of a widget its static twin stays, where it has one. Progress bars go, and so do captions that
+    stand by themselves for who reads the notebook: each is in its output's metadata as well.
     """
     if output.output_type in ("error", "stream"):
         failed = output.output_type == "error"
@@ -107,6 +108,8 @@ def _clean(output: NotebookNode, where: str) -> tuple[str, str, dict] | None:
         text = clean_text(text).strip("\n")
         kind = "error" if failed else output.name
         return ("text/plain", text, {"kind": kind}) if text.strip() else None
+    if output.metadata.get("kind") == "caption":
+        return None
     data = {mime: value for mime, value in output.data.items() if mime != WIDGET}
     mime = _best_mime(data)
     if WIDGET in output.data and mime in (None, "text/plain"):

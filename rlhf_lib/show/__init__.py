@@ -1,1 +1,1 @@
-"""Tables, figures, widgets and exercises: how notebooks show what was measured."""
+"""Tables, figures and widgets: how notebooks show what was measured."""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import base64
+import html
 import inspect
 import io
+import re
+from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
+from textwrap import dedent
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -14,13 +20,21 @@ from matplotlib.figure import Figure
 
 
 def show(figure: Figure, caption: str) -> None:
-    """Display a figure as vector and bitmap, numbered and captioned in the report."""
-    display(figure_bundle(figure), raw=True, metadata={"caption": caption, "kind": "figure"})
+    """Display a figure as vector and bitmap over its caption, which the report numbers."""
+    captioned(figure_bundle(figure), "figure", caption)
 
 
 def table(frame: pd.DataFrame, caption: str) -> None:
-    """Display a table without its index, numbered and captioned in the report."""
-    display(table_bundle(frame), raw=True, metadata={"caption": caption, "kind": "table"})
+    """Display a table without its index over its caption, which the report numbers."""
+    captioned(table_bundle(frame), "table", caption)
+
+
+def captioned(bundle: Mapping[str, Any], kind: str, caption: str) -> None:
+    """Display a figure or table with its caption: for the report as metadata, for who reads the
+    notebook itself, whose front end does not show those, as a line of its own."""
+    display(bundle, raw=True, metadata={"caption": caption, "kind": kind})
+    line = f'<div style="font-size: 90%; opacity: 0.75">{html.escape(caption)}</div>'
+    display({"text/html": line, "text/plain": caption}, raw=True, metadata={"kind": "caption"})
 
 
 def say(template: str, **values: object) -> None:
@@ -28,12 +42,14 @@ def say(template: str, **values: object) -> None:
 
     Raises KeyError, which fails the notebook, for a number that was not measured.
     """
-    display({"text/markdown": sentence(template, **values), "text/plain": template}, raw=True)
+    said = sentence(template, **values)
+    display({"text/markdown": said, "text/plain": said}, raw=True)
 
 
-def source(function: object) -> None:
-    """Display the library's own source of a function: the notebook cannot drift from it."""
-    code = inspect.getsource(function).rstrip()  # type: ignore[arg-type]
+def source(*functions: object) -> None:
+    """Display the library's own source of these functions: the notebook cannot drift from it."""
+    listings = (dedent(inspect.getsource(f)).rstrip() for f in functions)  # type: ignore[arg-type]
+    code = "\n\n\n".join(listings)
     display({"text/markdown": f"```python\n{code}\n```", "text/plain": code}, raw=True)
 
 
@@ -65,9 +81,21 @@ def write_figure(figure: Figure, stem: Path) -> list[Path]:
 
 
 def table_bundle(frame: pd.DataFrame) -> dict[str, str]:
+    """The frame as HTML and as text. Columns of words stand on the left, those of numbers on the
+    right, in styles of their own: front ends would put all of them on the right."""
     with pd.option_context("display.max_colwidth", None):  # pandas would cut replies off
-        html = frame.to_html(index=False, border=0, na_rep="–")
-    return {"text/html": html, "text/plain": frame.to_string(index=False)}
+        plain = frame.to_html(index=False, border=0, na_rep="–")
+    sides = cycle("right" if _numeric(frame[column]) else "left" for column in frame)
+    aligned = _CELL.sub(lambda cell: f'<{cell[1]} style="text-align: {next(sides)}">', plain)
+    return {"text/html": aligned, "text/plain": frame.to_string(index=False)}
+
+
+_CELL = re.compile("<(th|td)>")
+_NUMBER = re.compile(r"[+\-−–±<≤≥~▲▼ ]*\.?\d|–?$")
+
+
+def _numeric(column: pd.Series) -> bool:
+    return all(_NUMBER.match(str(cell)) or cell != cell for cell in column)
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -19,13 +19,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.core.getipython import get_ipython
-from IPython.display import display
 from matplotlib.figure import Figure
 from scipy.special import rel_entr, softmax
 
 from rlhf_lib.catalogue import color, label
 from rlhf_lib.data.encoding import Pair
-from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.display import captioned, figure_bundle, table_bundle
 from rlhf_lib.show.figures import smooth
 from rlhf_lib.show.tables import Column, table_of
 from rlhf_lib.world.grammar import last_request
@@ -33,6 +32,7 @@ from rlhf_lib.world.grammar import last_request
 Content = pd.DataFrame | Figure
 Page = Callable[[list], Content]  # what is shown of a list of positions
 PANELS = {"reward": "proxy reward", "kl": "KL to SFT (nats a reply)", "gold": "gold reward"}
+WIDGET = "application/vnd.jupyter.widget-view+json"
 TWIN_POSITIONS = 3  # how many positions of a slider its static twin shows
 
 
@@ -59,12 +59,13 @@ def control(title: str, positions: Mapping[str, object], content: Page) -> ipywi
         layout={"width": "32rem", "max_width": "100%"},
     )
     view = ipywidgets.HTML(_markup(content([slider.value])))
+    note = ipywidgets.HTML("<small>It answers when no cell is running.</small>")
 
     def turn(change: Mapping) -> None:
         view.value = _markup(content([change["new"]]))
 
     slider.observe(turn, names="value")
-    return ipywidgets.VBox([slider, view])
+    return ipywidgets.VBox([slider, note, view])
 
 
 def _markup(content: Content) -> str:
@@ -80,8 +81,10 @@ def _offer(
     kind = "figure" if isinstance(twin, Figure) else "table"
     bundle: dict = figure_bundle(twin) if isinstance(twin, Figure) else table_bundle(twin)
     if live():
-        bundle |= control(title, positions, content)._repr_mimebundle_() or {}
-    display(bundle, raw=True, metadata={"caption": caption, "kind": kind})
+        # what ipywidgets 8 says of a widget, and 7, which Colab has, shows as well
+        view = {"version_major": 2, "version_minor": 0}
+        bundle[WIDGET] = view | {"model_id": control(title, positions, content).model_id}
+    captioned(bundle, kind, caption)
 
 
 def spread(positions: Sequence, count: int = TWIN_POSITIONS) -> list:

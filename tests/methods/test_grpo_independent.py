@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lib.course.twins import library_grpo
 from rlhf_lib.methods import grpo
-from rlhf_lib.methods.learner import Learner
-from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.objectives.advantages import group_advantages
 from rlhf_lib.objectives.losses import grpo_loss
 from rlhf_lib.proofs import plain
@@ -42,23 +41,6 @@ SETTINGS = plain.Settings(
     epochs=3,
     max_grad_norm=math.inf,
 )
-
-
-def library_update(policy: Learner, rollout: Rollout, s: plain.Settings) -> dict[str, float]:
-    """One update by the library, with the settings of `plain`."""
-    _, advantages = grpo.make_advantages(rollout, group_size=s.group_size, kl_reward_coef=s.kl_coef)
-    return grpo.update(
-        policy,
-        rollout,
-        advantages,
-        iterations=s.epochs,
-        micro_batch_size=2,
-        constant=6,
-        temperature=s.temperature,
-        kl_coef=s.k3_coef,
-        clip_low=s.clip_range,
-        clip_high=s.clip_range,
-    )
 
 
 def changed_loss(patch: pytest.MonkeyPatch, change: Callable[[dict], dict]) -> None:
@@ -157,7 +139,7 @@ def test_an_update_equals_the_plain_one(
         policy = learner_of(start)
         gradients = caught_gradients(policy.optimizer.optimizer)
         rollout = rollout_of(start, reference, ASKED, SETTINGS.temperature, 7.0)
-        metrics = library_update(policy, rollout, SETTINGS)
+        metrics = library_grpo(policy, rollout, SETTINGS, micro=2)
 
         assert_gradients(gradients, expected)
         assert_weights(policy.model, plain_policy, start)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lib.course.twins import library_ppo
 from rlhf_lib.methods import ppo
-from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.models.packing import length_mask
 from rlhf_lib.objectives.advantages import gae, kl_shaped_rewards
@@ -49,32 +49,6 @@ SETTINGS = plain.Settings(
     minibatch_size=6,
     max_grad_norm=math.inf,
 )
-
-
-def library_update(
-    policy: Learner, value: Learner, rollout: Rollout, s: plain.Settings, seed: int = 0
-) -> dict[str, float]:
-    """One update by the library, with the settings of `plain`."""
-    experience = ppo.make_experience(
-        rollout,
-        value,
-        kl_coef=s.kl_coef,
-        gamma=s.gamma,
-        gae_lambda=s.gae_lambda,
-        micro_batch_size=2,
-    )
-    return ppo.update(
-        policy,
-        value,
-        experience,
-        epochs=s.epochs,
-        minibatch_size=s.minibatch_size,
-        micro_batch_size=2,
-        temperature=s.temperature,
-        clip_range=s.clip_range,
-        value_clip_range=s.value_clip_range,
-        seed=seed,
-    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -224,7 +198,7 @@ def test_an_update_equals_the_plain_one(
         gradients, value_gradients = (
             caught_gradients(x.optimizer.optimizer) for x in (policy, value)
         )
-        metrics = library_update(policy, value, models.rollout(), SETTINGS)
+        metrics = library_ppo(policy, value, models.rollout(), SETTINGS, micro=2)
 
         assert_gradients(gradients, expected.gradients)
         assert_gradients(value_gradients, expected.value_gradients)
@@ -243,7 +217,7 @@ def test_minibatches_see_each_token_once_an_epoch(make_model: Callable) -> None:
         policy, value = learner_of(moved(models.policy, 0.03, 2), 0), learner_of(models.value, 0)
         gradients = caught_gradients(policy.optimizer.optimizer)
         settings = SETTINGS._replace(epochs=epochs, minibatch_size=size)
-        metrics = library_update(policy, value, models.rollout(), settings, seed=1)
+        metrics = library_ppo(policy, value, models.rollout(), settings, seed=1, micro=2)
         found.append({k: x for k, x in metrics.items() if "norm" not in k})
         assert len(gradients) == epochs * math.ceil(6 / size)
     whole, in_parts = found
@@ -256,7 +230,7 @@ def test_a_long_gradient_is_cut(make_model: Callable, monkeypatch: pytest.Monkey
     expected = plain_update(models, settings, monkeypatch)
     policy, value = (learner_of(m, max_grad_norm=0.5) for m in (models.policy, models.value))
     gradients = caught_gradients(policy.optimizer.optimizer)
-    library_update(policy, value, models.rollout(), settings)
+    library_ppo(policy, value, models.rollout(), settings, micro=2)
     assert gradients[0].norm() == pytest.approx(0.5, rel=1e-4)
     assert_gradients(gradients, expected.gradients)
     assert_weights(policy.model, expected.policy, models.policy)

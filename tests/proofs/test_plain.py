@@ -1,4 +1,4 @@
-"""The plain PPO, GRPO and DPO: each step against single rows and loops, and that they learn."""
+"""The plain methods: each step against single rows and loops, and that they learn."""
 
 from __future__ import annotations
 
@@ -105,11 +105,12 @@ def test_ppo_and_grpo_earn_more_and_more(make_model: Callable) -> None:
         make_model("llama"),
     )
     others = reference, share_of_late_words, PROMPTS, EOS, SETTINGS
-    for scores in (
+    for updates in (
         list(plain.ppo(policy, value, *others)),
         list(plain.grpo(make_model("llama"), *others)),
     ):
-        assert len(scores) == 10
+        assert len(updates) == 10
+        scores = [seen.earned.mean() for _, seen in updates]
         assert scores[0] < 0.7
         assert sum(scores[-3:]) / 3 > 0.85
 
@@ -117,6 +118,35 @@ def test_ppo_and_grpo_earn_more_and_more(make_model: Callable) -> None:
 def test_dpo_prefers_what_was_chosen(make_model: Callable) -> None:
     policy, reference = make_model("gpt2"), make_model("gpt2")
     pairs = [(prompt, [7, EOS], [8, EOS]) for prompt in PROMPTS * 3]
-    losses = list(plain.dpo(policy, reference, pairs, plain.Settings(updates=20)))
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
-    assert losses[-1] < 0.5
+    updates = list(plain.dpo(policy, reference, pairs, plain.Settings(updates=20)))
+    margins = [(chosen - rejected).mean() for _, (chosen, rejected) in updates]
+    assert margins[0] == pytest.approx(0, abs=1e-5)
+    assert margins[-1] > 0.4
+
+
+def test_sft_imitates_replies_and_reads_prompts_only(make_model: Callable) -> None:
+    policy = make_model("gpt2")
+    examples = [(prompt, [7, EOS]) for prompt in PROMPTS * 3]
+    losses = list(plain.sft(policy, examples, plain.Settings(updates=20)))
+    assert losses[-1] < 0.5 * losses[0]
+    with torch.no_grad():
+        loss = plain.sft_loss(policy, [([5, 9], [7, EOS]), ([11], [8, 3, EOS])])
+        by_hand = [
+            -policy(torch.tensor([row])).logits[0].log_softmax(-1)[place - 1, row[place]]
+            for row, start in (([5, 9, 7, EOS], 2), ([11, 8, 3, EOS], 1))
+            for place in range(start, len(row))
+        ]
+    assert loss.item() == pytest.approx(float(torch.stack(by_hand).mean()), abs=1e-5)
+
+
+def test_the_reward_model_ranks_what_was_chosen_higher(make_model: Callable) -> None:
+    pairs = [(prompt, [7, 5, EOS], [8, EOS]) for prompt in PROMPTS * 3]
+    model = make_model("gpt2", "score")
+    losses = list(plain.reward_model(model, pairs, plain.Settings(updates=20)))
+    assert losses[-1] < losses[0] - 0.2
+    with torch.no_grad():
+        (margin,) = plain.reward_margins(model, pairs[:1])
+        one, other = (
+            model(torch.tensor([PROMPTS[0] + reply])).logits.item() for reply in pairs[0][1:]
+        )
+    assert margin.item() == pytest.approx(one - other, abs=1e-5)

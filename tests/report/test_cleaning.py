@@ -319,6 +319,14 @@ def test_what_an_output_is_shown_as(pdf_elements: Any) -> None:
         page(code(new_output("display_data", {"application/json": {}})))
 
 
+def test_a_caption_that_stands_by_itself_is_left_out() -> None:
+    with_line = code(
+        shown("text/plain", "x", kind="table", caption="What it holds."),
+        shown("text/html", "<div>What it holds.</div>", kind="caption"),
+    )
+    assert page(with_line).count("What it holds.") == page(with_line).count("Table 1") == 1
+
+
 def test_progress_bars_go_and_warnings_stay() -> None:
     bars = "\r 10%|█   | 1/10 [00:00<00:01]\r100%|███| 10/10 [00:01<00:00]\n3it [00:00, 9it/s]\n"
     body = page(code(stream(bars, "stderr"), stream("UserWarning: 5% of rows dropped\n", "stderr")))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from rlhf_lib.methods.learner import Learner
 from rlhf_lib.objectives import kl
 from rlhf_lib.show import display
 
@@ -34,12 +36,36 @@ def drawing() -> Figure:
 def test_figures_and_tables_carry_their_captions(shown: list) -> None:
     display.show(drawing(), "A line.")
     display.table(pd.DataFrame({"a": [1]}), "A cell.")
-    (figure, about_figure), (table, about_table) = shown
+    (figure, about_figure), one, (table, about_table), other = shown
     assert about_figure == {"caption": "A line.", "kind": "figure"}
     assert about_table == {"caption": "A cell.", "kind": "table"}
     assert "<svg" in figure["image/svg+xml"]
     assert figure["image/png"].startswith("iVBOR")  # PNG in base64
-    assert "<td>1</td>" in table["text/html"]
+    assert '<td style="text-align: right">1</td>' in table["text/html"]
+    for line, said in ((one, "A line."), (other, "A cell.")):
+        assert line[1] == {"kind": "caption"}
+        assert line[0]["text/plain"] == said
+        assert f">{said}</div>" in line[0]["text/html"]
+
+
+def test_a_caption_is_text_and_no_markup(shown: list) -> None:
+    display.table(pd.DataFrame({"a": [1]}), "Where a < b: <script>alert(1)</script>")
+    assert "a &lt; b: &lt;script&gt;" in shown[1][0]["text/html"]
+
+
+def test_words_stand_on_the_left_and_numbers_on_the_right() -> None:
+    frame = pd.DataFrame(
+        {
+            "who": ["PPO", "7 of them, or words"],
+            "gain": ["0.45 [0.24, 0.67]", "–"],
+            "less": ["−1.2", "+3"],
+            "share": [0.5, math.nan],
+            "reply": ["- is a list", "<td>12</td>"],
+        }
+    )
+    found = display.table_bundle(frame)["text/html"]
+    sides = re.findall(r'<(?:th|td) style="text-align: (\w+)">', found)
+    assert sides == 3 * ["left", "right", "right", "right", "left"]
 
 
 def test_equal_figures_give_equal_files() -> None:
@@ -59,6 +85,7 @@ def test_a_table_keeps_long_texts_whole_and_lets_no_markup_through() -> None:
 def test_a_sentence_looks_its_numbers_up(shown: list) -> None:
     display.say("Accuracy\n  {r[accuracy]:.1%} of {n}.", r={"accuracy": 0.723}, n=4)
     assert shown[0][0]["text/markdown"] == "Accuracy 72.3% of 4."
+    assert shown[0][0]["text/plain"] == "Accuracy 72.3% of 4.", "what papermill --log-output shows"
 
 
 @pytest.mark.parametrize("template", ["{kl:.2f}", "{r[kl]}", "{0}", "{r[0]}", "{n[kl]}"])
@@ -72,3 +99,14 @@ def test_source_is_the_librarys_own(shown: list) -> None:
     code = shown[0][0]["text/markdown"]
     assert code.startswith("```python\ndef k3(")
     assert code.endswith("\n```")
+
+
+def test_sources_of_several_functions_are_one_listing(shown: list) -> None:
+    display.source(kl.k1, kl.k3)
+    code = shown[0][0]["text/plain"]
+    assert code.index("def k1(") < code.index("\n\n\ndef k3(")
+
+
+def test_a_methods_source_begins_at_the_margin(shown: list) -> None:
+    display.source(Learner.step)
+    assert shown[0][0]["text/plain"].startswith('@phase("update")\ndef step(')

@@ -1,7 +1,8 @@
-"""The checks behind the notebooks' exercises: an answer is right if it does what it is asked to.
+"""What an answer to each exercise is held against: it is right if it does what it was asked to.
 
 No solution is stored here. An answer is compared with what the library computes for the same
-input, or with the run at hand, or it must have the property that was asked for.
+input, or with the run at hand, or it must have the property that was asked for. `updates` has those
+in which a whole update is written.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from scipy.special import expit
 from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.dialogues import split_dialogue
+from rlhf_lib.data.dialogues import Unusable, read_pair, split_dialogue
 from rlhf_lib.data.encoding import Encoder, Pair, Prompt
+from rlhf_lib.data.sources import Row
 from rlhf_lib.measure import rankings
+from rlhf_lib.measure.statistics import holm
 from rlhf_lib.methods import sft
 from rlhf_lib.methods.rewards import Reply
 from rlhf_lib.models.logprobs import response_logprobs
@@ -38,7 +41,7 @@ class Claim(NamedTuple):
     tolerance: float = 1e-3
 
     def holds(self) -> bool:
-        sides = _answered(self.answer), self.truth
+        sides = answered(self.answer), self.truth
         got, wanted = (np.asarray(torch.as_tensor(side).detach(), float) for side in sides)
         return got.shape == wanted.shape and np.allclose(got, wanted, 0, self.tolerance)
 
@@ -52,19 +55,8 @@ class Unanswered(Exception):
     """The scaffold's `...` still stands where the answer is to go."""
 
 
-def check(name: str, answer: object, *given: object) -> None:
-    """Print whether the answer to exercise `name` is right, a hint if it is not.
-
-    answer: a value or a function, as the exercise asks; `...` counts as not answered yet.
-    given: what of the run the check needs. Raises KeyError for an exercise that does not exist.
-    """
-    try:
-        claims = CHECKS[name](_answered(answer), *given)
-        hint = next((claim.hint for claim in claims if not claim.holds()), None)
-    except Unanswered:
-        print(f"{name}: not answered yet")
-    else:
-        print(f"{name}: right" if hint is None else f"{name}: not yet. {hint}")
+class NoAnswer(Exception):
+    """The answer is None: what a function gives that returns nothing."""
 
 
 def exercise(name: str) -> Callable[[Check], Check]:
@@ -72,9 +64,11 @@ def exercise(name: str) -> Callable[[Check], Check]:
     return lambda function: CHECKS.setdefault(name, function)
 
 
-def _answered(answer: Any) -> Any:
+def answered(answer: Any) -> Any:
     if answer is ...:
         raise Unanswered
+    if answer is None:
+        raise NoAnswer
     return answer
 
 
@@ -96,7 +90,7 @@ def _cut(cut: Callable, tokenizer: PreTrainedTokenizerBase) -> Claims:
     for less, relation in ((2, "two tokens below"), (0, "equal to"), (-1, "one token above")):
         limits = len(asked) - less, len(said) - less
         truth = Encoder(tokenizer, *limits).demonstrations([(prompt, reply)])[0]
-        answer = _answered(cut(asked, said, *limits, tokenizer.eos_token_id))
+        answer = answered(cut(asked, said, *limits, tokenizer.eos_token_id))
         same = [list(side) for side in answer] == [truth.prompt, truth.response]
         hint = f"Wrong where each limit is {relation} the length. What must stay, what may end?"
         yield Claim(same, True, hint)
@@ -121,6 +115,33 @@ def _longer_share(share: float, pairs: Sequence[Pair]) -> Claims:
     yield Claim(share, rankings.wins(rankings.length_preferences(pairs)).mean(), hint, 1e-6)
 
 
+@exercise("01-5")
+def _reader(read: Callable) -> Claims:
+    asked = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Is tea hot?\n\nAssistant:"
+    other = asked.replace("tea", "ice")
+    rows = (
+        (f"{asked} Yes.", f"{asked} No."),
+        (f"{asked} Yes.", f"{asked} Yes. "),
+        (f"{asked} Yes.", f"{asked} "),
+        (f"{asked} Yes.", f"{other} No."),
+        ("\n\nHuman: Is tea hot?", f"{asked} No."),
+        ("\n\nAssistant: Yes.", "\n\nAssistant: No."),
+        (f"\n\n{asked.strip()}  Yes.\n", f"{asked} No."),
+    )
+    for chosen, rejected in rows:
+        try:
+            pair = read_pair(Row("exercise", 1, {"chosen": chosen, "rejected": rejected}))
+            truth = (pair.prompt, pair.chosen.strip(), pair.rejected.strip())
+        except Unusable:
+            truth = ("", "", "")
+        answer = read(chosen, rejected)
+        if answer is ...:
+            raise Unanswered
+        same = tuple(answer or ("", "", "")) == truth
+        wanted = "left out (None)" if not truth[0] else "kept, as prompt and two bare replies"
+        yield Claim(same, True, f"This row is to be {wanted}: {chosen!r} against {rejected!r}.")
+
+
 # ----------------------------------------------------------------------------- 2, the reward model
 
 
@@ -128,7 +149,7 @@ def _longer_share(share: float, pairs: Sequence[Pair]) -> Claims:
 def _difference(difference: Callable) -> Claims:
     for probability in (0.5, 0.9, 0.2):
         hint = f"Your difference for {probability} does not give it back. Solve σ(z) = p for z."
-        yield Claim(expit(_answered(difference(probability))), probability, hint, 1e-6)
+        yield Claim(expit(answered(difference(probability))), probability, hint, 1e-6)
 
 
 @exercise("02-2")
@@ -177,8 +198,12 @@ def _reply_logprobs(logprobs: Callable, model: Module) -> Claims:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + reply])).logits[0].cpu().float()
         truth = response_logprobs(model, [prompt], [reply])[0][0]
+    answer = answered(logprobs(logits, prompt, reply))
+    rows = logits[len(prompt) :].log_softmax(-1)
     hint = "Row t of the logits has read token t and speaks of the next one."
-    yield Claim(logprobs(logits, prompt, reply), truth.cpu(), hint)
+    if len(answer) == len(reply) and torch.allclose(answer, rows[range(len(reply)), reply]):
+        hint = "One place too late: these rows have already read the token that they are asked for."
+    yield Claim(answer, truth.cpu(), hint)
 
 
 @exercise("03-3")
@@ -208,8 +233,13 @@ def _reply(gamma: float, gae_lambda: float) -> tuple[list[float], ...]:
 def _gae(my_gae: Callable) -> Claims:
     for gamma, gae_lambda in ((1.0, 0.95), (1.0, 0.0), (0.9, 0.5)):
         rewards, values, truth, _ = _reply(gamma, gae_lambda)
-        hint = f"Wrong at γ = {gamma}, λ = {gae_lambda}. Begin at the last token: no value next"
-        yield Claim(my_gae(rewards, values, gamma, gae_lambda), truth, hint)
+        hint = f"Wrong at γ = {gamma}, λ = {gae_lambda}. Begin at the last token: no value next."
+        answer = answered(my_gae(rewards, values, gamma, gae_lambda))
+        if np.allclose(answer[::-1], truth, atol=1e-3):
+            hint = "Right, but the wrong way round: the first advantage is that of the first token."
+        elif np.allclose(answer, np.add(truth, values), atol=1e-3):
+            hint = "These are the returns: advantages plus values."
+        yield Claim(answer, truth, hint)
 
 
 @exercise("04-2")
@@ -227,7 +257,7 @@ def _silent_token(silent: Callable) -> Claims:
             one = torch.ones(1, 1)
             loss, _ = losses.ppo_policy_loss(logprob, 0 * one, advantage * one, one, 0.2)
             (gradient,) = torch.autograd.grad(loss, logprob)
-            answer = bool(_answered(silent(ratio, advantage, 0.2)))
+            answer = bool(answered(silent(ratio, advantage, 0.2)))
             hint = f"Wrong at ratio {ratio} and advantage {advantage}: which term is smaller?"
             yield Claim(answer, gradient.item() == 0, hint)
 
@@ -246,13 +276,16 @@ def _deductions(cost: float, metrics: Sequence[Mapping]) -> Claims:
 
 
 @exercise("05-1")
-def _shrinkage(factor: Callable) -> Claims:
+def _shrinkage(factor: Callable, first: int) -> Claims:
     for size in (2, 3, 8):
         rewards = torch.arange(float(size))
         centred = advantages.group_advantages(rewards, size, "none")
         left_out = advantages.leave_one_out_advantages(rewards, size)
         hint = f"Wrong for a group of {size}. By what is r − (mean of all) the smaller one?"
         yield Claim(factor(size), (centred / left_out)[0], hint)
+    small = next(size for size in range(2, 99) if 1 - factor(size) < 0.1 - 1e-9)
+    hint = "The factor is right. From which G on is it above 0.9, and not just equal to it?"
+    yield Claim(answered(first), small, hint)
 
 
 @exercise("05-2")
@@ -276,6 +309,12 @@ def _silent_share(share: Callable) -> Claims:
     silent = ~advantages.group_advantages(rewards, 3).view(-1, 3).any(1)
     hint = "A group is silent if all its rewards are equal; count groups, not replies."
     yield Claim(share(rewards.tolist(), 3), silent.float().mean(), hint)
+    tenths = [0.1] * 3 + [0.7] * 3  # of which the standard deviation is some 1e-17, and not zero
+    hint = (
+        "Wrong for 0.1, 0.1, 0.1: its mean is not 0.1 to the last bit, so its spread is not zero. "
+        "Compare the rewards with each other."
+    )
+    yield Claim(share(tenths, 3), 1.0, hint)
 
 
 # --------------------------------------------------------------------------------------- 6, DPO
@@ -308,6 +347,8 @@ def _best_margin(best: Callable) -> Claims:
 @exercise("06-3")
 def _leash(beta: float, reference: Sequence[float], reward: Sequence[float]) -> Claims:
     known = np.asarray(reference, dtype=float), np.asarray(reward, dtype=float)
+    above = "β must be above 0: it divides the reward, and at 0 nothing holds the policy."
+    yield Claim(float(beta) > 0, True, above)
     paid = kl_divergence(optimum(*known, float(beta)), known[0])
     hint = f"This β pays {paid:.3f} nats. A larger β pays less."
     yield Claim(paid, 0.5, hint, 0.01)
@@ -316,7 +357,7 @@ def _leash(beta: float, reference: Sequence[float], reward: Sequence[float]) -> 
 @exercise("06-4")
 def _ipo_target(target: Callable) -> Claims:
     for beta in (0.1, 0.5):
-        lead, zero = torch.tensor([float(_answered(target(beta)))]), torch.zeros(1)
+        lead, zero = torch.tensor([float(answered(target(beta)))]), torch.zeros(1)
         hint = f"At β = {beta} the loss is not yet zero there. Where does its square vanish?"
         yield Claim(ipo_loss(lead, zero, zero, zero, beta)[0], 0.0, hint, 1e-6)
 
@@ -356,3 +397,19 @@ def _seed_interval(interval: Callable) -> Claims:
         truth = stats.ttest_1samp(means, 0.0).confidence_interval(0.95)
         hint = f"Wrong for the seeds {means}. How many degrees of freedom are left?"
         yield Claim(interval(means), [truth.low, truth.high], hint, 1e-6)
+
+
+@exercise("07-5")
+def _differing(differ: Callable) -> Claims:
+    rng = np.random.default_rng(85)
+    for shifts in ({"a": 0.0, "b": 0.36, "c": 0.0}, {"a": 0.9, "b": 0.42, "c": 0.4, "d": 0.0}):
+        gains = {name: shift + rng.normal(size=40) for name, shift in shifts.items()}
+        p_values = [float(stats.ttest_1samp(gain, 0.0).pvalue) for gain in gains.values()]
+        corrected = dict(zip(gains, holm(p_values), strict=True))
+        truth = {name for name, p in corrected.items() if p < 0.05}
+        alone = {name for name, p in zip(gains, p_values, strict=True) if p < 0.05}
+        answer = set(answered(differ(gains)))
+        hint = f"Of p = {[round(p, 3) for p in p_values]} you took {sorted(answer)}."
+        if answer == alone != truth:
+            hint += " Each alone is below 0.05; all of them together are a family."
+        yield Claim(answer == truth, True, hint)

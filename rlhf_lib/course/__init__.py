@@ -1,0 +1,1 @@
+"""What the notebooks teach with: loops to look at, mistakes, exercises, pictures."""

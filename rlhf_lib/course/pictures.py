@@ -1,0 +1,170 @@
+"""The course's own pictures: what a chapter is made of, and what a few updates did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from textwrap import fill
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
+
+from rlhf_lib.catalogue import GREY
+from rlhf_lib.show.figures import WIDTH
+
+WRONG = "#d55e00"  # the line of a run with a mistake
+DATA, MODELS, LOSS = "#e8eef4", "#f4efe6", "#e9f3ea"  # what a box holds
+
+
+class Box(NamedTuple):
+    text: str
+    file: str  # below rlhf_lib/, or a folder of the checkout
+    fill: str = MODELS
+
+
+# Of each chapter its columns, from the left: every box hands something to those right of it.
+DIAGRAMS: dict[str, tuple[tuple[Box, ...], ...]] = {
+    "01_dataset": (
+        (Box("rows", "data/sources.py", DATA),),
+        (Box("prompt, chosen, rejected", "data/dialogues.py", DATA),),
+        (Box("splits by conversation", "data/pairs.py", DATA),),
+        (Box("token ids", "data/encoding.py", DATA),),
+    ),
+    "02_reward_model": (
+        (Box("pairs", "data/pairs.py", DATA),),
+        (Box("model with a scalar head", "models/load.py"),),
+        (Box("two scores", "models/logprobs.py"),),
+        (Box("Bradley–Terry loss", "objectives/losses.py", LOSS),),
+        (Box("step", "methods/learner.py", LOSS),),
+    ),
+    "03_sft": (
+        (Box("demonstrations", "data/encoding.py", DATA),),
+        (Box("policy", "models/load.py"),),
+        (Box("log-probs of replies", "models/logprobs.py"),),
+        (Box("mean over tokens", "objectives/losses.py", LOSS),),
+        (Box("step", "methods/learner.py", LOSS),),
+    ),
+    "04_ppo": (
+        (Box("prompts", "data/pairs.py", DATA),),
+        (Box("policy replies", "methods/rollout.py"),),
+        (
+            Box("reward model", "methods/rewards.py"),
+            Box("reference: KL", "objectives/kl.py"),
+            Box("value model", "models/logprobs.py"),
+        ),
+        (Box("advantages", "objectives/advantages.py", LOSS),),
+        (Box("clipped loss", "objectives/losses.py", LOSS),),
+    ),
+    "05_grpo": (
+        (Box("prompts", "data/pairs.py", DATA),),
+        (Box("groups of replies", "methods/rollout.py"),),
+        (
+            Box("reward model", "methods/rewards.py"),
+            Box("reference: KL", "objectives/kl.py"),
+        ),
+        (Box("compared in the group", "objectives/advantages.py", LOSS),),
+        (Box("clipped loss", "objectives/losses.py", LOSS),),
+    ),
+    "06_dpo": (
+        (Box("pairs", "data/pairs.py", DATA),),
+        (
+            Box("policy", "models/load.py"),
+            Box("reference", "models/load.py"),
+        ),
+        (Box("log-probs of both replies", "models/logprobs.py"),),
+        (Box("−log σ(β·lead)", "objectives/preference.py", LOSS),),
+        (Box("step", "methods/learner.py", LOSS),),
+    ),
+    "07_evaluation": (
+        (Box("held-out prompts", "data/pairs.py", DATA),),
+        (Box("replies of every policy", "measure/evaluate.py"),),
+        (Box("gold, proxy, KL", "measure/evaluate.py"),),
+        (Box("paired differences", "measure/statistics.py", LOSS),),
+        (Box("what may be said", "results/verdict.py", LOSS),),
+    ),
+}
+
+
+def diagram(chapter: str) -> Figure:
+    """From data to the loss, each box with the file in which it lies.
+
+    Raises KeyError for a chapter that has none.
+    """
+    columns = DIAGRAMS[chapter]
+    rows = max(len(column) for column in columns)
+    figure = Figure(figsize=(WIDTH, 0.3 + 0.8 * rows))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, len(columns)), ylim=(rows + 0.1, -0.1))
+    axis.axis("off")
+    middles = []
+    for place, column in enumerate(columns):
+        heights = [rows * (i + 0.5) / len(column) for i in range(len(column))]
+        middles.append([(place + 0.5, height) for height in heights])
+        for box, middle in zip(column, middles[-1], strict=True):
+            _draw(axis, box, middle)
+    for left, right in pairwise(middles):
+        for x, y in left:
+            for to_x, to_y in right:
+                ends = {"xy": (to_x - 0.42, to_y), "xytext": (x + 0.42, y)}
+                axis.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": GREY})
+    return figure
+
+
+def _draw(axis: Axes, box: Box, middle: tuple[float, float]) -> None:
+    x, y = middle
+    look = {"boxstyle": "round,pad=0,rounding_size=0.05", "fc": box.fill, "ec": GREY, "lw": 0.8}
+    axis.add_patch(FancyBboxPatch((x - 0.42, y - 0.38), 0.84, 0.76, **look))
+    words = box.text.split()
+    half = (len(words) + 1) // 2
+    lines = (
+        box.text if len(box.text) < 15 else f"{' '.join(words[:half])}\n{' '.join(words[half:])}"
+    )
+    axis.text(x, y - 0.14, lines, ha="center", va="center", fontsize=8, color="black")
+    file = box.file.replace("/", "/\n") if len(box.file) > 16 else box.file
+    axis.text(x, y + 0.2, file, ha="center", va="center", fontsize=6.5, family="monospace")
+
+
+def trial(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], panels: Mapping[str, str], color: str
+) -> Figure:
+    """What a few updates did, as it should be (the first run) and with a mistake (the second).
+
+    runs: name -> one record an update; panels: key of the records -> title.
+    """
+    wide = min(3, len(panels))
+    tall = -(-len(panels) // wide)
+    figure = Figure(figsize=(WIDTH, 0.35 + 2.0 * tall), layout="constrained")
+    axes = figure.subplots(tall, wide, squeeze=False).flat
+    styles = ((color, "o-", 1.8), (WRONG, "s--", 1.4))
+    for axis, (key, title) in zip(axes, panels.items(), strict=False):
+        for (name, rows), (hue, style, thick) in zip(runs.items(), styles, strict=True):
+            axis.plot([row[key] for row in rows], style, color=hue, lw=thick, ms=4, label=name)
+        axis.set(title=fill(title, 28), xlabel="update")
+        if not any(row[key] for rows in runs.values() for row in rows):
+            axis.set_ylim(0, 1)  # both are 0 throughout, and look like it
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2)
+    return figure
+
+
+def steps(updates: Sequence[pd.DataFrame], color: str) -> Figure:
+    """A panel an update: advantage of each token, and how its log-prob changed by the update.
+
+    updates: frames with the columns `advantage` and `change`.
+    """
+    figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
+    axes = figure.subplots(1, len(updates), sharex=True, sharey=True, squeeze=False)[0]
+    for number, (axis, frame) in enumerate(zip(axes, updates, strict=True), 1):
+        for line in (axis.axhline, axis.axvline):
+            line(0, color=GREY, lw=0.8)
+        axis.plot(frame["advantage"], frame["change"], ".", color=color, alpha=0.5, ms=4)
+        axis.set(title=f"update {number}", xlabel="advantage of a token")
+    axes[0].set_ylabel("change of its log-prob")
+    return figure

@@ -1,0 +1,233 @@
+"""What chapters 04 and 05 show of a method's training: its updates token by token, and its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from textwrap import shorten
+from types import ModuleType
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lib.measure.statistics import bootstrap, contrast, interval
+from rlhf_lib.methods.rollout import Rollout
+from rlhf_lib.show import tables
+from rlhf_lib.world.grammar import last_request
+
+Padded = tuple[Tensor, Tensor, Tensor]  # ids, attention and reply mask, as the plain loops pad them
+
+# ------------------------------------------------------------------------- updates, looked at
+
+
+def replies(
+    batch: Padded,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, Tensor],
+    **first: object,
+) -> pd.DataFrame:
+    """The replies of a padded batch, a row each; columns: one number a reply; `first` leads."""
+    ids, attention, mask = batch
+    place = ids.shape[1] - mask.shape[1]
+    rows = []
+    for i, (tokens, real) in enumerate(zip(ids, attention.bool(), strict=True)):
+        asked = str(tokenizer.decode(tokens[:place][real[:place]]))
+        said = str(tokenizer.decode(tokens[place:][real[place:]]))
+        texts = {"request": shorten(last_request(asked), 70), "reply": shorten(said, 110)}
+        numbers = {title: f"{values[i]:.2f}" for title, values in columns.items()}
+        rows.append(dict(first) | texts | numbers)
+    return pd.DataFrame(rows)
+
+
+def tokens(
+    batch: Padded, row: int, words: Callable, columns: Mapping[str, Tensor], **first: object
+) -> pd.DataFrame:
+    """One reply, a line a token; words: from ids to what a reader sees; columns: (B, T) each."""
+    ids, _, mask = batch
+    length = int(mask[row].sum())
+    place = ids.shape[1] - mask.shape[1]
+    frame = pd.DataFrame({"token": words(ids[row, place : place + length].tolist())})
+    for title, values in columns.items():
+        shown = values[row, :length].tolist()
+        frame[title] = [f"{round(value, 2) + 0.0:.2f}" for value in shown]  # -0.0 + 0.0 is 0.0
+    for title, value in reversed(first.items()):
+        frame.insert(0, title, value)
+    return frame
+
+
+def moves(mask: Tensor, advantages: Tensor, change: Tensor) -> pd.DataFrame:
+    """Of each real token its advantage, and by how much its log-prob changed; (B, T) each."""
+    real = mask.bool()
+    columns = {"advantage": advantages, "change": change}
+    return pd.DataFrame({k: v.expand_as(mask)[real].tolist() for k, v in columns.items()})
+
+
+def pulled(frames: Sequence[pd.DataFrame]) -> str:
+    """Whether tokens moved as their advantages point, update by update."""
+    said = [f"{frame['advantage'].corr(frame['change']):.2f}" for frame in frames]
+    return (
+        f"The correlation of advantage and change is {', '.join(said[:-1])} and {said[-1]} in the "
+        f"{len(said)} updates."
+    )
+
+
+@contextmanager
+def watched(lib: ModuleType) -> Iterator[list[float]]:
+    """While open, notes of each loss which share of its tokens lies outside the clip.
+
+    lib: `proofs/plain.py`, or that with a mistake; its `clipped_gain` is listened to, not changed.
+    """
+    inner: Callable = lib.clipped_gain
+    shares: list[float] = []
+
+    def noted(new: Tensor, old: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+        outside = ((new - old).exp() - 1).abs() > clip_range
+        shares.append(float(outside[old != 0].float().mean()))  # padding has a log-prob of 0
+        return inner(new, old, advantages, clip_range)
+
+    lib.clipped_gain = noted  # type: ignore[attr-defined]
+    try:
+        yield shares
+    finally:
+        lib.clipped_gain = inner  # type: ignore[attr-defined]
+
+
+def between(advantages: Tensor, group_size: int) -> float:
+    """Which share of the variance of the advantages (B,) lies between groups; 0 if none varies."""
+    groups = advantages.view(-1, group_size)
+    whole = groups.var(correction=0)
+    share = groups.mean(1).var(correction=0) / whole if whole > 0 else 0.0
+    return round(float(share), 6)  # means of zero are zero but for rounding
+
+
+# ------------------------------------------------------------------------------------------ KL
+
+
+def estimators(estimates: Mapping[str, Tensor], mask: Tensor) -> pd.DataFrame:
+    """Estimates of the KL of each token, (B, T): their sums over replies, and how those spread."""
+    rows = []
+    for name, values in estimates.items():
+        sums = (values * mask).sum(1)
+        rows.append(
+            {
+                "estimator": name,
+                "nats a reply": interval(bootstrap(sums)),
+                "spread over replies": f"{sums.std():.2f}",
+                "replies below 0": f"{(sums < 0).float().mean():.0%}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def gradients(found: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Gradients with respect to a few logits, a row each."""
+    return pd.DataFrame(
+        {"what is differentiated": name} | {f"word {i}": f"{g:+.3f}" for i, g in enumerate(grad, 1)}
+        for name, grad in found.items()
+    )
+
+
+def directions(found: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Gradients of one batch beside the first of them: angle and length."""
+    first = next(iter(found.values()))
+    return pd.DataFrame(
+        {
+            "estimator": name,
+            "cosine with the default": f"{torch.cosine_similarity(g, first, dim=0):.3f}",
+            "length, default = 1": f"{g.norm() / first.norm():.2f}",
+        }
+        for name, g in found.items()
+    )
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def unfinished(ended: Tensor, cut: Tensor, penalty: float) -> str:
+    """What a reward model says of whole replies, and of the same without their last token."""
+    higher = float((cut > ended).float().mean())
+    moral = "This reward model already dislikes most unfinished replies, but nobody promised that."
+    if higher > 0.25:
+        moral = "For many replies it would pay not to stop."
+    return (
+        f"{len(ended)} demonstrations score {ended.mean():.2f} on average, and {cut.mean():.2f} "
+        f"without their last token; {higher:.0%} of them score *higher* than before. {moral} The "
+        f"penalty is {penalty}."
+    )
+
+
+def loosened(
+    metrics: Sequence[Mapping], low: Sequence[Mapping], names: Mapping[str, str], coefs: tuple
+) -> list[str]:
+    """How two runs ended, sentence by sentence, and what to think of the one on a longer leash.
+
+    names: key -> title of what was measured; coefs: `kl_coef` of the first run and of the second.
+    """
+    ends = {
+        key: contrast(*(tables.quarters(run, key)[1] for run in (metrics, low))) for key in names
+    }
+    said = [
+        f"{title}, last quarter: {ends[key]['first']:.2f} at β = {coefs[0]}, "
+        f"{ends[key]['last']:.2f} at β = {coefs[1]}: {ends[key]['verdict']}."
+        for key, title in names.items()
+    ]
+    proxy, gold = (ends.get(key, {}).get("verdict") for key in ("reward", "gold"))
+    if gold is None:
+        finding = "Whether the replies got better cannot be told here: nobody knows their true "
+        finding += "reward."
+    elif proxy == "higher" and gold == "lower":
+        finding = "More proxy, less gold: **over-optimisation**. The better score is the worse "
+        finding += "model."
+    elif gold == "higher":
+        finding = "The longer leash ended with more gold: here the default KL charge was too high."
+    elif gold == "lower":
+        finding = "Less gold, but no higher proxy: the longer leash did harm without even pleasing."
+    else:
+        finding = "The gold rewards at the end are not distinguishable in this run."
+    return [*said, finding]
+
+
+def first_updates(runs: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
+    """The updates of several PPO runs one below the other, as many as the shortest has."""
+    titles = {
+        "kl_coef": "β",
+        "kl": "KL to SFT",
+        "reward": "proxy reward",
+        "loss/value_avg": "value loss",
+        "val/explained_variance": "explained variance",
+        "peak_memory_gb": "peak memory (GB)",
+    }
+    count = min(map(len, runs.values()))
+    return pd.DataFrame(
+        {"update": row["step"], "run": name} | {t: f"{row[key]:.3f}" for key, t in titles.items()}
+        for name, metrics in runs.items()
+        for row in metrics[:count]
+    )
+
+
+def silence(metrics: Sequence[Mapping]) -> str:
+    """How many groups had nothing to say at the end of a GRPO run, and what that means."""
+    last = contrast(*tables.quarters(metrics, "frac_reward_zero_std"))["last"]
+    moral = "every prompt still had something to teach"
+    if last > 0.1:  # type: ignore[operator]
+        moral = "that part of the sampling bought nothing"
+    elif last > 0:  # type: ignore[operator]
+        moral = "nearly every prompt still had something to teach"
+    return f"{last:.0%} of the groups were silent in the last quarter: {moral}."
+
+
+def group(frame: pd.DataFrame, advantages: Tensor, size: int) -> pd.DataFrame:
+    """The first group of a table of replies, best advantage first."""
+    first = frame.head(size).assign(advantage=[f"{a:+.2f}" for a in advantages[:size].tolist()])
+    return first.iloc[advantages[:size].argsort(descending=True).tolist()]
+
+
+def variety(before: Rollout, after: Rollout) -> str:
+    """How many replies to the same prompts were distinct, before training and after it."""
+    now, then = (
+        len({(*p, *r) for p, r in zip(side.prompts, side.responses, strict=True)})
+        for side in (after, before)
+    )
+    return f"Of {len(after.responses)} replies, {now} are distinct now; {then} were before."
