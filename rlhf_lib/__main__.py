@@ -1,4 +1,4 @@
-"""The command line: `python -m rlhf_lib run | report | status | STAGE | tune | export | proofs`."""
+"""The command line: run a study or a stage, report it, review it and what others published."""
 
 from __future__ import annotations
 
@@ -159,6 +159,64 @@ def proofs(
         write_json(target, claims.as_records(rows))
     if not all(row.holds for row in rows):
         raise typer.Exit(1)
+
+
+@app.command("check-claims")
+def check_claims(
+    claims: Annotated[str, typer.Argument(help='such as "wins 36 of 100; accuracy 47.5% of 200"')],
+) -> None:
+    """What published figures show: intervals, chance, each other, and the sample it would take."""
+    from rlhf_lib.review import claims as review
+
+    print(review.as_text(review.read(claims)))
+
+
+@app.command()
+def doctor(
+    log: Annotated[Path, typer.Argument(help="metrics.jsonl, or TRL's trainer_state.json")],
+) -> None:
+    """Look for known ways to go wrong in a training log; status 1 where there is a suspicion."""
+    from rlhf_lib.review import doctor as review
+
+    findings = review.examine(log)
+    print(review.as_text(findings))
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="a run's folder, or its results.json")],
+    other: Annotated[Path, typer.Argument(help="another")],
+) -> None:
+    """Two studies beside each other: settings that differ, results with intervals."""
+    from rlhf_lib.review import compare as review
+
+    print(review.as_text(review.load(one), review.load(other)))
+
+
+@app.command()
+def chat(
+    policies: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="such as: sft ppo dpo [default: sft ppo grpo dpo]"),
+    ] = None,
+    profile: ProfileOption = "laptop",
+    seed: Seed = 0,
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Replies of several policies to your own requests, with reward and KL; one request a line."""
+    from rlhf_lib.review import chat as review
+    from rlhf_lib.study.stages import Study
+
+    study = Study.open(profile, seed, run_dir, _overrides(data, model, settings, None))
+    panel = review.Panel(study, policies or review.DEFAULT)
+    print("One request a line; Ctrl-D ends.", file=sys.stderr)
+    for answer in review.talk(panel, sys.stdin):
+        print(answer, flush=True)
 
 
 @app.command("stage")

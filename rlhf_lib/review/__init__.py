@@ -1,0 +1,1 @@
+"""What others published and logged, and what one has oneself: checked, compared, tried."""
