@@ -19,7 +19,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 ProfileOption = Annotated[str, typer.Option("--profile", help=f"one of: {', '.join(PROFILES)}")]
-RunDir = Annotated[Path, typer.Option("--run-dir", help="where everything is written")]
+RunDir = Annotated[
+    Path, typer.Option("--run-dir", resolve_path=True, help="where everything is written")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
 # typer reads these annotations, and on Python 3.10 wants Optional
 Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many")]  # noqa: UP045
@@ -209,13 +211,13 @@ def chat(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Replies of several policies to your own requests, with reward and KL; one request a line."""
-    from rlhf_lib.review import chat as review
+    from rlhf_lib.study import chat as room
     from rlhf_lib.study.stages import Study
 
     study = Study.open(profile, seed, run_dir, _overrides(data, model, settings, None))
-    panel = review.Panel(study, policies or review.DEFAULT)
+    panel = room.Panel(study, policies or room.DEFAULT)
     print("One request a line; Ctrl-D ends.", file=sys.stderr)
-    for answer in review.talk(panel, sys.stdin):
+    for answer in room.talk(panel, sys.stdin):
         print(answer, flush=True)
 
 

@@ -35,9 +35,9 @@ ORDER = (
     "show",
     "proofs",
     "course",
+    "review",
     "report",
     "study",
-    "review",
     "lesson",
     "__main__",
 )

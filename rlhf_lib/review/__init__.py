@@ -1,1 +1,1 @@
-"""What others published and logged, and what one has oneself: checked, compared, tried."""
+"""What was logged, found and published, by this library or by others: checked and compared."""

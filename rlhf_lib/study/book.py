@@ -17,6 +17,7 @@ from rlhf_lib.report import exporters
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results import verdict
 from rlhf_lib.results.summary import FORMAT, load_results
+from rlhf_lib.review import claims as published
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
@@ -157,14 +158,36 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         for stage, digest in stages.items()
     ]
     return _notebook([
-        nbformat.v4.new_markdown_cell("# Appendix: proofs, settings, environment", id="title"),
+        nbformat.v4.new_markdown_cell("# Appendix: proofs, claims, settings", id="title"),
         _prose("## Proofs\n\n" + PROOFS + missing),
         _table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
+        *_earlier_reports(),
         _prose("## Settings, environment, hashes"),
         _table(pd.DataFrame(settings), "Every setting of this run."),
         _table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
         _table(pd.DataFrame(hashes), "Stage folders by content hash: settings, inputs and source."),
     ])  # fmt: skip
+
+
+EARLIER = (
+    "Three earlier reports of this kind published the figures below. What they were measured on "
+    "is known as far as the column *n* says; where a sample's size was not said it is taken as "
+    "{assumed}. Most of what was read out of such figures is not in them. {note} Anybody's own: "
+    '`python -m rlhf_lib check-claims "wins 36 of 100"`.'
+)
+
+
+def _earlier_reports() -> list[nbformat.NotebookNode]:
+    """What the figures of earlier reports show, by themselves and against each other."""
+    text = EARLIER.format(assumed=published.ASSUMED, note=published.NOTE)
+    cells = [_prose("## What such figures show\n\n" + text)]
+    for name, figures_of in published.EARLIER.items():
+        read = published.read(figures_of)
+        cells.append(_table(published.table(read), f"Report {name}: what it published."))
+        pairs = published.pair_table(read)
+        if len(pairs):
+            cells.append(_table(pairs, f"Report {name}: its figures against each other."))
+    return cells
 
 
 def _notebook(cells: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:

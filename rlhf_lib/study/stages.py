@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage, read_jsonl
 from rlhf_lib.runtime import set_up_process
 from rlhf_lib.settings import DataConfig, Profile, UserError, of_settings, unknown
-from rlhf_lib.study.training import Offer, check_stage, run_stage
+from rlhf_lib.study.training import Offer, check_stage, run_stage, stage_of
 
 
 class StudyError(UserError):
@@ -39,6 +39,17 @@ def read_data(config: DataConfig, model: str) -> PreferenceData:
     return load_data(config, load_tokenizer(model))
 
 
+def in_checkout(folder: Path) -> Path:
+    """A relative folder, below the checkout that the notebook at hand lies in, if it lies in one.
+
+    Jupyter opens a notebook in its own folder: there, "runs" would be another one than that of the
+    study which the command line ran.
+    """
+    here = Path.cwd()
+    roots = (above for above in (here, *here.parents) if (above / "notebooks").is_dir())
+    return next((r for r in roots if (r / "notebooks/01_dataset.ipynb").is_file()), here) / folder
+
+
 class Study:
     """One seed of a study; a stage is run when it is first asked for, what it needs before it."""
 
@@ -54,7 +65,8 @@ class Study:
         run_dir: str | Path = "runs",
         overrides: str | Sequence[str] = (),
     ) -> Study:
-        return cls(Run.open(profile, seed, run_dir, overrides))
+        """A relative `run_dir` is the checkout's, wherever in it a notebook was opened."""
+        return cls(Run.open(profile, seed, in_checkout(Path(run_dir)), overrides))
 
     @cached_property
     def data(self) -> PreferenceData:
@@ -72,6 +84,33 @@ class Study:
         profile = self.run.profile
         check_stage(record, profile, truth_of(profile.data.source))
         return run_stage(self.run, record, self._data(record), self.needed(name))
+
+    def outlook(self, notebook: str) -> str:
+        """What of all that a notebook reads is done, and what it will have to run first."""
+        seed, profile = self.run.seed, self.run.profile
+        every = notebook == catalogue.notebooks()[-1]  # it compares all that there is
+        records = catalogue.stages(profile, seed)
+        own = [record.name for record in records if every or record.notebook == notebook]
+        found: dict[str, Stage] = {}
+        for name in own:
+            self._planned(name, found)
+        missing = [name for name, stage in found.items() if not stage.done]
+        folder = self.run.root.resolve() / profile.name
+        said = f"{folder}, seed {seed}: {len(found) - len(missing)} of {len(found)} stages are done"
+        if missing:
+            return f"{said}; to be run first, when they are asked for: {', '.join(missing)}."
+        return f"{said}: nothing has to be trained."
+
+    def _planned(self, name: str, found: dict[str, Stage]) -> Stage:
+        """A stage under its hash, with what it needs, and nothing run; `found` gets all of them."""
+        if name not in found:
+            needs = catalogue.needs(self.run.profile, name, self.run.seed)
+            needed = {other: self._planned(other, found) for other in needs}
+            if name == "second_opinion":
+                needed["rival"] = self._rival(stage_of)
+            record = self._record(name)
+            found[name] = stage_of(self.run, record, self._data(record), needed)
+        return found[name]
 
     def plans(self, name: str) -> bool:
         """Whether this seed of a study runs it."""
@@ -104,9 +143,13 @@ class Study:
         profile, seed = self.run.profile, self.run.seed
         needed = {other: self.stage(other) for other in catalogue.needs(profile, name, seed)}
         if name == "second_opinion":
-            other = replace(self.run, seed=rival(seed))
-            needed["rival"] = run_stage(other, self._record("reward_model"), self.data, {})
+            needed["rival"] = self._rival(run_stage)
         return needed
+
+    def _rival(self, make: Callable[..., Stage]) -> Stage:
+        """Another seed's reward model, run or planned."""
+        other = replace(self.run, seed=rival(self.run.seed))
+        return make(other, self._record("reward_model"), self.data, {})
 
     def stages(self) -> dict[str, Stage]:
         """All stages of this seed, run if missing."""

@@ -40,13 +40,18 @@ from rlhf_lib.study.offer import Offer
 from rlhf_lib.user_code import resolve
 
 
-def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage]) -> Stage:
-    """The stage of a record, done: found under its hash, or run with what it asks for."""
-    function = check_stage(record, run.profile, data.truth)
-    stage = run.stage(
+def stage_of(run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage]) -> Stage:
+    """The stage of a record under its hash, done or not; `needed` may be so as well."""
+    return run.stage(
         record.name, _settings(run, record), _upstream(run, record, data, needed), __name__,
         *_modules(run, record),
     )  # fmt: skip
+
+
+def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage]) -> Stage:
+    """The stage of a record, done: found under its hash, or run with what it asks for."""
+    function = check_stage(record, run.profile, data.truth)
+    stage = stage_of(run, record, data, needed)
 
     def build(work: Work) -> dict:
         offer = Offer(run, record, data, needed, work)

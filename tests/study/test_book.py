@@ -238,6 +238,8 @@ def test_the_appendix_has_every_setting_version_and_hash() -> None:
             assert f"{section}.{key} " in text
     assert "Linux x86_64" in text
     assert "2.8.0" in text
+    assert "95 of 200" not in text
+    assert "48% [41, 54]" in text, "what an earlier report published, with its interval"
     for stages in results["stages"].values():
         for digest in stages.values():
             assert digest[:12] in text

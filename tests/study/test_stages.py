@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,3 +145,67 @@ def test_stage_folders_tell_done_from_under_way(tmp_path: Path) -> None:
     assert rows[0]["seconds"] is None
     assert rows[1]["seconds"] >= 0
     assert {row["seed"] for row in rows} == {"seed-3"}
+
+
+# -------------------------------------------------------------------- a notebook that is opened
+
+
+def test_a_relative_folder_is_the_checkouts_wherever_the_notebook_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebooks = tmp_path / "checkout" / "notebooks"
+    notebooks.mkdir(parents=True)
+    (notebooks / "01_dataset.ipynb").write_text("{}")
+    elsewhere = tmp_path / "elsewhere" / "notebooks"  # somebody's own, of another project
+    elsewhere.mkdir(parents=True)
+    for here, found in (
+        (notebooks, notebooks.parent / "runs"),
+        (notebooks.parent, notebooks.parent / "runs"),
+        (elsewhere, elsewhere / "runs"),
+    ):
+        monkeypatch.chdir(here)
+        assert stages.in_checkout(Path("runs")).resolve() == found.resolve()
+        assert stages.in_checkout(tmp_path / "my") == tmp_path / "my"
+
+
+def test_the_outlook_says_what_is_done_and_what_has_to_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the hashes that running would give them, and without running anything."""
+    planned: list[str] = []
+
+    def stage_of(run: Run, record: Record, data: Any, needed: dict) -> Any:
+        planned.append(record.name)
+        assert set(needed) <= set(planned) | {"rival"}
+        return SimpleNamespace(done=record.name in ("sft", "dataset"), name=record.name)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the outlook ran a stage")
+
+    monkeypatch.setattr(stages, "stage_of", stage_of)
+    monkeypatch.setattr(stages, "run_stage", refuse)
+    monkeypatch.setattr(stages, "set_up_process", lambda threads: None)
+    monkeypatch.setattr(stages, "load_tokenizer", lambda name: name)
+    monkeypatch.setattr(stages, "load_data", lambda config, tokenizer: config.source)
+    study = stages.Study.open("smoke", 0, tmp_path)
+    said = study.outlook("04_ppo")
+    assert said.startswith(f"{tmp_path.resolve() / 'smoke'}, seed 0: 1 of 4 stages are done")
+    assert said.endswith("to be run first, when they are asked for: reward_model, ppo, ppo_low_kl.")
+    assert study.outlook("01_dataset").endswith(
+        "1 of 1 stages are done: nothing has to be trained."
+    )
+    two = stages.Study.open("smoke", 0, tmp_path, ["seeds=2"])
+    assert "second_opinion" in two.outlook("07_evaluation")
+
+
+def test_a_planned_stage_has_the_hash_of_the_one_that_is_run(
+    tmp_path: Path, tiny_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "read_data", lambda config, model: tiny_data)
+    study = stages.Study.open("smoke", 0, tmp_path)
+    study.read = stages.read_data
+    before = study.outlook("01_dataset")
+    done = study.stage("dataset")
+    assert "to be run first, when they are asked for: dataset." in before
+    assert "nothing has to be trained" in study.outlook("01_dataset")
+    assert done.path.parent.parent.name == "smoke"
