@@ -19,9 +19,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 ProfileOption = Annotated[str, typer.Option("--profile", help=f"one of: {', '.join(PROFILES)}")]
-RunDir = Annotated[
-    Path, typer.Option("--run-dir", resolve_path=True, help="where everything is written")
-]
+RunDir = Annotated[Path, typer.Option("--run-dir", help="where everything is written")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
 # typer reads these annotations, and on Python 3.10 wants Optional
 Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many")]  # noqa: UP045

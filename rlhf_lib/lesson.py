@@ -8,6 +8,7 @@ its path can be read there.
 
 from rlhf_lib.catalogue import color, policies, stages
 from rlhf_lib.course import mistakes, pictures, twins
+from rlhf_lib.course.annotator import Annotator
 from rlhf_lib.course.exercises import check, score
 from rlhf_lib.course.small import Small
 from rlhf_lib.data.encoding import Prompt

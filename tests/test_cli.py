@@ -28,7 +28,8 @@ STAGES = (
     "probes",
     "evaluate",
 )
-COMMANDS = ("run", "report", "status", "tune", "export", "proofs", "stage", *STAGES)
+OF_A_STUDY = ("run", "report", "status", "tune", "export", "stage", "chat", *STAGES)
+COMMANDS = ("proofs", "check-claims", "doctor", "compare", *OF_A_STUDY)
 
 
 @pytest.fixture
@@ -76,8 +77,7 @@ def test_every_command_has_help(name: str) -> None:
     text = re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
     summary = text.partition(name)[2]
     assert re.search(r"[A-Z][a-z]+ .*\.", summary), "a sentence on what it does"
-    if name != "proofs":
-        assert "--profile" in text
+    assert ("--profile" in text) == (name in OF_A_STUDY)
 
 
 def test_the_overview_lists_every_command() -> None:
@@ -292,3 +292,35 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     assert re.fullmatch(r"report: /.*/there/smoke/report-\w{8}/index\.html", first)
     assert second.endswith("/report.pdf")
     assert cli("run", "--only", "04_ppo").out == f"executed: {tmp_path}/n.ipynb\n"
+
+
+# ---------------------------------------------------------- what others published, and what was run
+
+
+def test_claims_are_judged_and_a_misread_one_is_one_sentence(cli: Callable) -> None:
+    result = cli("check-claims", "wins 36 of 100; accuracy 95 of 200")
+    assert result.code == 0
+    assert "36% [27, 46]" in result.out
+    wrong = cli("check-claims", "wins a lot")
+    assert wrong.code == 2
+    assert wrong.err.startswith("error: cannot read the claim 'wins a lot'")
+
+
+def test_the_doctor_has_a_status_for_a_suspicion(cli: Callable, tmp_path: Path) -> None:
+    clean, ill = tmp_path / "clean.jsonl", tmp_path / "ill.jsonl"
+    clean.write_text('{"entropy": 1.0}\n' * 4, encoding="utf-8")
+    ill.write_text("".join(f'{{"entropy": {x}}}\n' for x in (1, 0.5, 0.1, 0.0)), encoding="utf-8")
+    assert cli("doctor", clean).code == 0
+    result = cli("doctor", ill)
+    assert result.code == 1
+    assert result.out.startswith("collapsed entropy: entropy fell from 1.00 to 0.00.")
+    assert cli("doctor", tmp_path / "none.jsonl").code == 2
+
+
+def test_two_studies_are_compared(cli: Callable) -> None:
+    made_up = Path(__file__).parent / "made_up"
+    result = cli("compare", made_up / "gold.json", made_up / "proxy.json")
+    assert result.code == 0
+    assert "setting" in result.out
+    assert "B − A" in result.out
+    assert cli("compare", made_up, made_up / "gold.json").code == 2

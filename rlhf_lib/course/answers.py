@@ -404,7 +404,9 @@ def _differing(differ: Callable) -> Claims:
     rng = np.random.default_rng(85)
     for shifts in ({"a": 0.0, "b": 0.36, "c": 0.0}, {"a": 0.9, "b": 0.42, "c": 0.4, "d": 0.0}):
         gains = {name: shift + rng.normal(size=40) for name, shift in shifts.items()}
-        p_values = [float(stats.ttest_1samp(gain, 0.0).pvalue) for gain in gains.values()]
+        # scipy's types do not know what its test returns
+        tests: list[Any] = [stats.ttest_1samp(gain, 0.0) for gain in gains.values()]
+        p_values = [float(test.pvalue) for test in tests]
         corrected = dict(zip(gains, holm(p_values), strict=True))
         truth = {name for name, p in corrected.items() if p < 0.05}
         alone = {name for name, p in zip(gains, p_values, strict=True) if p < 0.05}

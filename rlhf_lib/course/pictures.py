@@ -109,8 +109,8 @@ def diagram(chapter: str) -> Figure:
     for left, right in pairwise(middles):
         for x, y in left:
             for to_x, to_y in right:
-                ends = {"xy": (to_x - 0.42, to_y), "xytext": (x + 0.42, y)}
-                axis.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": GREY})
+                look = {"arrowstyle": "->", "color": GREY}
+                axis.annotate("", (to_x - 0.42, to_y), (x + 0.42, y), arrowprops=look)
     return figure
 
 
@@ -142,7 +142,8 @@ def trial(
     styles = ((color, "o-", 1.8), (WRONG, "s--", 1.4))
     for axis, (key, title) in zip(axes, panels.items(), strict=False):
         for (name, rows), (hue, style, thick) in zip(runs.items(), styles, strict=True):
-            axis.plot([row[key] for row in rows], style, color=hue, lw=thick, ms=4, label=name)
+            places, values = range(1, len(rows) + 1), [row[key] for row in rows]
+            axis.plot(places, values, style, color=hue, lw=thick, ms=4, label=name)
         axis.set(title=fill(title, 28), xlabel="update")
         if not any(row[key] for rows in runs.values() for row in rows):
             axis.set_ylim(0, 1)  # both are 0 throughout, and look like it
@@ -166,5 +167,6 @@ def steps(updates: Sequence[pd.DataFrame], color: str) -> Figure:
             line(0, color=GREY, lw=0.8)
         axis.plot(frame["advantage"], frame["change"], ".", color=color, alpha=0.5, ms=4)
         axis.set(title=f"update {number}", xlabel="advantage of a token")
+        axis.set_yscale("symlog", linthresh=0.1)  # most change little, and a few very much
     axes[0].set_ylabel("change of its log-prob")
     return figure

@@ -72,11 +72,12 @@ def ppo(
     """Replies that the policy sampled, and their scores. A minibatch holds all of them, whatever
     `s` says: the two sides draw their orders in ways of their own."""
     s = s._replace(minibatch_size=len(batch.ids))
-    ours, theirs = [learner(m, s) for m in (policy, value)], copy.deepcopy([policy, value])
-    optimizers = [plain.adamw(model, s.learning_rate) for model in theirs]
-    seen = plain.ppo_update(*theirs, reference, lambda _: earned, batch, optimizers, s)
-    library_ppo(*ours, rollout(batch, seen.old, seen.ref, earned), s)
-    return _both([policy, value], theirs, ours)
+    ours, critic = learner(policy, s), learner(value, s)
+    theirs, other = copy.deepcopy(policy), copy.deepcopy(value)
+    optimizers = [plain.adamw(model, s.learning_rate) for model in (theirs, other)]
+    seen = plain.ppo_update(theirs, other, reference, lambda _: earned, batch, optimizers, s)
+    library_ppo(ours, critic, rollout(batch, seen.old, seen.ref, earned), s)
+    return _both([policy, value], [theirs, other], [ours, critic])
 
 
 def grpo(

@@ -130,7 +130,7 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> tuple[Tensor,
 def sft_loss(policy, examples) -> Tensor:
     """Of pairs (prompt, reply): a mean over all tokens of the replies; prompts are only read."""
     rows = examples
-    batch = pad(*(list(side) for side in zip(*rows, strict=True)), policy.device)
+    batch = pad([prompt for prompt, _ in rows], [reply for _, reply in rows], policy.device)
     return -logprobs(policy, batch, 1.0).sum() / batch.mask.sum()
 
 

@@ -29,16 +29,27 @@ def sentences(results: Mapping) -> list[str]:
     """The verdict, one finding a sentence, the most important first."""
     parts = [_gains(results), _null(results), _ranking(results), _against_baseline(results)]
     parts += [*choices(results), _detectable(results)]
-    parts += [_overoptimisation(results), _best_of_n(results)]
+    parts += [_overoptimisation(results), beside_best_of_n(results)]
     parts += [_reward_model(results), _repeats(results), _tuning(results), _over(results)]
     parts.append(_families(results))
     return [part for part in parts if part]
 
 
 def headline(results: Mapping) -> list[str]:
-    """The verdict in short, for the first page: who gained, who leads, what went wrong."""
+    """The verdict in short: who gained, who leads, what went wrong, how sure all of it is."""
     parts = [_gains(results), _null(results), _ranking(results), _overoptimisation(results)]
-    return [part for part in (*parts, _best_of_n(results), _over(results)) if part]
+    return [part for part in (*parts, beside_best_of_n(results), _over(results)) if part]
+
+
+def lessons(results: Mapping) -> list[str]:
+    """Who gained, who leads, what went wrong."""
+    parts = _gains(results), _ranking(results), _overoptimisation(results)
+    return [part for part in parts if part]
+
+
+def sureness(results: Mapping) -> list[str]:
+    """An alarm, where there is one, and what intervals are over."""
+    return [part for part in (_null(results), _over(results)) if part]
 
 
 def _measured(results: Mapping, names: Iterable[str]) -> list[str]:
@@ -218,7 +229,7 @@ def _overoptimisation(results: Mapping) -> str:
     )
 
 
-def _best_of_n(results: Mapping) -> str:
+def beside_best_of_n(results: Mapping) -> str:
     """The baseline that needs no training: where its deciding reward peaks."""
     deciding, peak = results["deciding"], results["best_of_n_peak"]
     text = f"Best-of-n, which trains nothing, is best at n = {peak['n']} on every other request; "

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from itertools import combinations
 from math import ceil, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
@@ -64,7 +64,7 @@ class Claim(NamedTuple):
         if self.sd is None:
             found = stats.binomtest(self.wins, self.n).proportion_ci(LEVEL, method="wilson")
             return float(found.low), float(found.high)
-        half = stats.t.ppf((1 + LEVEL) / 2, self.n - 1) * self.sd / sqrt(self.n)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, self.n - 1)) * self.sd / sqrt(self.n)
         return self.value - half, self.value + half
 
     def shown(self) -> str:
@@ -100,7 +100,7 @@ def read(text: str) -> list[Claim]:
         if found is None:
             raise UserError(f"cannot read the claim {piece!r}: write {FORMS}")
         value, n = _number(found["value"]), ASSUMED if found["n"] == "?" else int(found["n"])
-        name, sd = found["name"] or "value", found["sd"] and _number(found["sd"])
+        name, sd = found["name"] or "value", _number(found["sd"]) if found["sd"] else None
         if sd is None:
             value = value / 100 if found["percent"] else value / max(n, 1)
         if n < 2 or (sd is None and not 0 <= value <= 1) or (sd is not None and sd <= 0):
@@ -151,7 +151,8 @@ def _difference(a: Claim, b: Claim) -> Verdict:
     what, gap, correction = f"{a.name} − {b.name}", a.value - b.value, 1.0
     if a.sd is None or b.sd is None:
         table = [[a.wins, a.n - a.wins], [b.wins, b.n - b.wins]]
-        p = stats.fisher_exact(table).pvalue
+        exact: Any = stats.fisher_exact(table)
+        p = float(exact.pvalue)
         (a_low, a_high), (b_low, b_high) = a.interval(), b.interval()
         # Newcombe 1998, method 10: from the two Wilson intervals
         low = gap - sqrt((a.value - a_low) ** 2 + (b_high - b.value) ** 2)
@@ -161,8 +162,8 @@ def _difference(a: Claim, b: Claim) -> Verdict:
         parts = a.sd**2 / a.n, b.sd**2 / b.n
         error = sqrt(sum(parts))
         freedom = sum(parts) ** 2 / (parts[0] ** 2 / (a.n - 1) + parts[1] ** 2 / (b.n - 1))
-        p = 2 * stats.t.sf(abs(gap) / error, freedom)  # Welch's
-        half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
+        p = 2 * float(stats.t.sf(abs(gap) / error, freedom))  # Welch's
+        half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
         low, high, variance = gap - half, gap + half, a.sd**2 + b.sd**2
     needed = None
     if gap:
@@ -170,7 +171,7 @@ def _difference(a: Claim, b: Claim) -> Verdict:
         if a.sd is None:  # Fisher's exact test asks for more: Fleiss, Tytun and Ury 1980
             correction = (1 + sqrt(1 + 4 / (normal * abs(gap)))) ** 2 / 4
         needed = ceil(normal * correction)
-    return Verdict(what, gap, low, high, float(p), needed)
+    return Verdict(what, gap, low, high, p, needed)
 
 
 def table(claims: Sequence[Claim]) -> pd.DataFrame:

@@ -88,7 +88,9 @@ def negative_kl(logs: Logs) -> Finding | None:
     if kl is None or len(kl) < 3:
         return None
     # an estimate of a small KL may be below 0 by chance, a mean over steps hardly
-    p = stats.ttest_1samp(kl, 0.0, alternative="less").pvalue if np.ptp(kl) else float(kl[0] >= 0)
+    p = float(kl[0] >= 0)
+    if np.ptp(kl):
+        p = float(stats.ttest_1samp(kl, 0.0, alternative="less")[1])  # type: ignore[arg-type]
     if kl.mean() >= -0.01 or p > 0.01:
         return None
     return Finding(

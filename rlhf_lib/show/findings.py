@@ -69,12 +69,13 @@ def pair_table(updates: Sequence[pd.DataFrame], pairs: int) -> pd.DataFrame:
     rows = pd.concat(
         [frame.head(pairs).assign(update=number) for number, frame in enumerate(updates, 1)]
     )
-    rows = rows.sort_values(["pair", "update"], ignore_index=True)[list(PAIR_TITLES)]
-    signed = ["chosen", "rejected", "lead", "chosen moved", "rejected moved"]
-    # + 0.0: what rounds to -0.00 is no fall
-    rows[signed] = rows[signed].map(lambda value: f"{round(value, 2) + 0.0:+.2f}")
-    rows[["loss", "pull"]] = rows[["loss", "pull"]].map("{:.3f}".format)
-    return rows.rename(columns=PAIR_TITLES)
+    rows = rows.sort_values(["pair", "update"], ignore_index=True)
+    for column in ("chosen", "rejected", "lead", "chosen moved", "rejected moved"):
+        # + 0.0: what rounds to -0.00 is no fall
+        rows[column] = [f"{round(value, 2) + 0.0:+.2f}" for value in rows[column]]
+    for column in ("loss", "pull"):
+        rows[column] = [f"{value:.3f}" for value in rows[column]]
+    return pd.DataFrame({title: rows[column] for column, title in PAIR_TITLES.items()})
 
 
 def pair_steps(updates: Sequence[pd.DataFrame], colour: str) -> Figure:
@@ -179,8 +180,8 @@ def against_kl(
     for name, (x, y) in dots.items():
         axis.plot(x, y, ".", ms=3, alpha=0.6, color=GREY, label=name)
     for name, (x, y) in lines.items():
-        hue = {"color": color(name)} if name in ("proxy", "gold") else {}
-        axis.plot(x, y, "-o", ms=3, lw=1.4, label=name, **hue)
+        hue = color(name) if name in ("proxy", "gold") else None
+        axis.plot(x, y, "-o", ms=3, lw=1.4, label=name, color=hue)
     axis.set(xlabel="KL (nats)", ylabel=ylabel)
     axis.legend()
     return figure

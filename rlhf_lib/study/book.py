@@ -9,20 +9,18 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue
 from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters
 from rlhf_lib.report.cleaning import ReportError
-from rlhf_lib.results import verdict
 from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.review import claims as published
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import figure_bundle, table_bundle, write_figure
-from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
+from rlhf_lib.show.display import write_figure
+from rlhf_lib.study.poster import front_page, notebook, prose, table
 from rlhf_lib.study.stages import StudyError, notebook_path
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
@@ -70,7 +68,8 @@ def write_report(
 
     Raises StudyError when a notebook has not been executed yet, or cannot be typeset.
     """
-    results = load_results(evaluation_folder(profile, run_dir))
+    evaluation = evaluation_folder(profile, run_dir)
+    results = load_results(evaluation)
     part = f"{profile.seeds} of {whole.seeds} seeds so far" if whole and whole != profile else ""
     profile = whole or profile
     chapters = [notebook_path(profile, run_dir, name) for name in catalogue.notebooks()]
@@ -85,7 +84,7 @@ def write_report(
         banners.append("Smoke run: it shows that everything works, its numbers mean nothing")
     with tempfile.TemporaryDirectory() as folder:
         front, appendix = Path(folder) / "front.ipynb", Path(folder) / "appendix.ipynb"
-        nbformat.write(front_page(results), front)
+        nbformat.write(front_page(results, evaluation), front)
         nbformat.write(appendix_page(results), appendix)
         print("rendering the report (a minute or two) ...", flush=True)
         try:
@@ -105,26 +104,6 @@ def _subtitle(results: Mapping) -> str:
     return (
         f"Profile {results['profile']}: model {results['model']}, data {results['source']}, "
         f"{seeds} seed{'s' if seeds > 1 else ''}"
-    )
-
-
-def front_page(results: Mapping) -> nbformat.NotebookNode:
-    """The answer first: the verdict in short, one figure, one table, on one page."""
-    rest = "What to choose for which need, and what was corrected for how many comparisons, stands "
-    said = [*verdict.headline(results), f"{rest}at the end of chapter 7."]
-    caption = HEADLINE_CAPTION.format(deciding=results["deciding"])
-    return _notebook([
-        _prose("## The verdict\n\n" + "\n\n".join(said)),
-        _figure(figures.gains(results), _gains_caption(results)),
-        _table(headline_table(results), caption),
-    ])  # fmt: skip
-
-
-def _gains_caption(results: Mapping) -> str:
-    each = ", small ticks single seeds" if len(results["seeds"]) > 1 else ""
-    return (
-        "Gain over SFT on the same held-out prompts, with 95 % intervals" + each + ". "
-        "The second draw from SFT is the null: its interval holds 0 in nineteen studies of twenty."
     )
 
 
@@ -157,15 +136,15 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         for seed, stages in results["stages"].items()
         for stage, digest in stages.items()
     ]
-    return _notebook([
+    return notebook([
         nbformat.v4.new_markdown_cell("# Appendix: proofs, claims, settings", id="title"),
-        _prose("## Proofs\n\n" + PROOFS + missing),
-        _table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
+        prose("## Proofs\n\n" + PROOFS + missing),
+        table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
         *_earlier_reports(),
-        _prose("## Settings, environment, hashes"),
-        _table(pd.DataFrame(settings), "Every setting of this run."),
-        _table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
-        _table(pd.DataFrame(hashes), "Stage folders by content hash: settings, inputs and source."),
+        prose("## Settings, environment, hashes"),
+        table(pd.DataFrame(settings), "Every setting of this run."),
+        table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
+        table(pd.DataFrame(hashes), "Stage folders by content hash: settings, inputs and source."),
     ])  # fmt: skip
 
 
@@ -180,39 +159,14 @@ EARLIER = (
 def _earlier_reports() -> list[nbformat.NotebookNode]:
     """What the figures of earlier reports show, by themselves and against each other."""
     text = EARLIER.format(assumed=published.ASSUMED, note=published.NOTE)
-    cells = [_prose("## What such figures show\n\n" + text)]
+    cells = [prose("## What such figures show\n\n" + text)]
     for name, figures_of in published.EARLIER.items():
         read = published.read(figures_of)
-        cells.append(_table(published.table(read), f"Report {name}: what it published."))
+        cells.append(table(published.table(read), f"Report {name}: what it published."))
         pairs = published.pair_table(read)
         if len(pairs):
-            cells.append(_table(pairs, f"Report {name}: its figures against each other."))
+            cells.append(table(pairs, f"Report {name}: its figures against each other."))
     return cells
-
-
-def _notebook(cells: list[nbformat.NotebookNode]) -> nbformat.NotebookNode:
-    for number, cell in enumerate(cells):
-        cell["id"] = f"page-{number}"
-    return nbformat.v4.new_notebook(cells=cells)
-
-
-def _cell(data: dict, metadata: dict) -> nbformat.NotebookNode:
-    output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
-    cell = nbformat.v4.new_code_cell("", execution_count=1, outputs=[output])
-    cell.metadata["tags"] = ["remove-input"]
-    return cell
-
-
-def _prose(text: str) -> nbformat.NotebookNode:
-    return _cell({"text/markdown": text, "text/plain": text}, {})
-
-
-def _figure(figure: Figure, caption: str) -> nbformat.NotebookNode:
-    return _cell(figure_bundle(figure), {"kind": "figure", "caption": caption})
-
-
-def _table(frame: pd.DataFrame, caption: str) -> nbformat.NotebookNode:
-    return _cell(table_bundle(frame), {"kind": "table", "caption": caption})
 
 
 def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from IPython.core.getipython import get_ipython
+
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, load_data
@@ -43,8 +45,10 @@ def in_checkout(folder: Path) -> Path:
     """A relative folder, below the checkout that the notebook at hand lies in, if it lies in one.
 
     Jupyter opens a notebook in its own folder: there, "runs" would be another one than that of the
-    study which the command line ran.
+    study which the command line ran. To a program its folder is where it was started.
     """
+    if get_ipython() is None:
+        return folder
     here = Path.cwd()
     roots = (above for above in (here, *here.parents) if (above / "notebooks").is_dir())
     return next((r for r in roots if (r / "notebooks/01_dataset.ipynb").is_file()), here) / folder
@@ -88,7 +92,7 @@ class Study:
     def outlook(self, notebook: str) -> str:
         """What of all that a notebook reads is done, and what it will have to run first."""
         seed, profile = self.run.seed, self.run.profile
-        every = notebook == catalogue.notebooks()[-1]  # it compares all that there is
+        every = notebook == list(catalogue.notebooks())[-1]  # it compares all that there is
         records = catalogue.stages(profile, seed)
         own = [record.name for record in records if every or record.notebook == notebook]
         found: dict[str, Stage] = {}

@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.report.exporters import merge
-from rlhf_lib.results import summary, verdict
+from rlhf_lib.results import summary
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.runs import Run
 from rlhf_lib.settings import Profile, as_dict, load_profile
@@ -186,7 +186,7 @@ def test_the_report_has_the_front_page_the_chapters_and_the_appendix(tmp_path: P
     assert pdf.read_bytes().startswith(b"%PDF")
     text = page.read_text(encoding="utf-8")
     names = list(catalogue.notebooks())
-    places = [text.find(part) for part in ("The verdict", *names, "Appendix: proofs")]
+    places = [text.find(part) for part in ("What was found", *names, "Appendix: proofs")]
     assert -1 not in places
     headings = [text.find(f"Chapter {name}</h1>") for name in names]
     assert headings == sorted(headings)
@@ -211,21 +211,6 @@ def test_a_smoke_run_says_so_on_its_report(tmp_path: Path, monkeypatch: pytest.M
         book.write_report(load_profile(name), tmp_path)
     assert banners[0] is None
     assert "numbers mean nothing" in banners[1]
-
-
-@pytest.mark.parametrize("kind", ["gold", "proxy"])
-def test_the_front_page_opens_with_the_verdict_a_figure_and_the_table(kind: str) -> None:
-    results = made_up(kind)
-    page = book.front_page(results)
-    nbformat.validate(page)
-    prose, figure, table = page.cells
-    said = prose.outputs[0]["data"]["text/markdown"]
-    assert said.startswith("## The verdict\n\n" + "\n\n".join(verdict.headline(results)))
-    assert set(verdict.headline(results)) < set(verdict.sentences(results))
-    assert figure.outputs[0]["metadata"]["kind"] == "figure"
-    assert ("small ticks" in figure.outputs[0]["metadata"]["caption"]) == (kind == "gold")
-    assert table.outputs[0]["metadata"]["kind"] == "table"
-    assert "GRPO" in table.outputs[0]["data"]["text/html"]
 
 
 def test_the_appendix_has_every_setting_version_and_hash() -> None:

@@ -156,6 +156,9 @@ def test_a_relative_folder_is_the_checkouts_wherever_the_notebook_lies(
     notebooks = tmp_path / "checkout" / "notebooks"
     notebooks.mkdir(parents=True)
     (notebooks / "01_dataset.ipynb").write_text("{}")
+    monkeypatch.chdir(notebooks)
+    assert stages.in_checkout(Path("runs")) == Path("runs"), "a program's is its own"
+    monkeypatch.setattr(stages, "get_ipython", object)
     elsewhere = tmp_path / "elsewhere" / "notebooks"  # somebody's own, of another project
     elsewhere.mkdir(parents=True)
     for here, found in (

@@ -252,9 +252,12 @@ function Pandoc(doc)
 
   local body = pandoc.Blocks({})
   for i, chapter in ipairs(chapters) do
+    local front = i == 1 and chapter.unlisted and not HTML
+    if front then body:insert(raw("#report-front[")) end
     append(body, resolve_links(chapter.blocks, plan, chapter))
-    if i == 1 and chapter.unlisted and not HTML then
-      body:insert(raw("#report-contents()")) -- after the front page
+    if front then
+      body:insert(raw("]"))
+      body:insert(raw("#report-contents()"))
     end
   end
   local meta = { title = plan.title or pandoc.Inlines("Notebook") }
