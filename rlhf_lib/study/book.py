@@ -12,7 +12,7 @@ import pandas as pd
 
 from rlhf_lib import catalogue
 from rlhf_lib.proofs import claims, parity
-from rlhf_lib.report import exporters
+from rlhf_lib.report import exporters, references
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.review import claims as published
@@ -141,6 +141,7 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         prose("## Proofs\n\n" + PROOFS + missing),
         table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
         *_earlier_reports(),
+        prose("## References\n\n" + references.markdown()),
         prose("## Settings, environment, hashes"),
         table(pd.DataFrame(settings), "Every setting of this run."),
         table(pd.DataFrame(environment), "The machine and the versions that it ran with."),

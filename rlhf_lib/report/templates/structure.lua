@@ -81,18 +81,50 @@ local function show_output(cell)
   return content
 end
 
+-- What a fold holds: the first line of code that is no import, comment or decorator.
+local function gist(code)
+  local inside = false -- an import over several lines
+  for line in (code .. "\n"):gmatch("(.-)\n") do
+    local import = line:match("^import ") or line:match("^from ")
+    if inside then
+      inside = not line:match("^%)")
+    elseif import then
+      inside = line:match("%($") ~= nil
+    elseif line:match("^[%a_]") then
+      return utf8.len(line) and utf8.len(line) > 64 and line:sub(1, utf8.offset(line, 64) - 1) .. "…" or line
+    end
+  end
+  return "imports"
+end
+
+local function escaped(text)
+  return (text:gsub("&", "&amp;"):gsub("<", "&lt;"):gsub(">", "&gt;"))
+end
+
 local function show_code(cell)
   if not HTML then
     return {}
   end
-  local blocks = pandoc.Blocks({ raw('<details class="code"><summary>Code</summary>') })
-  append(blocks, cell.content:filter(function(block) return block.t == "CodeBlock" end))
+  local code = cell.content:filter(function(block) return block.t == "CodeBlock" end)
+  local first = code[1] and gist(code[1].text) or ""
+  local summary = "<summary>Code: <code>" .. escaped(first) .. "</code></summary>"
+  local blocks = pandoc.Blocks({ raw('<details class="code">' .. summary) })
+  append(blocks, code)
   blocks:insert(raw("</details>"))
   return blocks
 end
 
+-- "(arXiv:1707.06347," with the number as a link.
+local function linked(str)
+  local before, id, after = str.text:match("^(.-)arXiv:(%d%d%d%d%.%d%d%d%d%d)(.*)$")
+  if id then
+    local link = pandoc.Link("arXiv:" .. id, "https://arxiv.org/abs/" .. id)
+    return { pandoc.Str(before), link, pandoc.Str(after) }
+  end
+end
+
 local function show_prose(cell)
-  local content = cell.content
+  local content = cell.content:walk({ Str = linked })
   for i, block in ipairs(content) do
     if block.t == "Plain" then
       content[i] = pandoc.Para(block.content) -- what stood in a <summary>, for one
@@ -159,6 +191,7 @@ local function place_headings(blocks, plan, chapter)
       plan.anchors[chapter.id .. "#" .. slug(text)] = id
       if level == 1 then
         plan.chapters[chapter.id] = id
+        chapter.title, chapter.anchor = header.content, id
       end
       local unlisted = chapter.unlisted and { "unnumbered", "unlisted" } or {}
       return pandoc.Header(level, header.content, pandoc.Attr(id, unlisted))
@@ -200,6 +233,20 @@ local function as_string(str)
   if marker or text:find("...", 1, true) or text:find("-?", 1, true) then
     return pandoc.RawInline("typst", '#"' .. text:gsub('[\\"]', "\\%0") .. '";')
   end
+end
+
+-- Ways to the chapters before and after, at a chapter's end.
+local function around(chapters, place)
+  local links = pandoc.Blocks({})
+  for _, way in ipairs({ { -1, "← " }, { 1, "→ " } }) do
+    local other = chapters[place + way[1]]
+    if other and other.title then
+      local words = pandoc.Inlines({ pandoc.Str(way[2]) })
+      words:extend(other.title)
+      links:insert(pandoc.Para({ pandoc.Link(words, "#" .. other.anchor) }))
+    end
+  end
+  return pandoc.Div(links, pandoc.Attr("", { "around" }))
 end
 
 local SHOW = { prose = show_prose, solution = show_solution, code = show_code, output = show_output }
@@ -255,6 +302,9 @@ function Pandoc(doc)
     local front = i == 1 and chapter.unlisted and not HTML
     if front then body:insert(raw("#report-front[")) end
     append(body, resolve_links(chapter.blocks, plan, chapter))
+    if HTML and chapter.title and #chapters > 1 then
+      body:insert(around(chapters, i))
+    end
     if front then
       body:insert(raw("]"))
       body:insert(raw("#report-contents()"))

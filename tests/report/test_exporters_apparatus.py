@@ -1,0 +1,77 @@
+"""What helps a reader about: links to papers, ways between chapters, labels of folds, the menu."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from rlhf_lib.report.exporters import RlhfHTMLExporter, merge
+from tests.report.cells import code, page, shown
+
+
+def test_a_paper_is_linked_wherever_prose_names_it() -> None:
+    body = page(new_markdown_cell("As in (arXiv:1707.06347, eq. 7). Not arXiv:17."))
+    link = '(<a\nhref="https://arxiv.org/abs/1707.06347">arXiv:1707.06347</a>, eq. 7).'
+    assert " ".join(link.split()) in " ".join(body.split())
+    assert body.count("arxiv.org") == 1
+
+
+def test_what_a_model_said_makes_no_link() -> None:
+    body = page(code(shown("text/plain", "see arXiv:1707.06347")))
+    assert "arXiv:1707.06347" in body
+    assert "arxiv.org" not in body
+
+
+@pytest.mark.parametrize(
+    ("source", "label"),
+    [
+        ("import torch\n\n# why\nx = 1 < 2", "x = 1 &lt; 2"),
+        ("from a import (\n    b,\n    c,\n)\nfrom d import e\nshow(b)", "show(b)"),
+        ("@decorated\ndef trial(lib):\n    return lib", "def trial(lib):"),
+        ("import torch", "imports"),
+        ("y = " + "ä" * 80, "y = " + "ä" * 59 + "…"),
+    ],
+)
+def test_a_fold_says_what_it_holds(source: str, label: str) -> None:
+    body = page(new_code_cell(source, execution_count=1))
+    assert f"<summary>Code: <code>{label}</code></summary>" in body
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> str:
+    """A front page and three chapters."""
+    paths = []
+    for number, title in enumerate(("The front", "One *thing*", "Another", "The last")):
+        path = tmp_path / f"{number}.ipynb"
+        nbformat.write(new_notebook(cells=[new_markdown_cell(f"# {title}\n\ntext")]), path)
+        paths.append(path)
+    nb = merge(paths)
+    nb.metadata["report"] = {"title": "T", "subtitle": "", "banner": "", "front": True}
+    made, _ = RlhfHTMLExporter().from_notebook_node(nb)
+    return made
+
+
+def test_a_chapter_ends_with_the_ways_to_its_neighbours(book: str) -> None:
+    ends = re.findall(r'<div class="around">(.*?)</div>', book, re.S)
+    words = [" ".join(re.sub(r"<[^>]+>", " ", end).split()) for end in ends]
+    assert words == ["→ Another", "← One thing → The last", "← Another"]
+    for target in re.findall(r'href="#([^"]+)"', "".join(ends)):
+        assert f'id="{target}"' in book
+
+
+def test_the_text_can_be_reached_past_the_contents(book: str) -> None:
+    first = book.index('<a class="skip" href="#top">')
+    assert first < book.index("<nav") < book.index('<main id="top">')
+
+
+def test_the_menu_of_a_phone_is_closed_by_following_a_link(book: str) -> None:
+    """It is open while the address names it, and a link to a chapter is another address."""
+    assert '<nav aria-label="Contents" id="contents">' in book
+    assert '<a class="open" href="#contents">' in book
+    assert 'id="closed"' not in book, "closing scrolls nowhere"
+    assert "nav:target .contents { display: block; }" in book
+    assert "<input" not in book
