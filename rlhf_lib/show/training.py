@@ -1,4 +1,4 @@
-"""What chapters 04 and 05 show of a method's training: its updates token by token, and its runs."""
+"""What chapters 04, 05 and 07 show of training: updates token by token, and runs side by side."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from textwrap import shorten
 from types import ModuleType
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_lib.catalogue import color, label
 from rlhf_lib.measure.statistics import bootstrap, contrast, interval
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.show import tables
+from rlhf_lib.show import figures, tables
 from rlhf_lib.world.grammar import last_request
 
 Padded = tuple[Tensor, Tensor, Tensor]  # ids, attention and reply mask, as the plain loops pad them
@@ -231,3 +234,59 @@ def variety(before: Rollout, after: Rollout) -> str:
         for side in (after, before)
     )
     return f"Of {len(after.responses)} replies, {now} are distinct now; {then} were before."
+
+
+# ------------------------------------------------------------------------------ runs side by side
+
+COURSES = {
+    "reward": "proxy reward",
+    "gold": "gold reward",
+    "kl": "KL to SFT\n(nats a reply)",
+    "entropy": "entropy\n(nats a token)",
+    "completions/mean_length": "reply length\n(tokens)",
+}
+Runs = Mapping[str, Sequence[Sequence[Mapping]]]  # policy -> one log a seed
+
+
+def _logged(runs: Runs) -> list[str]:
+    """Which metrics of `COURSES` every run has."""
+    logs = [log for seeds in runs.values() for log in seeds]
+    return [key for key in COURSES if all(any(key in row for row in log) for log in logs)]
+
+
+def courses(runs: Runs) -> Figure:
+    """A column a policy and a row a metric, a thin line a seed, all on the same axes.
+
+    Over the tokens that a run has read or written so far, in thousands; means over three steps.
+    """
+    keys = _logged(runs)
+    figure = Figure((figures.WIDTH, 1.25 * len(keys) + 0.5), layout="constrained")
+    grid = figure.subplots(len(keys), len(runs), sharex=True, sharey="row", squeeze=False)
+    for column, (name, logs) in zip(grid.T, runs.items(), strict=True):
+        column[0].set_title(label(name), color=color(name), fontsize=9)
+        for axis, key in zip(column, keys, strict=True):
+            for log in logs:
+                line = figures.smooth(log, key)
+                tokens = pd.DataFrame(log).set_index("step")["num_tokens"] / 1000
+                places = [tokens[step] for step in line["step"]]
+                axis.plot(places, line[key], color=color(name), lw=0.9, alpha=0.8)
+    for row, key in zip(grid, keys, strict=True):
+        row[0].set_ylabel(COURSES[key], fontsize=8)
+    figure.supxlabel("thousand tokens, read or written", fontsize="medium")
+    return figure
+
+
+def stability(runs: Runs) -> pd.DataFrame:
+    """Where each policy's runs end: means over the last quarter of the steps.
+
+    With the standard deviation between seeds; one seed has none.
+    """
+    rows = []
+    for name, logs in runs.items():
+        row = {"policy": label(name), "seeds": str(len(logs))}
+        for key in _logged(runs):
+            ends = [float(np.mean(tables.quarters(log, key)[1])) for log in logs]
+            spread = f" ± {np.std(ends, ddof=1):.2f}" if len(ends) > 1 else ""
+            row[" ".join(COURSES[key].split())] = f"{np.mean(ends):.2f}{spread}"
+        rows.append(row)
+    return pd.DataFrame(rows)

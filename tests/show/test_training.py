@@ -179,3 +179,38 @@ def test_variety_counts_distinct_replies_to_each_prompt() -> None:
     assert training.variety(said([1], [2], [1]), said([3], [3], [3])) == (
         "Of 3 replies, 2 are distinct now; 3 were before."
     )
+
+
+# ------------------------------------------------------------------------------ runs side by side
+
+
+def log(first: float, steps: int = 8, **also: float) -> list[dict]:
+    return [
+        {"step": i, "num_tokens": 1000 * (i + 1), "reward": first + i, "kl": 0.1 * i} | also
+        for i in range(steps)
+    ]
+
+
+def test_the_courses_share_their_axes_and_each_seed_has_a_line() -> None:
+    figure = training.courses({"ppo": [log(0.0), log(5.0)], "dpo": [log(1.0, steps=4)]})
+    assert len(figure.axes) == 4, "gold, entropy and length were not logged by all"
+    ppo, dpo = figure.axes[0], figure.axes[1]
+    assert len(ppo.lines) == 2
+    assert len(dpo.lines) == 1
+    assert ppo.get_ylim() == dpo.get_ylim()
+    assert len({axis.get_xlim() for axis in figure.axes}) == 1
+    assert ppo.lines[0].get_xdata().tolist() == [float(i + 1) for i in range(8)]
+    assert ppo.get_title() == "PPO"
+
+
+def test_a_metric_that_one_run_lacks_has_no_row() -> None:
+    known = {"ppo": [log(0.0, gold=1.0)], "dpo": [log(0.0, gold=2.0)]}
+    assert len(training.courses(known).axes) == 6
+    assert len(training.courses(known | {"grpo": [log(0.0)]}).axes) == 6  # three policies, no gold
+
+
+def test_the_spread_is_that_between_seeds() -> None:
+    frame = training.stability({"ppo": [log(0.0), log(4.0)], "dpo": [log(1.0)]}).set_index("policy")
+    assert frame.loc["PPO", "proxy reward"] == "8.50 ± 2.83"  # 6.5 and 10.5
+    assert frame.loc["DPO", "proxy reward"] == "7.50"
+    assert frame.loc["PPO", "seeds"] == "2"
