@@ -73,5 +73,11 @@ def test_the_menu_of_a_phone_is_closed_by_following_a_link(book: str) -> None:
     assert '<nav aria-label="Contents" id="contents">' in book
     assert '<a class="open" href="#contents">' in book
     assert 'id="closed"' not in book, "closing scrolls nowhere"
-    assert "nav:target .contents { display: block; }" in book
+    assert re.search(r"nav:target \.contents \{\s+display: block;", book)
     assert "<input" not in book
+
+
+def test_the_dark_is_for_screens_and_figures_go_dark_with_it(book: str) -> None:
+    dark = re.findall(r"@media ([^{]*)prefers-color-scheme: dark", book)
+    assert dark == ["screen and ("] * 2, "what is printed is printed on white"
+    assert "figure.figure img { filter: invert(1)" in book
