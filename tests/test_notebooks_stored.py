@@ -140,6 +140,14 @@ def test_no_sentence_leads_into_hidden_code(notebook: nbformat.NotebookNode) -> 
             assert not before.source.rstrip().endswith(":"), before.source[-80:]
 
 
+def test_a_cell_shows_what_it_means_to_and_no_bare_value(notebook: nbformat.NotebookNode) -> None:
+    """`naive` at a cell's end prints tensor([[0.3797, ...]]): a sentence says what it is."""
+    for cell in code_cells(notebook):
+        body = ast.parse(cell.source).body
+        bare = body and isinstance(body[-1], ast.Expr) and not isinstance(body[-1].value, ast.Call)
+        assert not bare, cell.source.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "source", ["import os", "SEED = int('1')", "SEED = PROFILE = 1", "PROFILE: str"]
 )
