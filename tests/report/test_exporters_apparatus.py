@@ -81,3 +81,21 @@ def test_the_dark_is_for_screens_and_figures_go_dark_with_it(book: str) -> None:
     dark = re.findall(r"@media ([^{]*)prefers-color-scheme: dark", book)
     assert dark == ["screen and ("] * 2, "what is printed is printed on white"
     assert "figure.figure img { filter: invert(1)" in book
+
+
+def test_numbers_have_a_minus_and_words_their_hyphen() -> None:
+    html = (
+        "<table><thead><tr><th>exercise</th><th>gain</th></tr></thead><tbody>"
+        "<tr><td>well-known, -5 below</td><td>-0.40 [-0.81, -0.02]</td></tr></tbody></table>"
+    )
+    body = page(
+        new_markdown_cell("It fell by -0.3 (-1.2 at most) in 03-1."),
+        code(shown("text/html", html, kind="table", caption="c")),
+    )
+    assert "−0.40 [−0.81, −0.02]" in body
+    assert "well-known, -5 below" in body, "what somebody wrote stands as it was written"
+    assert "by −0.3 (−1.2 at most) in 03-1." in " ".join(body.split())
+
+
+def test_a_wide_table_uses_the_margin_before_it_is_scrolled(book: str) -> None:
+    assert re.search(r"min-width: 60rem\) \{\s+\.table-data \{ width: max-content;", book)

@@ -114,13 +114,14 @@ local function show_code(cell)
   return blocks
 end
 
--- "(arXiv:1707.06347," with the number as a link.
+-- "(arXiv:1707.06347," with the number as a link, and "[-0.4," with a minus, as typst has it.
 local function linked(str)
   local before, id, after = str.text:match("^(.-)arXiv:(%d%d%d%d%.%d%d%d%d%d)(.*)$")
   if id then
     local link = pandoc.Link("arXiv:" .. id, "https://arxiv.org/abs/" .. id)
     return { pandoc.Str(before), link, pandoc.Str(after) }
   end
+  return HTML and pandoc.Str((str.text:gsub("^([%[%(]*)%-(%d)", "%1−%2"))) or nil
 end
 
 local function show_prose(cell)

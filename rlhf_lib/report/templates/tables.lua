@@ -212,6 +212,13 @@ local function layout_table(tbl)
     end
     return typst_table(tbl, columns, plain), false
   end
+  each_cell(tbl, function(i, cell, in_head)
+    if columns[i] and columns[i].numeric and not in_head then
+      cell.contents = cell.contents:walk({
+        Str = function(str) return pandoc.Str((str.text:gsub("%-(%d)", "−%1"))) end, -- as typst does
+      })
+    end
+  end)
   local kind = "table-data"
   if columns:find_if(function(column) return column.natural >= LONG end) then
     kind = "table-text"
