@@ -313,7 +313,7 @@ add(
         help="Load, clean, split and audit the preference pairs.",
     ),
     Record(
-        "reward_model", "reward model", "#b8860b",
+        "reward_model", "reward model", "#1f4e79",
         runs="rlhf_lib.study.training:reward_model", sections=("reward_model",),
         unread=("curve_points",), notebook="02_reward_model", help="Train the reward model.",
         held=lambda settings: (1, 0),
@@ -336,7 +336,7 @@ add(
         unread=("curve_points",), pairs="judge",
         exists=lambda profile, seed: profile.data.judge_pairs > 0,
     ),
-    Record("base", "Base", "#8c8c8c", role="base"),
+    Record("base", "Base", "#707070", role="base"),
     Record(
         "sft", "SFT", "#4d4d4d",
         runs="rlhf_lib.methods.sft:train", sections=("sft",), notebook="03_sft",
@@ -344,7 +344,7 @@ add(
     ),
     Record("sft_again", "SFT again", role="null"),
     Record(
-        "rejection_sft", "Best-of-n SFT", "#56b4e9",
+        "rejection_sft", "Best-of-n SFT", "#00808a",
         runs="rlhf_lib.study.training:rejection_sft", needs=TRAINED,
         sections=("rejection", "sft"), notebook="03_sft",
         help="SFT on the best of n samples, picked by the reward model.",
@@ -361,13 +361,13 @@ add(
 )  # fmt: skip
 add(
     replace(
-        CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, weak penalty", color="#d55e00", help="",
+        CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, weak penalty", color="#c24a00", help="",
         changes=lambda p: {"kl_coef": p.ppo.low_kl_coef}, role="variant", variant_of="ppo",
         exists=_first,
         held=None, tuned=(),
     ),
     Record(
-        "grpo", "GRPO", "#009e73",
+        "grpo", "GRPO", "#1a7f37",
         runs="rlhf_lib.methods.grpo:train", needs=TRAINED, sections=("grpo",), notebook="05_grpo",
         help="Train with GRPO (SFT and reward model first, if missing).",
         role="method", coefficient="kl_reward_coef",
@@ -394,7 +394,7 @@ add(
             "learning_rate": p.sweep.rloo_learning_rate,
         }),
         tuned=("sweep.rloo_kl_reward_coef", "sweep.rloo_learning_rate"),
-        color="#e69f00", variant_of="", held=None,
+        color="#6f5499", variant_of="", held=None,
     ),
 )  # fmt: skip
 for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger", "high")):
@@ -438,12 +438,12 @@ add(
     ),
     # ---- what is no stage and no policy, and yet has a name and perhaps a colour
     Record("best_of_n_default", "best-of-n", "#333333"),
-    Record("best_of_n_control", "best-of-n, unbiased labels", "#88aacc"),
+    Record("best_of_n_control", "best-of-n, unbiased labels", "#5577a0"),
     Record("bag_of_words", "bag of words"),
     Record("longer_wins", "longer wins"),
     Record("learned_length", "length, direction learned"),
-    Record("proxy", "proxy", "#b8860b"),
-    Record("gold", "gold reward", "#1f4e79"),
+    Record("proxy", "proxy", "#1f4e79"),
+    Record("gold", "gold reward", "#8a6a00"),
 )  # fmt: skip
 
 LIBRARY = frozenset(CATALOGUE)  # names that are taken

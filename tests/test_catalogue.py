@@ -264,3 +264,22 @@ def test_a_method_that_is_no_record(toy_folder: Path, methods: str, message: str
     with pytest.raises(SettingsError, match=message):
         catalogue.load("smoke", [f"methods={toy_folder}/{methods}"])
     assert catalogue.CATALOGUE == CATALOGUE
+
+
+def brightness(colour: str) -> float:
+    """Relative luminance (WCAG 2.1)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_names_in_colour_can_be_read_on_white_and_one_colour_has_one_meaning() -> None:
+    drawn = {r.name: r.color for r in catalogue.CATALOGUE.values() if r.color != catalogue.GREY}
+    for name, colour in [*drawn.items(), ("grey", catalogue.GREY)]:
+        assert 1.05 / (brightness(colour) + 0.05) >= 4.5, name
+    policies = [drawn[name] for name in ("base", "sft", *catalogue.trained()) if name in drawn]
+    assert len(set(policies)) == len(set(catalogue.trained()) & set(drawn) | {"base", "sft"})
+    assert drawn["proxy"] == drawn["reward_model"], "the proxy is what the reward model says"
+    assert drawn["proxy"] != drawn["gold"]
+    red, green, blue = (int(drawn["gold"][i : i + 2], 16) for i in (1, 3, 5))
+    assert red > green > blue, "gold is drawn gold"

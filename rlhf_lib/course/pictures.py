@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from rlhf_lib.catalogue import GREY
 from rlhf_lib.show.figures import WIDTH
 
-WRONG = "#d55e00"  # the line of a run with a mistake
+WRONG = "#c24a00"  # the line of a run with a mistake
 DATA, MODELS, LOSS = "#e8eef4", "#f4efe6", "#e9f3ea"  # what a box holds
 
 

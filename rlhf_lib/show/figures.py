@@ -211,7 +211,7 @@ def length_histograms(histogram: Mapping[str, Mapping[str, Sequence[int]]]) -> F
     Bins have whole-number edges and may differ in width, so the height is a share per token.
     """
     figure, axes = _panels(len(histogram), 2.6)
-    sides = {"prompt": color("sft"), "chosen": "#0072b2", "rejected": "#d55e00"}
+    sides = {"prompt": color("sft"), "chosen": "#0072b2", "rejected": "#c24a00"}
     for axis, (name, counts) in zip(axes, histogram.items(), strict=True):
         edges = counts["edges"]
         for side in (side for side in sides if side in counts):
