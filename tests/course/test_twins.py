@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -19,8 +21,9 @@ def small() -> Small:
     return Small()
 
 
-def updates(small: Small) -> dict[str, twins.Both]:
-    """One update of each method by both."""
+@pytest.fixture(scope="module")
+def update(small: Small) -> Callable[[str], twins.Both]:
+    """`update("ppo")`: one update of a method by both."""
     seed_everything(0)
     policy, reference, asked = small.policy(), small.reference(), [p.ids for p in small.prompts]
     with torch.no_grad():
@@ -28,19 +31,14 @@ def updates(small: Small) -> dict[str, twins.Both]:
             parameter.add_(0.01 * torch.randn_like(parameter))  # the KL is not 0
     batch = plain.sample(policy, asked[:8], small.eos, S)
     groups = plain.sample(policy, [a for a in asked[:2] for _ in range(4)], small.eos, S)
-    return {
-        "sft": twins.sft(policy, small.demonstrations[:8], S),
-        "reward_model": twins.reward_model(small.scorer(), small.pairs[:8], S),
-        "ppo": twins.ppo(policy, small.scorer(), reference, batch, small.gold(batch), S),
-        "grpo": twins.grpo(policy, reference, groups, small.gold(groups), S),
-        "dpo": twins.dpo(policy, reference, small.pairs[:8], S),
+    made: dict[str, Callable[[], twins.Both]] = {
+        "sft": lambda: twins.sft(policy, small.demonstrations[:8], S),
+        "reward_model": lambda: twins.reward_model(small.scorer(), small.pairs[:8], S),
+        "ppo": lambda: twins.ppo(policy, small.scorer(), reference, batch, small.gold(batch), S),
+        "grpo": lambda: twins.grpo(policy, reference, groups, small.gold(groups), S),
+        "dpo": lambda: twins.dpo(policy, reference, small.pairs[:8], S),
     }
-
-
-def test_all_five_methods_end_at_the_same_weights(small: Small) -> None:
-    for name, both in updates(small).items():
-        assert both.moved > 0.1, name
-        assert both.same, (name, both)
+    return lambda name: made[name]()
 
 
 BROKEN = {
@@ -52,8 +50,16 @@ BROKEN = {
 }
 
 
-def test_a_mistake_in_one_of_the_two_is_seen(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, mistake in BROKEN.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(twins, "plain", mistakes.put_back(mistake))
-            assert not updates(small)[name].same, name
+@pytest.mark.parametrize("name", BROKEN)
+def test_both_end_at_the_same_weights(name: str, update: Callable) -> None:
+    both = update(name)
+    assert both.moved > 0.1
+    assert both.same, both
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_mistake_in_one_of_the_two_is_seen(
+    name: str, update: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(twins, "plain", mistakes.put_back(BROKEN[name]))
+    assert not update(name).same
