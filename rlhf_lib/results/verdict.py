@@ -80,11 +80,13 @@ def asked(results: Mapping) -> str:
     again = _names(_measured(results, catalogue.policies("null")))
     luck = f"; {again} has random numbers of its own" if again else ""
     few = "KL" if deciding == "proxy" else "proxy, KL"
+    many = f"each of {len(results['seeds'])} seeds, demonstrations for the first alone"
+    seeds = many if len(results["seeds"]) > 1 else "one seed"
     return (
         f"{len(results['policies']) - 1} policies answered {prompts} prompts "
         f"({results['policies']['sft'][deciding]['units']} different requests) {each} times each, "
-        f"SFT {max(each, config['baseline_samples'])} times, for each of {len(results['seeds'])} "
-        "seeds, demonstrations for the first alone; with the same random numbers: the k-th reply "
+        f"SFT {max(each, config['baseline_samples'])} times, for {seeds}; with the same random "
+        "numbers: the k-th reply "
         f"of one policy to a prompt has the luck of the k-th reply of another{luck}. {deciding} "
         f"reward is measured of all replies; {few} and entropy of the first "
         f"{min(config['measured_samples'], each)} to each of the first "
