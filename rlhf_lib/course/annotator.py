@@ -12,8 +12,8 @@ import pandas as pd
 
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.measure.statistics import interval, share
-from rlhf_lib.show.display import captioned, table_bundle
-from rlhf_lib.show.widgets import WIDGET, live
+from rlhf_lib.show.display import table_bundle
+from rlhf_lib.show.widgets import offer
 from rlhf_lib.world.grammar import last_request
 
 COUNT, TWIN = 30, 3  # pairs to label, and how many of them the report prints
@@ -105,11 +105,8 @@ class Annotator:
 
     def show(self) -> None:
         """Display the judges' agreement, with the buttons over it where somebody can press them."""
-        bundle: dict = table_bundle(self.agreement())
-        if live():
-            view = {"version_major": 2, "version_minor": 0}
-            bundle[WIDGET] = view | {"model_id": self.control().model_id}
-        captioned(bundle, "table", CAPTION.format(count=len(self.pairs)))
+        caption = CAPTION.format(count=len(self.pairs))
+        offer(table_bundle(self.agreement()), "table", caption, self.control)
 
     def some(self) -> pd.DataFrame:
         """The first pairs as the reader sees them, and which reply is labelled better."""

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from rlhf_lib.catalogue import GREY
 from rlhf_lib.show.figures import WIDTH
+from rlhf_lib.show.findings import WRONG
 
-WRONG = "#c24a00"  # the line of a run with a mistake
 DATA, MODELS, LOSS = "#e8eef4", "#f4efe6", "#e9f3ea"  # what a box holds
 
 

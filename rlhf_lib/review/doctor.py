@@ -71,6 +71,13 @@ def _late(series: Series) -> Series:
     return series[-max(1, len(series) // 4) :]
 
 
+def _mostly(logs: Logs, name: str) -> float | None:
+    """A share's mean over the last quarter, where that is half or more."""
+    share = _first(logs, name)
+    end = 0.0 if share is None else float(_late(share).mean())
+    return end if end >= 0.5 else None
+
+
 def no_numbers(logs: Logs) -> Finding | None:
     bad = sorted(name for name, values in logs.items() if not np.isfinite(values).all())
     if not bad:
@@ -102,12 +109,12 @@ def negative_kl(logs: Logs) -> Finding | None:
 
 
 def silent_groups(logs: Logs) -> Finding | None:
-    share = _first(logs, "frac_reward_zero_std")
-    if share is None or _late(share).mean() < 0.5:
+    share = _mostly(logs, "frac_reward_zero_std")
+    if share is None:
         return None
     return Finding(
         "silent groups",
-        f"{_late(share).mean():.0%} of the last groups have equal rewards throughout",
+        f"{share:.0%} of the last groups have equal rewards throughout",
         "the reward cannot tell these replies apart, or they are all the same: a coarse reward, "
         "too cold a sampling temperature, a collapsed policy",
     )
@@ -182,12 +189,12 @@ def ratio_at_the_start(logs: Logs) -> Finding | None:
 
 
 def cut_replies(logs: Logs) -> Finding | None:
-    share = _first(logs, "completions/clipped_ratio")
-    if share is None or _late(share).mean() < 0.5:
+    share = _mostly(logs, "completions/clipped_ratio")
+    if share is None:
         return None
     return Finding(
         "replies that do not end",
-        f"{_late(share).mean():.0%} of the last replies were cut off at the length limit",
+        f"{share:.0%} of the last replies were cut off at the length limit",
         "the end-of-sequence token is masked or never trained, or the reward likes length",
     )
 

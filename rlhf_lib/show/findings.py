@@ -21,7 +21,7 @@ from rlhf_lib.runs import Stage
 from rlhf_lib.show import costs, tables
 from rlhf_lib.show.figures import WIDTH
 
-WRONG = "#c24a00"  # of an interval that leaves out the truth
+WRONG = "#c24a00"  # a run with a mistake, an interval that leaves out the truth
 SHOWN = 60  # made-up studies whose intervals are drawn
 AVERAGED = SMOOTH  # steps that a moving mean of the frontier takes together
 

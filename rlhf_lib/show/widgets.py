@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from textwrap import shorten
+from typing import Any
 
 import ipywidgets
 import numpy as np
@@ -80,10 +81,18 @@ def _offer(
     """Show the twin, numbered and captioned, with the control over it where somebody can use it."""
     kind = "figure" if isinstance(twin, Figure) else "table"
     bundle: dict = figure_bundle(twin) if isinstance(twin, Figure) else table_bundle(twin)
+    offer(bundle, kind, caption, lambda: control(title, positions, content))
+
+
+def offer(
+    twin: Mapping[str, Any], kind: str, caption: str, make: Callable[[], ipywidgets.Widget]
+) -> None:
+    """Display a twin, with the control that `make` gives over it where somebody can use it."""
+    bundle = dict(twin)
     if live():
         # what ipywidgets 8 says of a widget, and 7, which Colab has, shows as well
         view = {"version_major": 2, "version_minor": 0}
-        bundle[WIDGET] = view | {"model_id": control(title, positions, content).model_id}
+        bundle[WIDGET] = view | {"model_id": make().model_id}
     captioned(bundle, kind, caption)
 
 
