@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from rlhf_lib.catalogue import GREY
 from rlhf_lib.show.figures import WIDTH
 from rlhf_lib.show.findings import WRONG
+from rlhf_lib.show.training import update_panels
 
 DATA, MODELS, LOSS = "#e8eef4", "#f4efe6", "#e9f3ea"  # what a box holds
 
@@ -160,13 +161,9 @@ def steps(updates: Sequence[pd.DataFrame], color: str) -> Figure:
 
     updates: frames with the columns `advantage` and `change`.
     """
-    figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
-    axes = figure.subplots(1, len(updates), sharex=True, sharey=True, squeeze=False)[0]
-    for number, (axis, frame) in enumerate(zip(axes, updates, strict=True), 1):
-        for line in (axis.axhline, axis.axvline):
-            line(0, color=GREY, lw=0.8)
+    figure, axes = update_panels(len(updates), "advantage of a token", "change of its log-prob")
+    for axis, frame in zip(axes, updates, strict=True):
+        axis.axvline(0, color=GREY, lw=0.8)
         axis.plot(frame["advantage"], frame["change"], ".", color=color, alpha=0.5, ms=4)
-        axis.set(title=f"update {number}", xlabel="advantage of a token")
         axis.set_yscale("symlog", linthresh=0.1)  # most change little, and a few very much
-    axes[0].set_ylabel("change of its log-prob")
     return figure

@@ -20,6 +20,7 @@ from rlhf_lib.results.frontier import SMOOTH, at_equal_budget, logged, spent, sw
 from rlhf_lib.runs import Stage
 from rlhf_lib.show import costs, tables
 from rlhf_lib.show.figures import WIDTH
+from rlhf_lib.show.training import update_panels
 
 WRONG = "#c24a00"  # a run with a mistake, an interval that leaves out the truth
 SHOWN = 60  # made-up studies whose intervals are drawn
@@ -80,15 +81,11 @@ def pair_table(updates: Sequence[pd.DataFrame], pairs: int) -> pd.DataFrame:
 
 def pair_steps(updates: Sequence[pd.DataFrame], colour: str) -> Figure:
     """A panel an update: of each pair, how far the step moved both replies (`pair_frame`)."""
-    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
-    axes = figure.subplots(1, len(updates), sharex=True, sharey=True, squeeze=False)[0]
-    for number, (axis, frame) in enumerate(zip(axes, updates, strict=True), 1):
+    figure, axes = update_panels(len(updates), "chosen moved (nats)", "rejected moved (nats)")
+    for axis, frame in zip(axes, updates, strict=True):
         axis.axline((0, 0), slope=1, color=GREY, lw=0.8, ls=":")
-        for line in (axis.axhline, axis.axvline):
-            line(0, color=GREY, lw=0.8)
+        axis.axvline(0, color=GREY, lw=0.8)
         axis.plot(frame["chosen moved"], frame["rejected moved"], "o", color=colour, ms=4)
-        axis.set(title=f"update {number}", xlabel="chosen moved (nats)")
-    axes[0].set_ylabel("rejected moved (nats)")
     return figure
 
 

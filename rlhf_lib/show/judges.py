@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from scipy import stats
 from scipy.special import expit
 
-from rlhf_lib.catalogue import GREY, label
+from rlhf_lib.catalogue import label
 from rlhf_lib.data.encoding import Pair, Prompt
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import bootstrap, contrast, direction, interval
-from rlhf_lib.show.figures import WIDTH
 from rlhf_lib.show.tables import table_of
+from rlhf_lib.show.training import update_panels
 from rlhf_lib.world.grammar import last_request
 from rlhf_lib.world.rewards import MAX_GOLD, observe
 
@@ -153,14 +153,10 @@ def tastes(labelled: Mapping[str, tuple[Sequence[Pair], Truth]]) -> pd.DataFrame
 
 def moves(updates: Sequence[tuple[Iterable, Iterable]], color: str, what: str) -> Figure:
     """A panel an update: where each thing stood before it, and by how much it was moved."""
-    figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
-    axes = figure.subplots(1, len(updates), sharex=True, sharey=True, squeeze=False)[0]
-    for number, (axis, sides) in enumerate(zip(axes, updates, strict=True), 1):
+    figure, axes = update_panels(len(updates), f"{what} before", "change by the update")
+    for axis, sides in zip(axes, updates, strict=True):
         before, after = (np.asarray(side, dtype=float) for side in sides)
-        axis.axhline(0, color=GREY, lw=0.8)
         axis.plot(before, after - before, ".", color=color, alpha=0.6, ms=5)
-        axis.set(title=f"update {number}", xlabel=f"{what} before")
-    axes[0].set_ylabel("change by the update")
     return figure
 
 

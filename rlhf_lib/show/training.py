@@ -10,11 +10,12 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.catalogue import color, label
+from rlhf_lib.catalogue import GREY, color, label
 from rlhf_lib.measure.statistics import bootstrap, contrast, interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.show import figures, tables
@@ -74,6 +75,17 @@ def pulled(frames: Sequence[pd.DataFrame]) -> str:
         f"The correlation of advantage and change is {', '.join(said[:-1])} and {said[-1]} in the "
         f"{len(said)} updates."
     )
+
+
+def update_panels(count: int, xlabel: str, ylabel: str) -> tuple[Figure, list[Axes]]:
+    """A panel an update, all on the same axes, each with a line at 0: for what the update did."""
+    figure = Figure(figsize=(figures.WIDTH, 2.4), layout="constrained")
+    axes = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
+    for number, axis in enumerate(axes, 1):
+        axis.axhline(0, color=GREY, lw=0.8)
+        axis.set(title=f"update {number}", xlabel=xlabel)
+    axes[0].set_ylabel(ylabel)
+    return figure, list(axes)
 
 
 @contextmanager
