@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -90,7 +91,12 @@ class Study:
         return run_stage(self.run, record, self._data(record), self.needed(name))
 
     def outlook(self, notebook: str) -> str:
-        """What of all that a notebook reads is done, and what it will have to run first."""
+        """What of all that a notebook reads is done, and what it will have to run first.
+
+        In batch nobody reads it, and the control's pairs would be loaded for it: then it is empty.
+        """
+        if os.environ.get("RLHF_BATCH"):
+            return ""
         seed, profile = self.run.seed, self.run.profile
         every = notebook == list(catalogue.notebooks())[-1]  # it compares all that there is
         records = catalogue.stages(profile, seed)

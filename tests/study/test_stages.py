@@ -185,6 +185,7 @@ def test_the_outlook_says_what_is_done_and_what_has_to_be_run(
     def refuse(*_: Any) -> None:
         raise AssertionError("the outlook ran a stage")
 
+    monkeypatch.delenv("RLHF_BATCH", raising=False)
     monkeypatch.setattr(stages, "stage_of", stage_of)
     monkeypatch.setattr(stages, "run_stage", refuse)
     monkeypatch.setattr(stages, "set_up_process", lambda threads: None)
@@ -199,11 +200,14 @@ def test_the_outlook_says_what_is_done_and_what_has_to_be_run(
     )
     two = stages.Study.open("smoke", 0, tmp_path, ["seeds=2"])
     assert "second_opinion" in two.outlook("07_evaluation")
+    monkeypatch.setenv("RLHF_BATCH", "1")
+    assert not two.outlook("07_evaluation"), "a study's own workers read nothing for it"
 
 
 def test_a_planned_stage_has_the_hash_of_the_one_that_is_run(
     tmp_path: Path, tiny_data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("RLHF_BATCH", raising=False)
     monkeypatch.setattr(stages, "read_data", lambda config, model: tiny_data)
     study = stages.Study.open("smoke", 0, tmp_path)
     study.read = stages.read_data
