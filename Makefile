@@ -69,6 +69,7 @@ proofs: $(STAMP) ## prove the methods by enumeration, and compare with TRL where
 
 # TRL runs in an environment of its own: what it is compared with must not depend on what we install.
 BENCH_VENV := .venv-bench
+BENCH_OUT ?= runs/benchmarks
 BENCH_STAMP := $(BENCH_VENV)/.installed-$(shell { pwd; cat benchmarks/requirements.txt requirements.lock; } | cksum | cut -d ' ' -f 1)
 
 $(BENCH_STAMP): | $(STAMP)
@@ -81,9 +82,10 @@ $(BENCH_STAMP): | $(STAMP)
 	@touch $@
 
 bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transformers
-	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python \
+	  --out $(BENCH_OUT)/cpu.json $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python --threads 1 \
-	  --out runs/benchmarks/one-thread.json $(BENCH_ARGS)
+	  --out $(BENCH_OUT)/cpu-one-thread.json $(BENCH_ARGS)
 
 readme: $(STAMP) ## fill the README's numbers from the exported studies
 	$(BIN)/python -m tools.readme

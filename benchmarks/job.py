@@ -6,6 +6,7 @@ The peer's interpreter may not have all of this library's dependencies: this fil
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks.work import Sizes, Work, count
 
 # what is compared with TRL or transformers; with bare torch
 STAGES = ("sft", "reward_model", "dpo", "grpo", "generation", "ppo", "dpo_plain", "grpo_plain")
+POOL = 50  # batches that transformers' `group_by_length` sorts at a time
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Row:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+
+    def longest(self, stage: str) -> int:
+        """Tokens of the longest sequence that a stage reads of it."""
+        rejected = 0 if stage == "sft" else len(self.rejected)
+        return len(self.prompt) + max(len(self.chosen), rejected)
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,9 @@ class Job:
     precision: str  # of the forward passes (autocast); weights are fp32
     threads: int
     sizes: Sizes
-    rows: list[Row]
+    rows: list[Row]  # to choose from
     prompt_texts: list[str]  # of the rows: the peer's GRPO takes text
+    pairs: int = 32  # in a round
     batch_size: int = 8  # pairs or dialogues in an optimizer step
     max_length: int = 256  # of prompt and reply together; the rows keep to it
     samples: int = 32  # of GRPO, PPO and generation in a round
@@ -51,12 +59,28 @@ class Job:
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
+    def batches(self, stage: str) -> list[list[Row]]:
+        """The optimizer steps of a round, the same for both sides: rows of one length together.
+
+        All rows are sorted by length and cut into batches, as `group_by_length` of transformers
+        does with 50 batches at a time; a round has some, evenly spaced from the longest to the
+        shortest. Fewer rows than that would be padded as if nobody had sorted them.
+        """
+        rows = sorted(self.rows, key=lambda row: row.longest(stage), reverse=True)
+        cut = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        apart = len(cut) / max(1, self.pairs // self.batch_size)
+        return [cut[int(place * apart + apart / 2)] for place in range(int(len(cut) / apart))]
+
+    def order(self, number: int, batches: int) -> list[int]:
+        """In which order round `number` takes its batches."""
+        return random.Random(number).sample(range(batches), batches)
+
     def pair_work(self, stage: str) -> Work:
-        """The work of one round over all rows: SFT takes the chosen replies, the others both."""
-        rejected = 0 if stage == "sft" else sum(len(r.rejected) for r in self.rows)
-        replies = rejected + sum(len(r.chosen) for r in self.rows)
-        prompts = sum(len(r.prompt) for r in self.rows)
-        return count(stage, self.sizes, len(self.rows), prompts, replies)
+        """The work of one round over pairs: SFT takes the chosen replies, the others both."""
+        rows = [row for batch in self.batches(stage) for row in batch]
+        rejected = 0 if stage == "sft" else sum(len(r.rejected) for r in rows)
+        replies = rejected + sum(len(r.chosen) for r in rows)
+        return count(stage, self.sizes, len(rows), sum(len(r.prompt) for r in rows), replies)
 
     def sample_work(self, stage: str, prompt_tokens: int, replies: list[int]) -> Work:
         """The work behind replies of these lengths; `prompt_tokens` has each prompt once."""

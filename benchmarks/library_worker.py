@@ -6,16 +6,16 @@ python -m benchmarks.library_worker JOB.json STAGE
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from benchmarks.job import Job, read_job
+from benchmarks.job import Job, Row, read_job
 from benchmarks.protocol import Round, serve
 from benchmarks.work import Work
-from rlhf_lib.data.batches import chunks, shuffled_batches
+from rlhf_lib.data.batches import chunks
 from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, rewards, sft
 from rlhf_lib.methods.learner import Learner
@@ -52,19 +52,17 @@ def _learner(job: Job, accelerator: Accelerator, model: PreTrainedModel) -> Lear
     return Learner(accelerator, model, learning_rate=job.learning_rate, steps=ENDLESS)
 
 
-def _pairs(job: Job) -> list[Pair]:
-    return [
-        Pair(str(i), "", "", "", row.prompt, row.chosen, row.rejected)
-        for i, row in enumerate(job.rows)
-    ]
+def _pair(row: Row) -> Pair:
+    return Pair("", "", "", "", row.prompt, row.chosen, row.rejected)
 
 
-def _epochs(job: Job, stage: str, learner: Learner, rows: Sequence, update: Callable) -> Round:
-    """One epoch over `rows` a round, in a fresh order, by a method's own `update`."""
+def _epochs(job: Job, stage: str, learner: Learner, as_row: Callable, update: Callable) -> Round:
+    """The batches of a round, in a fresh order, by a method's own `update`."""
+    batches = [[as_row(row) for row in batch] for batch in job.batches(stage)]
 
     def run(number: int) -> Work:
-        for batch in shuffled_batches(len(rows), job.batch_size, 1, number):
-            update(learner, [rows[i] for i in batch], job.batch_size)
+        for place in job.order(number, len(batches)):
+            update(learner, batches[place], job.batch_size)
         return job.pair_work(stage)
 
     return run
@@ -72,27 +70,33 @@ def _epochs(job: Job, stage: str, learner: Learner, rows: Sequence, update: Call
 
 def _sft(job: Job, accelerator: Accelerator) -> Round:
     learner = _learner(job, accelerator, load_policy(job.model))
-    rows = [Demonstration("", "", row.prompt, row.chosen) for row in job.rows]
-    return _epochs(job, "sft", learner, rows, sft.update)
+
+    def demonstration(row: Row) -> Demonstration:
+        return Demonstration("", "", row.prompt, row.chosen)
+
+    return _epochs(job, "sft", learner, demonstration, sft.update)
 
 
 def _reward_model(job: Job, accelerator: Accelerator) -> Round:
     model, _ = load_reward_model(job.reward_model, load_tokenizer(job.model), seed=0)
     learner = _learner(job, accelerator, model)
-    return _epochs(job, "reward_model", learner, _pairs(job), reward_model.update)
+    return _epochs(job, "reward_model", learner, _pair, reward_model.update)
 
 
 def _dpo(job: Job, accelerator: Accelerator) -> Round:
-    learner, pairs = _learner(job, accelerator, load_policy(job.model)), _pairs(job)
+    learner = _learner(job, accelerator, load_policy(job.model))
+    batches = [[_pair(row) for row in batch] for batch in job.batches("dpo")]
+    pairs = [pair for batch in batches for pair in batch]
     reference = freeze(accelerator, load_reference(job.model))
     loss = dpo.preference_loss(DPOConfig(beta=job.beta))
 
     def run(number: int) -> Work:
         with accelerator.autocast():
             table = dpo.reference_logprobs(reference, pairs, job.batch_size)
-        for batch in shuffled_batches(len(pairs), job.batch_size, 1, number):
-            shown = [pairs[i] for i in batch]
-            dpo.update(learner, shown, table[batch], loss, micro_batch_size=job.batch_size)
+        for place in job.order(number, len(batches)):
+            batch, first = batches[place], place * job.batch_size
+            known = table[first : first + len(batch)]
+            dpo.update(learner, batch, known, loss, micro_batch_size=job.batch_size)
         return job.pair_work("dpo")
 
     return run

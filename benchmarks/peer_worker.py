@@ -9,8 +9,10 @@ library: its own tokenization is skipped, and its time does not count.
 
 TRL as one would run it at its best here:
 - fused AdamW, torch's fused attention ("sdpa"), fp32 weights under autocast: its defaults.
-- Examples of similar length together in SFT and reward model (`group_by_length`): padding is what
-  TRL loses most by. Its packing and `padding_free` ask for FlashAttention, which no CPU has.
+- Batches of one length in SFT, reward model and DPO: padding is what TRL loses most by. They are
+  those that its `group_by_length` makes of thousands of rows; of the few of a round it would make
+  none, so they come ready made (`Job.batches`). Its packing and `padding_free` ask for
+  FlashAttention, which no CPU has.
 - GRPO generates a whole step at once (its default), by `transformers`; vLLM needs a GPU of its own.
 - DPO takes the reference's log-probs with each batch. `precompute_ref_log_probs` would do the same
   work once, before the first round: in one epoch nothing is saved, in measured rounds all of it.
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.job import Job, read_job
+from benchmarks.job import Job, Row, read_job
 from benchmarks.plain_peer import load as load_plain
 from benchmarks.plain_peer import sample
 from benchmarks.protocol import Round, serve
@@ -64,13 +66,10 @@ def _settings(job: Job, batch_size: int) -> dict[str, Any]:
         "fp16": job.precision == "fp16",
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": False,
+        "train_sampling_strategy": "sequential",  # rows come in batches, in the round's order
         "gradient_checkpointing": False,
         "use_liger_kernel": torch.cuda.is_available() and find_spec("liger_kernel") is not None,
     }
-
-
-LENGTHS = "length"  # a column that says how long each row is, where "input_ids" does not
-SORTED = {"train_sampling_strategy": "group_by_length", "length_column_name": LENGTHS}
 
 
 FP32 = {"dtype": "float32"}  # master weights; the forward runs in the job's precision
@@ -86,12 +85,11 @@ def _sft(job: Job) -> Round:
             "input_ids": row.prompt + row.chosen,
             "completion_mask": [0] * len(row.prompt) + [1] * len(row.chosen),
         }
-        for row in job.rows
+        for row in _rows(job, "sft")
     ]
     config = SFTConfig(
-        max_length=job.max_length, model_init_kwargs=FP32, **SORTED,
-        **_settings(job, job.batch_size),
-    )  # fmt: skip
+        max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
+    )
     trainer = SFTTrainer(job.model, args=config, train_dataset=Dataset.from_list(rows))
     return _epochs(trainer, job, "sft")
 
@@ -106,15 +104,12 @@ def _reward_model(job: Job) -> Round:
             "chosen_ids": row.prompt + row.chosen,
             "rejected_ids": row.prompt + row.rejected,
         }
-        for row in job.rows
+        for row in _rows(job, "reward_model")
     ]
     config = RewardConfig(
-        max_length=job.max_length, model_init_kwargs=FP32, **SORTED, remove_unused_columns=False,
-        **_settings(job, job.batch_size),
-    )  # fmt: skip
+        max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
+    )
     trainer = RewardTrainer(job.reward_model, args=config, train_dataset=Dataset.from_list(rows))
-    lengths = [max(map(len, row.values())) for row in rows]  # it drops such a column of the rows
-    trainer.train_dataset = trainer.train_dataset.add_column(LENGTHS, lengths)  # type: ignore
     return _epochs(trainer, job, "reward_model")
 
 
@@ -131,7 +126,7 @@ def _dpo(job: Job) -> Round:
 
     rows = [
         {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
-        for row in job.rows
+        for row in _rows(job, "dpo")
     ]
     config = DPOConfig(
         max_length=job.max_length,
@@ -143,9 +138,16 @@ def _dpo(job: Job) -> Round:
     return _epochs(trainer, job, "dpo")
 
 
+def _rows(job: Job, stage: str) -> list[Row]:
+    return [row for batch in job.batches(stage) for row in batch]
+
+
 def _epochs(trainer: Any, job: Job, stage: str) -> Round:
+    rows, size = trainer.train_dataset, job.batch_size
+
     def run(number: int) -> Work:
-        trainer.args.data_seed = number  # a fresh order each round
+        order = job.order(number, len(rows) // size)
+        trainer.train_dataset = rows.select([size * b + i for b in order for i in range(size)])
         trainer.train()
         return job.pair_work(stage)
 

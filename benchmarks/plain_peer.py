@@ -10,7 +10,6 @@ models are loaded and put under autocast, and its sampling, which has no cache, 
 from __future__ import annotations
 
 import copy
-import random
 from functools import partial
 from typing import Any
 
@@ -79,13 +78,11 @@ def load(stage: str, job: Job) -> Round:
 
 
 def _dpo(job: Job, policy: Any, reference: Any, optimizer: Any, settings: plain.Settings) -> Round:
-    pairs = [(row.prompt, row.chosen, row.rejected) for row in job.rows]
+    batches = [[(r.prompt, r.chosen, r.rejected) for r in batch] for batch in job.batches("dpo")]
 
     def run(number: int) -> Work:
-        order = random.Random(number).sample(pairs, len(pairs))
-        for start in range(0, len(order), job.batch_size):
-            batch = order[start : start + job.batch_size]
-            plain.dpo_update(policy, reference, batch, optimizer, settings)
+        for place in job.order(number, len(batches)):
+            plain.dpo_update(policy, reference, batches[place], optimizer, settings)
         return job.pair_work("dpo")
 
     return run

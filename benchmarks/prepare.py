@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from benchmarks.job import Job, Row
+from benchmarks.job import POOL, Job, Row
 from benchmarks.work import Sizes
 from rlhf_lib.data.pairs import load_data
 from rlhf_lib.flops import sizes_of
@@ -36,7 +36,10 @@ def default_model() -> str:
 
 
 def make_job(folder: Path, model: str, data: str, pairs: int) -> Job:
-    """A job over `pairs` rows: of `data`, or drawn where that is empty. Models go into `folder`."""
+    """A job with `pairs` in a round: of `data`, or drawn where that is empty.
+
+    It has as many rows as are sorted by length at a time, at least. Models go into `folder`.
+    """
     policy = random_policy(GPT2Config()) if model == RANDOM else load.load_policy(model)
     longest = getattr(policy.config, "max_position_embeddings", MAX_PROMPT + MAX_REPLY)
     if longest < MAX_PROMPT + MAX_REPLY:
@@ -45,8 +48,9 @@ def make_job(folder: Path, model: str, data: str, pairs: int) -> Job:
             f"take smollm2-135m, gpt2 or {RANDOM}"
         )
     tokenizer = load.load_tokenizer("tiny" if model == RANDOM else model)
-    rows = real_rows(data, tokenizer, pairs) if data else drawn_rows(tokenizer, pairs)
-    return job_of(folder, policy, tokenizer, rows, choose_precision())
+    pool = max(pairs, POOL * Job.batch_size)
+    rows = real_rows(data, tokenizer, pool) if data else drawn_rows(tokenizer, pool)
+    return job_of(folder, policy, tokenizer, rows, pairs, choose_precision())
 
 
 def random_policy(config: PretrainedConfig) -> PreTrainedModel:
@@ -65,6 +69,7 @@ def job_of(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
+    pairs: int,
     precision: str,
 ) -> Job:
     """Save `policy`, and an untrained reward model on its trunk, and name them in a job."""
@@ -80,6 +85,7 @@ def job_of(
         sizes=Sizes(*sizes_of(policy)),
         rows=rows,
         prompt_texts=tokenizer.batch_decode([row.prompt for row in rows]),
+        pairs=pairs,
         generation_batch=64 if torch.cuda.is_available() else 16,
     )
 
@@ -118,7 +124,7 @@ def fixed_job(
     """A random policy of this shape, and rows cut from the bundled texts to the same lengths."""
     tokenizer = load.load_tokenizer("tiny")
     rows = _rows_of(tokenizer, [prompt] * pairs, [reply] * pairs, [reply] * pairs)
-    return job_of(folder, random_policy(config), tokenizer, rows, precision)
+    return job_of(folder, random_policy(config), tokenizer, rows, pairs, precision)
 
 
 def _rows_of(

@@ -72,7 +72,7 @@ def tiny_job(tmp_path: Path, make_model: Callable, tiny_tokenizer: Any) -> Job:
     words = [3, 4, 5, 6, 7, 8]
     rows = [Row(words[: 2 + i % 4], words[: 1 + i % 3], [*words[1:3], 1]) for i in range(8)]
     torch.manual_seed(2)
-    job = prepare.job_of(tmp_path, make_model("gpt2"), tiny_tokenizer, rows, "fp32")
+    job = prepare.job_of(tmp_path, make_model("gpt2"), tiny_tokenizer, rows, 8, "fp32")
     small = {
         "batch_size": 4,
         "samples": 8,
@@ -88,6 +88,21 @@ def tiny_job(tmp_path: Path, make_model: Callable, tiny_tokenizer: Any) -> Job:
 def test_a_job_comes_back_as_it_was_written(tiny_job: Job, tmp_path: Path) -> None:
     tiny_job.write(tmp_path / "job.json")
     assert read_job(tmp_path / "job.json") == tiny_job
+
+
+@pytest.mark.parametrize(("pairs", "kept"), [(8, [2]), (16, [1, 3]), (40, [0, 1, 2, 3, 4])])
+def test_a_round_has_batches_of_one_length_from_all_lengths(pairs: int, kept: list[int]) -> None:
+    lengths = [5 * (place % 40) + 3 for place in range(40)]
+    rows = [Row([3] * 2, [4] * (n - 2), [5] * (7 * n % 200)) for n in lengths]
+    job = Job("", "", "fp32", 1, Sizes(1, 1), rows[::3] + rows[1::3] + rows[2::3], [], pairs)
+    found = [[row.longest("sft") for row in batch] for batch in job.batches("sft")]
+    sorted_lengths = sorted(lengths, reverse=True)
+    assert found == [sorted_lengths[8 * place : 8 * place + 8] for place in kept]
+    longest = [max(len(r.chosen), len(r.rejected)) for b in job.batches("dpo") for r in b]
+    assert longest == sorted(longest, reverse=True)  # the prompts are of one length
+    assert job.pair_work("sft").items == pairs
+    assert sorted(job.order(3, 5)) == [0, 1, 2, 3, 4]
+    assert job.order(3, 5) == job.order(3, 5) != job.order(4, 5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
