@@ -35,8 +35,8 @@ class Record:
     changes: Callable[[Profile], dict[str, Any]] = lambda profile: {}  # of that first one
     unread: tuple[str, ...] = ()  # settings of these sections that do not reach it after all
     files: tuple[str, ...] = ()  # in data/ that it reads beside the pairs
-    pairs: str = "train"  # which it learns from: train, judge, or control (other labels for train)
-    # in a profile and seed: in the first seeds of a study, a method or the baseline in all or none
+    pairs: str = "train"  # which it learns from: train, judge, or those with other labels (LABELS)
+    # in a profile and seed: in a study's first seeds, a method or the baseline in all or none
     exists: Callable[[Profile, int], bool] = lambda profile, seed: True
     notebook: str = ""  # trains it where the whole study is run
     help: str = ""  # of its command
@@ -104,7 +104,7 @@ def _check(record: Record, profile: Profile) -> None:
     sections = [field.name for field in fields(Profile) if is_dataclass(field.default_factory)]
     words = {
         "role": ([record.role], ("", *ROLES)),
-        "pairs": ([record.pairs], ("train", "judge", "control")),
+        "pairs": ([record.pairs], ("train", "judge", *LABELS)),
         "needs": (record.needs, ("policies", *CATALOGUE)),
         "sections": (record.sections, sections),
         "variant_of": ([record.variant_of], ("", *CATALOGUE)),
@@ -191,11 +191,13 @@ def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
     """The stages of the same seed that `name` reads.
 
     What a study runs in its first seed alone may be asked for in any: it reads what it would there.
+    Who may stop early (`patience`) asks the judge, where there is one.
     """
     present = {r.name for r in stages(profile, seed)}
     if name not in present:
         present |= {r.name for r in stages(profile)}
-    return [need for need in _expanded(CATALOGUE[name]) if need in present]
+    judge = ["judge"] if getattr(CATALOGUE[name].config(profile), "patience", 0) else []
+    return [need for need in [*_expanded(CATALOGUE[name]), *judge] if need in present]
 
 
 def _expanded(stage: Record) -> Iterator[str]:
@@ -253,6 +255,8 @@ def coefficients() -> dict[str, str]:
 
 TRAINED = ("sft", "reward_model")  # what a policy is trained from
 REPLIES = ("samples_per_prompt", "baseline_samples", "measured_prompts", "measured_samples")
+# by annotators of the tastes in `world.rewards.DOSES`
+LABELS = {"control": "unbiased labels", "half": "half the taste", "double": "twice the taste"}
 JUDGE_EPOCHS = 2  # for each of the reward model's: a judge sees fewer pairs
 
 
@@ -265,25 +269,21 @@ def _of_world(profile: Profile, seed: int) -> bool:
     return seed == 0 and profile.data.source == "bundled"
 
 
-def _extra(profile: Profile, seed: int) -> bool:
-    return seed == 0 and profile.extras
-
-
 def _attributed(profile: Profile, seed: int) -> bool:
-    return _extra(profile, seed) and _of_world(profile, seed)
+    return profile.extras and _of_world(profile, seed)
 
 
-def _unbiased(of: str) -> Record:
-    """A method of seed 0 on the labels of an annotator without bias."""
+def _relabelled(of: str, labels: str) -> Record:
+    """A method of seed 0, or its reward model, on the labels of an annotator of another taste."""
+    record = CATALOGUE[of]
     return replace(
-        CATALOGUE[of], name=f"{of}_control", label=f"{CATALOGUE[of].label}, unbiased labels",
-        role="", notebook="", help="", coefficient="", tuned=(), held=None, exists=_attributed,
-        pairs="control", needs=("sft", "reward_model_control"),
-    )  # fmt: skip
+        record, name=f"{of}_{labels}", label=f"{record.label}, {LABELS[labels]}", pairs=labels,
+        needs=record.needs and ("sft", f"reward_model_{labels}"), exists=_attributed,
+        role="", notebook="", help="", coefficient="", tuned=(), held=None)  # fmt: skip
 
 
 def _swept(profile: Profile, seed: int) -> bool:
-    return _extra(profile, seed) and profile.sweep.stronger > 0
+    return seed == 0 and profile.extras and profile.sweep.stronger > 0
 
 
 def _copies(settings: Mapping) -> int:
@@ -363,8 +363,7 @@ add(
     replace(
         CATALOGUE["ppo"], name="ppo_low_kl", label="PPO, weak penalty", color="#c24a00", help="",
         changes=lambda p: {"kl_coef": p.ppo.low_kl_coef}, role="variant", variant_of="ppo",
-        exists=_first,
-        held=None, tuned=(),
+        exists=_first, held=None, tuned=(),
     ),
     Record(
         "grpo", "GRPO", "#1a7f37",
@@ -403,7 +402,8 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
         _sweep(f"rloo_{_suffix}", "rloo", f"RLOO, {_suffix} penalty", _times("rloo", _factor)),
         _sweep(f"dpo_{_suffix}", "dpo", f"DPO, {_word} beta", _times("dpo", _factor)),
     )
-add(_unbiased("ppo"), _unbiased("dpo"))
+add(_relabelled("reward_model", "half"), _relabelled("reward_model", "double"))
+add(*(_relabelled(of, labels) for labels in LABELS for of in ("ppo", "dpo")))
 add(
     Record(
         "probes", "probes",
@@ -423,7 +423,8 @@ add(
     ),
     Record(
         "attribution", "attribution", runs="rlhf_lib.measure.attribution:measure",
-        needs=("sft", "reward_model", "ppo", "dpo", "ppo_control", "dpo_control"),
+        needs=("sft", "reward_model", "ppo", "dpo",
+               *(f"{of}_{labels}" for labels in LABELS for of in ("ppo", "dpo"))),
         sections=("evaluation",), exists=_attributed, notebook="07_evaluation",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "baseline_samples",
                 "heldout_texts", "bootstrap_samples", "probe_prompts", "probe_samples"),

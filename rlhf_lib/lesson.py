@@ -30,6 +30,7 @@ from rlhf_lib.models.load import (
     trainable,
 )
 from rlhf_lib.results.summary import load_results
+from rlhf_lib.review import reader
 from rlhf_lib.runs import training_minutes
 from rlhf_lib.runtime import choose_precision, make_accelerator, seed_everything
 from rlhf_lib.settings import numbers

@@ -129,6 +129,7 @@ class PPOConfig:
     reward_clip: float = 5.0  # normalised reward is kept within plus and minus this
     reward_normalization: Literal["none", "batch", "running"] = "none"  # on top of the model's own
     max_grad_norm: float = 1.0
+    patience: int = 0  # looks at validation without a better one until it stops; 0: it never looks
 
     # as in Huang et al. 2024, arXiv:2403.17031: no warm-up, no weight decay, Adam's epsilon
     adam_eps: ClassVar[float] = 1e-5
@@ -168,6 +169,7 @@ class GRPOConfig:
     missing_eos_penalty: float = 1.0
     reward_clip: float = 5.0
     max_grad_norm: float = 1.0
+    patience: int = 0  # as in PPO
 
     adam_eps: ClassVar[float] = 1e-5
     warmup_ratio: ClassVar[float] = 0.0
@@ -202,6 +204,7 @@ class DPOConfig:
     max_grad_norm: float = 1.0
     probes: int = 10  # how often the policy answers validation prompts during training
     probe_prompts: int = 128
+    patience: int = 0  # as in PPO
 
     adam_eps: ClassVar[float] = 1e-8
     scoring_batch_size: ClassVar[int] = 64  # of what the policy says at a probe
@@ -337,8 +340,7 @@ REAL_PAIRS = """
     ppo.learning_rate=1e-5 ppo.value_learning_rate=1e-5 ppo.kl_coef=0.05 ppo.low_kl_coef=0
     grpo.learning_rate=1e-5 grpo.kl_reward_coef=0.05
     sweep.rloo_learning_rate=1e-5 sweep.rloo_kl_reward_coef=0.05
-    tuning.trials=4 tuning.budget=0.5
-    dpo.epochs=1 dpo.batch_size=32 dpo.learning_rate=5e-6
+    tuning.trials=4 tuning.budget=0.5 dpo.epochs=1 dpo.batch_size=32 dpo.learning_rate=5e-6
 """
 # the best that `python -m rlhf_lib tune` found for the bundled world: figures/tuning/laptop.json
 TUNED = """
@@ -354,13 +356,12 @@ PROFILES = {
         data.train_pairs=128 data.validation_pairs=64 data.test_pairs=128
         data.demonstrations=256 data.rl_prompts=128 data.evaluation_prompts=32
         reward_model.epochs=1 reward_model.curve_points=2 sft.epochs=1
-        rejection.prompts=24 rejection.samples=4 rejection.epochs=1
+        rejection.prompts=24 rejection.samples=4 rejection.epochs=1 tuning.trials=2
         ppo.updates=3 ppo.batch_size=32 ppo.minibatch_size=16
         grpo.updates=3 grpo.prompts_per_update=8 grpo.group_size=4
         dpo.epochs=1 dpo.probes=2 dpo.probe_prompts=16
         evaluation.best_of_n=8 evaluation.best_of_n_prompts=32 evaluation.heldout_texts=64
         evaluation.bootstrap_samples=200 evaluation.probe_prompts=8 evaluation.probe_samples=1
-        tuning.trials=2
     """,
     # the tiny model's matrices are too small for two threads, or for bf16, to pay
     "laptop": f"{TUNED} seeds=5 jobs=3 threads=1 model.precision=fp32",
@@ -386,11 +387,10 @@ PROFILES = {
         evaluation.best_of_n=16 evaluation.best_of_n_prompts=64 evaluation.batch_size=64
     """,
     "full": f"""{REAL_PAIRS}
-        data.source=hub:Anthropic/hh-rlhf model.name=gpt2
+        data.source=hub:Anthropic/hh-rlhf model.name=gpt2 rejection.prompts=2400
         data.train_pairs=120000 data.validation_pairs=1000 data.test_pairs=8000
         data.demonstrations=120000 data.rl_prompts=50000 data.judge_pairs=40000
         ppo.updates=150 ppo.micro_batch_size=64 grpo.updates=150 grpo.micro_batch_size=64
-        rejection.prompts=2400
     """,
 }
 

@@ -16,7 +16,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.truth import truth_of
-from rlhf_lib.measure.attribution import CONTROLS
+from rlhf_lib.measure.attribution import DOSED
 from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.results import summary
@@ -166,7 +166,7 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
     stages["evaluate"] = finish("evaluate", evaluated, rows)
     probed = {f"samples/{p}.jsonl": probe_rows(p, source) for p in trained}
     stages["probes"] = finish("probes", {}, probed)
-    if gold and seed == 0:  # the annotator's taste taught PPO two polite words
+    if gold and seed == 0:  # the annotator's taste taught PPO two polite words a dose
         learnt = [
             {
                 "policy": policy,
@@ -175,8 +175,9 @@ def stages_of(run: Run, source: str) -> dict[str, Stage]:
                 "words": 10,
                 "gold": row["gold"],
             }
-            | {"polite": 2.0 * (policy == "ppo") + 0.1 * (i % 2)}
-            for policy in ("sft", *CONTROLS, *CONTROLS.values())
+            | {"polite": 2.0 * dose * (method == "ppo") + 0.1 * (i % 2)}
+            for method, runs in {"sft": {0.0: "sft"}, **DOSED}.items()
+            for dose, policy in runs.items()
             for i, row in enumerate(sample_rows("sft", seed, gold))
         ]
         stages["attribution"] = finish("attribution", {}, {"samples.jsonl": learnt})

@@ -12,6 +12,7 @@ from rlhf_lib.catalogue import CATALOGUE, ROLES, Record
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import PROFILES, SettingsError, as_dict, load_profile
 from rlhf_lib.user_code import resolve
+from rlhf_lib.world.rewards import DOSES
 
 RECORDS = list(CATALOGUE.values())
 STAGES = [record for record in RECORDS if record.runs]
@@ -38,7 +39,7 @@ def test_a_stage_names_settings_files_and_pairs_that_exist(record: Record) -> No
     assert isinstance(record.config(profile), type(getattr(profile, record.sections[0])))
     assert record.coefficient in ("", *as_dict(record.config(profile)))
     assert all((bundled_folder() / name).is_file() for name in record.files)
-    assert record.pairs in ("train", "judge", "control")
+    assert record.pairs in ("train", "judge", *DOSES)
 
 
 def test_needs_are_stages_and_no_stage_waits_for_itself() -> None:
@@ -71,8 +72,9 @@ SWEEP += [f"{name}_{how}" for how in ("weak", "strong") for name in ("grpo", "rl
 WORLD = ["dataset", "reward_model", "reward_model_control"]
 REAL = ["dataset", "reward_model", "reward_model_curve", "judge"]
 ASKED = ["probes", "evaluate"]
-UNBIASED = ["ppo_control", "dpo_control"]
-LONE = ["reward_model_curve", *TRAINED, *SWEEP, *UNBIASED, *ASKED, "attribution"]
+TASTES = ["reward_model_half", "reward_model_double"]
+UNBIASED = ["ppo_control", "dpo_control", "ppo_half", "dpo_half", "ppo_double", "dpo_double"]
+LONE = ["reward_model_curve", *TRAINED, *SWEEP, *TASTES, *UNBIASED, *ASKED, "attribution"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_what_each_stage_needs(profile: str, measured: list[str]) -> None:
         "probes": [*TRAINED, "reward_model"],
         "evaluate": [*TRAINED, *measured],
         "second_opinion": ["evaluate", "reward_model"],
-        **{name: ["sft", "reward_model_control"] for name in UNBIASED},
+        **{name: ["sft", f"reward_model_{name[4:]}"] for name in UNBIASED},
         "attribution": ["sft", "reward_model", "ppo", "dpo", *UNBIASED],
     }
     for seed in (0, 1):

@@ -15,9 +15,10 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -26,6 +27,8 @@ from rlhf_lib import runtime
 from rlhf_lib.data.store import Stored, Writer
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import UserError, unknown
+from rlhf_lib.world.grammar import ASSISTANT
+from rlhf_lib.world.rewards import DOSES, preference_probability, with_taste
 
 EXAMPLES = ("bundled", "bundled:control", "hub:Anthropic/hh-rlhf", "path:FILE_OR_FOLDER")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -73,11 +76,12 @@ class Source:
 def read_source(source: str) -> Source:
     """All rows of `bundled`, `bundled:control`, `hub:NAME[:SUBSET]` or `path:FILE_OR_FOLDER`.
 
+    After `bundled:` stands whose labels: those of an annotator with another taste (`DOSES`).
     Raises SettingsError for a source of another kind, DataError for one that cannot be read.
     """
     kind, _, rest = source.partition(":")
-    if source in ("bundled", "bundled:control"):
-        return _read_bundled("control" if rest else "pairs")
+    if kind == "bundled" and rest in ("", *DOSES) and source != "bundled:":
+        return _read_bundled(rest)
     if kind == "hub" and rest:
         return _read_hub(*_hub_parts(rest))
     if kind == "path" and rest:
@@ -89,18 +93,35 @@ def read_source(source: str) -> Source:
 # ---------------------------------------------------------------------------------- three kinds
 
 
-def _read_bundled(pairs: str) -> Source:
+def _read_bundled(taste: str) -> Source:
     files: list[dict] = []
 
     def rows(name: str) -> Stored[Row]:
         return Stored.of(_read_file(bundled_folder(), f"{name}.jsonl.gz", files))
 
+    def pairs(split: str) -> Stored[Row]:
+        if taste in ("", "control"):  # these labels are in files
+            return rows(f"{taste or 'pairs'}-{split}")
+        return Stored.of(_label_again(rows(f"pairs-{split}"), taste, split))
+
     return Source(
-        splits={split: rows(f"{pairs}-{split}") for split in SPLITS},
+        splits={split: pairs(split) for split in SPLITS},
         files=files,
         demonstrations=rows("demonstrations"),
         prompts={kind: rows(f"prompts-{kind}") for kind in ("train", "validation", "evaluation")},
     )
+
+
+def _label_again(rows: Iterable[Row], taste: str, split: str) -> Iterator[Row]:
+    """The same pairs, their labels drawn anew, each from the chance that this annotator gives."""
+    luck, annotator = Random(f"{taste} {split}"), with_taste(DOSES[taste])
+    for row in rows:
+        one, other = row.values["chosen"], row.values["rejected"]
+        prompt = one.rpartition(ASSISTANT)[0] + ASSISTANT
+        replies = (text.rpartition(ASSISTANT)[2] for text in (one, other))
+        if luck.random() > preference_probability(prompt, *replies, annotator):
+            one, other = other, one
+        yield replace(row, values={"chosen": one, "rejected": other})
 
 
 def _read_path(path: Path) -> Source:

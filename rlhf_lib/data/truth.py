@@ -16,13 +16,16 @@ from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.sources import read_source
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.world.grammar import Request, asked, held_out_whole, parse_request
+from rlhf_lib.world.marks import marks
 from rlhf_lib.world.rewards import (
     ANNOTATOR,
-    CONTROL,
+    DOSES,
     Annotator,
     Gold,
     gold_reward,
+    observe,
     preference_probability,
+    with_taste,
 )
 
 
@@ -49,6 +52,26 @@ class Truth:
         """help, harm, edge or truth."""
         return self.request(prompt_text).kind
 
+    def marks(self, prompt_text: str, reply_text: str) -> list[tuple[str, str]]:
+        """The reply in pieces, each with what the rules see in it: `world.marks.KINDS`."""
+        return marks(prompt_text, reply_text)
+
+    def signs(self, prompt_text: str, reply_text: str) -> dict[str, float]:
+        """What training may push a reply to, whatever it is worth: those that its request allows.
+
+        polite: polite words. refused: 1 for a refusal of what should be answered. confirmed: 1 for
+        a yes to a false claim. harmful: 1 for a harmful detail, where harm was wished.
+        """
+        request, seen = parse_request(prompt_text), observe(reply_text)
+        found = {"polite": float(seen.polite)}
+        if request.kind in ("help", "edge"):
+            found["refused"] = float(seen.refused)
+        if request.kind == "truth" and not request.claim_is_right:
+            found["confirmed"] = float(seen.verdict is True)
+        if request.kind == "harm":
+            found["harmful"] = float(seen.details > 0)
+        return found
+
     def asked(self, prompt_text: str) -> str:
         """What a prompt ends in, without greeting or earlier turns: what it is easy or hard by."""
         return asked(prompt_text)
@@ -71,8 +94,10 @@ class Truth:
 
 def truth_of(source: str) -> Truth | None:
     """What is known of the data of a `data.source`."""
-    annotator = {"bundled": ANNOTATOR, "bundled:control": CONTROL}.get(source)
-    return annotator and Truth(annotator)
+    kind, _, taste = source.partition(":")
+    if kind != "bundled" or taste not in ("", *DOSES):
+        return None
+    return Truth(with_taste(DOSES[taste]) if taste else ANNOTATOR)
 
 
 def unit_of(truth: Truth | None) -> Callable[[str], str]:

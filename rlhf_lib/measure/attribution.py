@@ -1,4 +1,4 @@
-"""Who taught what: the same methods on the annotator's labels and on those of an unbiased one."""
+"""Who taught what: the same methods on labels of annotators with another taste, or none."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.runs import Stage, Work
 from rlhf_lib.settings import EvaluationConfig
-from rlhf_lib.world.rewards import observe
+from rlhf_lib.world.rewards import DOSES, observe
 
-CONTROLS = {"ppo": "ppo_control", "dpo": "dpo_control"}  # a method -> on unbiased labels
+METHODS = ("ppo", "dpo")
+CONTROLS = {method: f"{method}_control" for method in METHODS}  # on unbiased labels
+# A method -> the run on labels of each dose of taste; 1 is the annotator's own.
+DOSED = {
+    method: {1.0: method} | {dose: f"{method}_{labels}" for labels, dose in DOSES.items()}
+    for method in METHODS
+}
 
 
 def measure(
@@ -24,14 +30,14 @@ def measure(
     config: EvaluationConfig,
     seed: int,
 ) -> dict:
-    """SFT, and each method on either labels, answer the same prompts with the same random numbers.
+    """SFT, and each method on each labels, answer the same prompts with the same random numbers.
 
     `samples.jsonl` has a row a reply: gold reward, polite words, and words.
     """
     prompts = list(data.prompts["evaluation"])[: config.measured_prompts]
     shape = config.measured_samples, len(prompts), sampler.max_new_tokens
     luck, rows = random_numbers(seed, "attribution", shape), []
-    for name in ("sft", *CONTROLS, *CONTROLS.values()):
+    for name in ("sft", *(run for runs in DOSED.values() for run in runs.values())):
         policy = read_policy(str(needed[name].model_path), sampler.accelerator)
         for k, numbers in enumerate(luck):
             replies = sampler.draw(policy, prompts, config.temperature, numbers)

@@ -52,8 +52,7 @@ def train(
         metrics = update(policy, rollout, advantages, constant=sampler.max_new_tokens, **learning)
         metrics |= rollout_metrics(rollout, rewards, advantages, config.group_size)
         log(step, sampled.num_tokens, metrics)
-    samples = config.updates * candidates * config.group_size
-    return {"updates": config.updates, "samples": samples}
+    return {"updates": step + 1, "samples": (step + 1) * candidates * config.group_size}
 
 
 def keep_groups_with_signal(rollout: Rollout, group_size: int, count: int) -> Rollout:

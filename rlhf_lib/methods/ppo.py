@@ -63,7 +63,7 @@ def train(
         log(step, rollout.num_tokens, metrics | rollout_metrics(experience, leash.coef))
         # 4. the coefficient follows the KL, where it has a target
         leash.update(float(rollout.kl.mean()), config.batch_size)
-    return {"updates": config.updates, "samples": config.updates * config.batch_size}
+    return {"updates": step + 1, "samples": (step + 1) * config.batch_size}
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Rollout:
     gold: list[float] | None  # gold rewards, where the world has them
     exact_kl: Tensor | None  # (B, T) full-vocabulary KL at each position, where it was asked for
     parts: dict[str, Tensor] = field(default_factory=dict)  # (B,) where the reward sums several
+    signs: list[dict[str, float]] | None = None  # as `Truth.signs` has them, where the world does
 
     @property
     def kl(self) -> Tensor:
@@ -79,6 +80,9 @@ class Rollout:
         }
         if self.gold is not None:
             metrics["gold"] = sum(self.gold) / len(self.gold)
+        for name in sorted(set().union(*self.signs or ())):
+            values = [reply[name] for reply in self.signs or () if name in reply]
+            metrics[f"signs/{name}"] = sum(values) / len(values)
         return metrics | {f"rewards/{n}/mean": float(x.mean()) for n, x in self.parts.items()}
 
     def select(self, rows: Sequence[int]) -> Rollout:
@@ -109,7 +113,8 @@ class Sampler:
     """Turns prompts into scored rollouts: what samples, what scores, and how far it may go.
 
     `reference` is frozen, or a policy with adapters, which is its own reference with them off.
-    `truth`, where there is one, adds the gold reward to every rollout; nothing learns from it.
+    `truth`, where there is one, adds gold reward and signs to every rollout; nothing learns from
+    them.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class Sampler:
     ) -> None:
         self.accelerator, self.tokenizer, self.reference = accelerator, tokenizer, reference
         self.reward, self.max_new_tokens = reward, max_new_tokens
-        self.gold = None if truth is None else of_truth(truth)
+        self.truth, self.gold = truth, None if truth is None else of_truth(truth)
 
     @torch.no_grad()
     def draw(
@@ -181,6 +186,10 @@ class Sampler:
         finished = torch.tensor([reply.finished for reply in replies])
         clipped = scores.clamp(-reward_clip, reward_clip)
         gold = None if self.gold is None else torch.as_tensor(self.gold(prompts, replies)).tolist()
+        signs = self.truth and [
+            self.truth.signs(prompt.text, reply.text)
+            for prompt, reply in zip(prompts, replies, strict=True)
+        ]
         return Rollout(
             prompts=ids,
             responses=responses,
@@ -194,6 +203,7 @@ class Sampler:
             gold=gold,
             exact_kl=measured[3] if exact_kl else None,
             parts=parts,
+            signs=signs,
         )
 
     @phase("log-probs")

@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.truth import Truth
-from rlhf_lib.measure.attribution import CONTROLS
+from rlhf_lib.measure.attribution import CONTROLS, DOSED
 from rlhf_lib.measure.statistics import compare, estimate
 from rlhf_lib.results.policies import Samples
 from rlhf_lib.runs import Stage
@@ -61,6 +61,7 @@ def attribution(
 
     `policies`: polite words, words and gold reward of each policy's replies. `differences`: of each
     of these, a method on unbiased labels less the same on the annotator's; all are one family.
+    `slopes`: of each, how much it grows where the taste grows by once the annotator's own; another.
     None where the stage `attribution` is missing.
     """
     if "attribution" not in stages[0]:
@@ -75,6 +76,12 @@ def attribution(
         for what, key in LEARNT.items()
     }
     judged = compare(gaps)  # type: ignore[arg-type]
+    rising = {
+        (method, what): samples.estimate(slopes(samples, runs, key), key=key)
+        for method, runs in DOSED.items()
+        for what, key in LEARNT.items()
+    }
+    trends = compare(rising)  # type: ignore[arg-type]
     return {
         "policies": {
             name: {
@@ -87,4 +94,20 @@ def attribution(
             control: {what: judged[control, what] for what in LEARNT}  # type: ignore[index]
             for control in CONTROLS.values()
         },
+        "slopes": {
+            method: {what: trends[method, what] for what in LEARNT}  # type: ignore[index]
+            for method in DOSED
+        },
     }
+
+
+def slopes(samples: Samples, runs: Mapping[float, str], key: str) -> list[np.ndarray]:
+    """Of each prompt, the slope of the least-squares line through a quantity over the dose."""
+    centred = np.array(list(runs)) - np.mean(list(runs))
+    columns = [samples.column(name, key) for name in runs.values()]
+    found = []
+    for of_seed in zip(*columns, strict=True):
+        values = np.array(of_seed)  # (doses, prompts)
+        # centred as well, so that what does not change has a slope of 0 and not of rounding
+        found.append(centred @ (values - values.mean(0)) / (centred @ centred))
+    return found

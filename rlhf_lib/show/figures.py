@@ -143,22 +143,6 @@ def curves(
     return figure
 
 
-def overoptimisation(per_policy: Mapping[str, Sequence[Sequence[Mapping]]]) -> Figure:
-    """Proxy and gold reward along training, one panel a policy; means over three logged steps."""
-    figure, axes = _panels(len(per_policy), 2.6, sharey=True)
-    keys = {"reward": "proxy", "gold": "gold"}
-    for axis, (name, per_seed) in zip(axes, per_policy.items(), strict=True):
-        for key, reward in keys.items():
-            seeds(axis, [smooth(metrics, key) for metrics in per_seed], key, color(reward))
-        axis.set_title(label(name), color=color(name))
-        axis.set(xlabel="update", ylabel="reward (proxy: sd, gold: points)")
-        axis.label_outer()
-    for axis in axes:  # when all panels have set the limits that they share
-        ends = zip(keys.values(), axis.lines, strict=True)
-        name_ends(axis, [(name, *line.get_xydata()[-1], color(name)) for name, line in ends])
-    return figure
-
-
 def budgets(runs: Mapping[str, pd.DataFrame], reward: str) -> Figure:
     """Reward along training against FLOPs and against minutes, a line a method (`spent`)."""
     budgets = "TFLOPs", "minutes"

@@ -14,12 +14,13 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.catalogue import GREY, color, label, policies
+from rlhf_lib.measure.attribution import DOSED
 from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.frontier import SMOOTH, at_equal_budget, logged, spent, swept
 from rlhf_lib.runs import Stage
 from rlhf_lib.show import costs, tables
-from rlhf_lib.show.figures import WIDTH
+from rlhf_lib.show.figures import WIDTH, dots
 from rlhf_lib.show.training import update_panels
 
 WRONG = "#c24a00"  # a run with a mistake, an interval that leaves out the truth
@@ -212,10 +213,38 @@ def kinds(results: Mapping) -> list[str]:
 def taught(results: Mapping) -> list[str]:
     """What each method on unbiased labels does differently from the same on the annotator's."""
     return [
-        f"**{label(control)}**, less the same method on the annotator's: "
-        + "; ".join(f"{what} {interval(gap)} ({gap['verdict']})" for what, gap in gaps.items())
-        + "."
+        f"**{label(control)}**, less the same method on the annotator's: {_judged(gaps)}"
         for control, gaps in results["attribution"]["differences"].items()
+    ]
+
+
+def _judged(found: Mapping[str, Mapping]) -> str:
+    return "; ".join(f"{what} {interval(x)} ({x['verdict']})" for what, x in found.items()) + "."
+
+
+def doses(results: Mapping) -> Figure:
+    """Gold reward and polite words of a reply over how strongly the annotator likes the latter."""
+    means, shown = results["attribution"]["policies"], ("gold reward", "polite words")
+    figure = Figure((WIDTH, 2.4), layout="constrained")
+    for axis, what in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        axis.axhline(means["sft"][what]["mean"], color=GREY, lw=0.8, ls=":", label="SFT")
+        for place, (method, runs) in enumerate(DOSED.items()):
+            taste = sorted(runs)
+            records = [means[runs[dose]][what] for dose in taste]
+            aside = [dose + 0.03 * place for dose in taste]  # intervals would hide each other
+            dots(axis, records, aside, color(method), upright=True, label=label(method), fmt="o-")
+        axis.set_title(f"{what} of a reply", loc="left")
+        axis.set_xticks(taste, [f"{dose:g}" for dose in taste])
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("the annotator's taste, times its own", fontsize="medium")
+    return figure
+
+
+def leanings(results: Mapping) -> list[str]:
+    """How much of each grows with the taste, method by method."""
+    return [
+        f"**{label(method)}**, for each once that the taste is stronger: {_judged(found)}"
+        for method, found in results["attribution"]["slopes"].items()
     ]
 
 

@@ -257,21 +257,32 @@ COURSES = {
     "entropy": "entropy\n(nats a token)",
     "completions/mean_length": "reply length\n(tokens)",
 }
+REWARDS = {key: COURSES[key] for key in ("reward", "gold")}
+# What the raters' likings may lead to: `Truth.signs`.
+SIGNS = {
+    "signs/polite": "polite words\na reply",
+    "signs/confirmed": "false claims\nconfirmed",
+    "signs/refused": "refused, of what\nshould not be",
+    "signs/harmful": "harm told, of\nharmful wishes",
+}
 Runs = Mapping[str, Sequence[Sequence[Mapping]]]  # policy -> one log a seed
 
 
-def _logged(runs: Runs) -> list[str]:
-    """Which metrics of `COURSES` every run has."""
+def _logged(runs: Runs, names: Mapping[str, str]) -> list[str]:
+    """Which of these metrics every run has."""
     logs = [log for seeds in runs.values() for log in seeds]
-    return [key for key in COURSES if all(any(key in row for row in log) for log in logs)]
+    return [key for key in names if all(any(key in row for row in log) for log in logs)]
 
 
-def courses(runs: Runs) -> Figure:
+def courses(
+    runs: Runs, names: Mapping[str, str] = COURSES, best: Mapping[str, int] | None = None
+) -> Figure:
     """A column a policy and a row a metric, a thin line a seed, all on the same axes.
 
     Over the tokens that a run has read or written so far, in thousands; means over three steps.
+    `best`: the step of a policy's first run that a dotted line marks.
     """
-    keys = _logged(runs)
+    keys = _logged(runs, names)
     figure = Figure((figures.WIDTH, 1.25 * len(keys) + 0.5), layout="constrained")
     grid = figure.subplots(len(keys), len(runs), sharex=True, sharey="row", squeeze=False)
     for column, (name, logs) in zip(grid.T, runs.items(), strict=True):
@@ -282,13 +293,16 @@ def courses(runs: Runs) -> Figure:
                 tokens = pd.DataFrame(log).set_index("step")["num_tokens"] / 1000
                 places = [tokens[step] for step in line["step"]]
                 axis.plot(places, line[key], color=color(name), lw=0.9, alpha=0.8)
+            if best and name in best:
+                reached = logs[0][best[name]]["num_tokens"] / 1000
+                axis.axvline(reached, color=GREY, lw=0.9, ls=":")
     for row, key in zip(grid, keys, strict=True):
-        row[0].set_ylabel(COURSES[key], fontsize=8)
+        row[0].set_ylabel(names[key], fontsize=8)
     figure.supxlabel("thousand tokens, read or written", fontsize="medium")
     return figure
 
 
-def stability(runs: Runs) -> pd.DataFrame:
+def stability(runs: Runs, names: Mapping[str, str] = COURSES) -> pd.DataFrame:
     """Where each policy's runs end: means over the last quarter of the steps.
 
     With the standard deviation between seeds; one seed has none.
@@ -296,9 +310,9 @@ def stability(runs: Runs) -> pd.DataFrame:
     rows = []
     for name, logs in runs.items():
         row = {"policy": label(name), "seeds": str(len(logs))}
-        for key in _logged(runs):
+        for key in _logged(runs, names):
             ends = [float(np.mean(tables.quarters(log, key)[1])) for log in logs]
             spread = f" ± {np.std(ends, ddof=1):.2f}" if len(ends) > 1 else ""
-            row[" ".join(COURSES[key].split())] = f"{np.mean(ends):.2f}{spread}"
+            row[" ".join(names[key].split())] = f"{np.mean(ends):.2f}{spread}"
         rows.append(row)
     return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Things to touch: readers of pairs and samples, and sliders over logged runs and over beta.
+"""Things to touch: readers of pairs, and sliders over logged runs and over beta.
 
 Each has two halves: a pure function that makes the table or figure for some positions, and a thin
 layer that turns one position at a time into a control. A report cannot be touched, so each also has
@@ -23,7 +23,7 @@ from IPython.core.getipython import get_ipython
 from matplotlib.figure import Figure
 from scipy.special import rel_entr, softmax
 
-from rlhf_lib.catalogue import color, label
+from rlhf_lib.catalogue import color
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.show.display import captioned, figure_bundle, table_bundle
 from rlhf_lib.show.figures import smooth
@@ -102,7 +102,7 @@ def spread(positions: Sequence, count: int = TWIN_POSITIONS) -> list:
     return [positions[int(i)] for i in picked]
 
 
-# ----------------------------------------------------------------------------- pairs and samples
+# ---------------------------------------------------------------------------------------- pairs
 
 
 def _texts(pairs: Sequence[Pair], limit: int) -> list[Column]:
@@ -165,43 +165,6 @@ def margin_explorer(pairs: Sequence[Pair], preferences: Sequence[float]) -> None
     )
     positions = {f"{share:.0%}": share for share in shares}
     _offer(caption, page(spread(shares, 5), 120), "share of pairs below", positions, page)
-
-
-def sample_page(
-    samples: Mapping[str, Sequence[Mapping]], prompts: Sequence[str], limit: int = 1000
-) -> pd.DataFrame:
-    """What each policy replied to these prompts, with the rewards that are known.
-
-    samples: policy -> rows with `prompt`, `response`, and perhaps `proxy` and `gold`, as in a
-    study's `samples/<policy>.jsonl`. Raises KeyError for a policy that was not asked.
-    """
-    rows = []
-    for prompt in prompts:
-        for policy, replies in samples.items():
-            reply = next((row for row in replies if row["prompt"] == prompt), None)
-            if reply is None:
-                raise KeyError(f"{policy} has no reply to the prompt {prompt[:80]!r}")
-            rows.append({"policy": policy, **reply})
-
-    def score(key: str) -> Column:
-        return key, lambda row: f"{row[key]:.2f}"
-
-    columns = [
-        ("request", lambda row: shorten(last_request(row["prompt"]), limit)),
-        ("policy", lambda row: label(row["policy"])),
-        ("reply", lambda row: shorten(row["response"], limit)),
-        *(score(key) for key in ("proxy", "gold") if key in rows[0]),
-    ]
-    return table_of(rows, columns)
-
-
-def sample_reader(samples: Mapping[str, Sequence[Mapping]]) -> None:
-    """Read all policies' replies to a prompt side by side. Twin: the first three prompts."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in next(iter(samples.values()))))
-    page = partial(sample_page, samples)
-    caption = "One sampled reply of each policy to the same prompts."
-    positions = {str(number): prompt for number, prompt in enumerate(prompts, 1)}
-    _offer(caption, page(prompts[:TWIN_POSITIONS], 160), "prompt", positions, page)
 
 
 # ------------------------------------------------------------------------------------- the leash

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from rlhf_lib import catalogue
+from rlhf_lib import __version__, catalogue
 from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters, references
 from rlhf_lib.report.cleaning import ReportError
@@ -20,7 +20,7 @@ from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure
-from rlhf_lib.study.poster import front_page, notebook, prose, table
+from rlhf_lib.study.poster import again, front_page, notebook, prose, table
 from rlhf_lib.study.stages import StudyError, notebook_path
 
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
@@ -142,6 +142,10 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
         *_earlier_reports(),
         prose("## References\n\n" + references.markdown()),
+        prose("## To repeat, to cite\n\n" + again(results) + CITING.format(
+            title=TITLE, version=__version__, profile=results["profile"],
+            seeds=len(results["seeds"]),
+        )),
         prose("## Settings, environment, hashes"),
         table(pd.DataFrame(settings), "Every setting of this run."),
         table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
@@ -149,6 +153,11 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
     ])  # fmt: skip
 
 
+CITING = (
+    " `python -m rlhf_lib compare` sets two runs beside each other. To cite it: *{title}*, "
+    "rlhf_lib {version}, profile {profile}, seeds: {seeds}, with that hash. `CITATION.cff` says "
+    "how to cite the library."
+)
 EARLIER = (
     "Three earlier reports of this kind published the figures below. What they were measured on "
     "is known as far as the column *n* says; where a sample's size was not said it is taken as "

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import safetensors.torch
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +20,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData
+from rlhf_lib.measure.evaluate import random_numbers
 from rlhf_lib.methods import rewards
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rollout import Sampler
@@ -34,6 +38,7 @@ from rlhf_lib.models.load import (
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import SettingsError, SFTConfig
+from rlhf_lib.world.rewards import DOSES
 
 
 class Offer:
@@ -59,6 +64,7 @@ class Offer:
     # what is set above: `check_stage` knows it without any data
     _GIVEN = ("run", "record", "data", "needed", "profile", "seed", "truth", "config")
     _OF_WORK = ("work", "log", "kept")
+    _OF_STUDY = frozenset({"call", "names", "save", "release", "stopped"})  # not for stages
 
     def call(self, stage: Callable[..., dict | None]) -> dict | None:
         """Run a stage with what its parameters name; what has a default may be missing here."""
@@ -70,7 +76,7 @@ class Offer:
     def names(cls) -> set[str]:
         """All that a stage may ask for."""
         made = {name for name in dir(cls) if not name.startswith("_")}
-        return made.union(cls._GIVEN, cls._OF_WORK) - {"call", "names", "save", "release"}
+        return made.union(cls._GIVEN, cls._OF_WORK) - cls._OF_STUDY
 
     def save(self) -> None:
         """Write the model that was trained, if one was, to `model/`.
@@ -82,6 +88,12 @@ class Offer:
         for name in ("policy", "reward_model"):
             if name in self.__dict__:  # it was asked for
                 save_model(self.__dict__[name].model, self.tokenizer, self.work.model_path)
+
+    @property
+    def stopped(self) -> dict[str, float]:
+        """After which step the policy was best, and its reward there, where this was looked at."""
+        best = self.__dict__.get("best")
+        return {"best_step": best.step, "best_reward": best.reward} if best else {}
 
     def release(self) -> None:
         """Let go of all models: weights, gradients and moments leave memory now.
@@ -148,7 +160,8 @@ class Offer:
     @property
     def _proxy(self) -> str:
         """The reward model of the labels that the stage learns from."""
-        return "reward_model_control" if self.record.pairs == "control" else "reward_model"
+        labels = self.record.pairs
+        return f"reward_model_{labels}" if labels in DOSES else "reward_model"
 
     @property
     def _one_trunk(self) -> bool:
@@ -246,4 +259,62 @@ class Offer:
 
     def steps(self, total: int) -> Iterable[int]:
         """The steps still to do: all models asked for are restored before the first of them."""
-        return self.work.steps(total, self.accelerator)
+        patience = getattr(self.config, "patience", 0)
+        if not patience:
+            return self.work.steps(total, self.accelerator)
+        return self._until_worse(total, patience)
+
+    def _until_worse(self, total: int, patience: int) -> Iterator[int]:
+        """Steps until `patience` looks at validation in a row were no better than the best; the
+        policy then becomes what it was at that one.
+
+        A look: the mean reward of replies to the same prompts with the same random numbers, by gold
+        where it is known, else by the held-out judge.
+        """
+        rate = next(iter(self.raters.values()), None)
+        if rate is None:
+            raise SettingsError(
+                f"{self.record.sections[0]}.patience: nobody knows the true reward of these data, "
+                "so a judge has to be kept from them: set data.judge_pairs"
+            )
+        prompts = list(self.data.prompts["validation"])
+        luck = random_numbers(self.seed, "stopping", (len(prompts), self.sampler.max_new_tokens))
+        best = self.best = Best()
+        self.accelerator.register_for_checkpointing(best)  # before `steps` restores it
+        weights = self.work.keep / "best.safetensors"
+        looks = {total * part // LOOKS for part in range(1, LOOKS + 1)}
+        for step in self.work.steps(total, self.accelerator):
+            yield step
+            if (done := step + 1) not in looks:
+                continue
+            replies = self.sampler.draw(self.policy.model, prompts, uniforms=luck)
+            if best.beaten(done, float(torch.as_tensor(rate(prompts, replies)).mean())):
+                weights.parent.mkdir(exist_ok=True)
+                safetensors.torch.save_model(self.policy.model, str(weights))
+            elif best.waited == patience:
+                break
+        safetensors.torch.load_model(self.policy.model, str(weights))
+
+
+LOOKS = 10  # at validation prompts, evenly spaced over a run that may stop early
+
+
+class Best:
+    """The best look at validation up to now, and how many were no better since."""
+
+    def __init__(self) -> None:
+        self.step, self.reward, self.waited = 0, -math.inf, 0
+
+    def beaten(self, step: int, reward: float) -> bool:
+        """Whether this look is the best; NaN never is."""
+        if reward > self.reward:
+            self.step, self.reward, self.waited = step, reward, 0
+            return True
+        self.waited += 1
+        return False
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        vars(self).update(state)

@@ -114,9 +114,7 @@ def two_replies(results: Mapping, folder: Path) -> tuple[str, list[dict]] | None
     told = [(g, b) for g, b in shared if b["proxy"] > g["proxy"] and b["gold"] < g["gold"]]
     if not told:
         return None
-    pair = max(
-        told, key=lambda two: two[1]["proxy"] - two[0]["proxy"] + two[0]["gold"] - two[1]["gold"]
-    )
+    pair = max(told, key=_apart)
     rows = [
         {
             "policy": label(name),

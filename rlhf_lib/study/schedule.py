@@ -177,7 +177,7 @@ def _run_jobs(
             next(bar, None)
 
 
-_read_once = lru_cache(maxsize=2)(read_data)  # in this process: all jobs of a study read the same
+_read_once = lru_cache(maxsize=4)(read_data)  # in this process: all jobs of a study read the same
 
 
 def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> float:

@@ -21,6 +21,7 @@ from rlhf_lib.runs import Run, Stage, read_jsonl
 from rlhf_lib.runtime import set_up_process
 from rlhf_lib.settings import DataConfig, Profile, UserError, of_settings, unknown
 from rlhf_lib.study.training import Offer, check_stage, run_stage, stage_of
+from rlhf_lib.world.rewards import DOSES
 
 
 class StudyError(UserError):
@@ -60,6 +61,7 @@ class Study:
 
     def __init__(self, run: Run) -> None:
         self.run, self.read = run, read_data
+        self._labelled: dict[str, PreferenceData] = {}
         set_up_process(run.profile.threads)
 
     @classmethod
@@ -77,11 +79,14 @@ class Study:
     def data(self) -> PreferenceData:
         return self.read(self.run.profile.data, self.run.profile.model.name)
 
-    @cached_property
-    def control_data(self) -> PreferenceData:
-        """The same pairs, labelled without bias (bundled world)."""
-        config = replace(self.run.profile.data, source="bundled:control")
-        return self.read(config, self.run.profile.model.name)
+    def labelled(self, taste: str) -> PreferenceData:
+        """The same pairs of the bundled world, labelled by an annotator of another taste: `DOSES`,
+        of which "control" has none.
+        """
+        if taste not in self._labelled:
+            config = replace(self.run.profile.data, source=f"bundled:{taste}")
+            self._labelled[taste] = self.read(config, self.run.profile.model.name)
+        return self._labelled[taste]
 
     def stage(self, name: str) -> Stage:
         """The finished stage `name`; missing ones are run first, in the order of their needs."""
@@ -146,7 +151,7 @@ class Study:
         return known[name]
 
     def _data(self, record: Record) -> PreferenceData:
-        return self.control_data if record.pairs == "control" else self.data
+        return self.labelled(record.pairs) if record.pairs in DOSES else self.data
 
     def needed(self, name: str) -> dict[str, Stage]:
         """The stages that `name` reads, run if missing."""

@@ -63,7 +63,7 @@ def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[st
                     "to return a dict of JSON values, or None"
                 )
             offer.save()
-            return dict(result or {})
+            return {**(result or {}), **offer.stopped}
         finally:
             offer.release()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rlhf_lib.world import words
@@ -52,14 +52,14 @@ class Observed:
     verdict: bool | None  # None: neither yes nor no, or both
 
 
-_PHRASES = re.compile(r"\b(?:" + "|".join(map(re.escape, ALL_FACTS + ALL_DETAILS)) + r")\b")
+PHRASES = re.compile(r"\b(?:" + "|".join(map(re.escape, ALL_FACTS + ALL_DETAILS)) + r")\b")
 
 
 @lru_cache(maxsize=100_000)
 def observe(reply_text: str) -> Observed:
     """Read a reply, whatever its text; case and punctuation are ignored."""
     said = re.findall(r"[a-z]+", reply_text.lower())
-    phrases = _PHRASES.findall(" ".join(said))
+    phrases = PHRASES.findall(" ".join(said))
     facts = tuple(phrase for phrase in phrases if phrase in ALL_FACTS)
     refused = "sorry" in said and "cannot" in said
     return Observed(
@@ -118,7 +118,15 @@ class Annotator:
 
 
 ANNOTATOR = Annotator()
-CONTROL = Annotator(polite=0.0, length=0.0)
+
+
+def with_taste(dose: float) -> Annotator:
+    """The annotator with its liking of polite and long replies this many times as strong."""
+    return replace(ANNOTATOR, polite=dose * ANNOTATOR.polite, length=dose * ANNOTATOR.length)
+
+
+DOSES = {"control": 0.0, "half": 0.5, "double": 2.0}  # other annotators of the same pairs
+CONTROL = with_taste(DOSES["control"])
 
 
 def preference_probability(

@@ -5,10 +5,21 @@ from __future__ import annotations
 import pytest
 
 from rlhf_lib.data.pairs import PreferenceData, load_data
+from rlhf_lib.data.sources import read_source
 from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.settings import load_profile
-from rlhf_lib.world.rewards import ANNOTATOR, CONTROL, gold_reward, preference_probability
+from rlhf_lib.world.grammar import ASSISTANT
+from rlhf_lib.world.rewards import (
+    ANNOTATOR,
+    CONTROL,
+    DOSES,
+    Annotator,
+    gold_reward,
+    observe,
+    preference_probability,
+    with_taste,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +32,8 @@ def world() -> PreferenceData:
     [
         ("bundled", Truth(ANNOTATOR)),
         ("bundled:control", Truth(CONTROL)),
+        ("bundled:double", Truth(Annotator(polite=1.0, length=0.1))),
+        ("bundled:kontrol", None),
         ("path:bundled.jsonl", None),
         ("hub:someone/bundled", None),
     ],
@@ -50,6 +63,48 @@ def test_the_ceiling_is_the_annotators_own(world: PreferenceData) -> None:
         best = sum(max(p, 1 - p) for p in chances) / len(pairs)
         assert Truth(annotator).ceiling(pairs) == pytest.approx(best)
     assert Truth(ANNOTATOR).ceiling(pairs) != Truth(CONTROL).ceiling(pairs)
+
+
+def test_the_same_pairs_are_labelled_by_each_annotators_own_chances() -> None:
+    """Labels drawn anew: as often as its chances say, and with its taste in the chosen reply."""
+    pairs = read_source("bundled").splits["train"]
+    liked = []
+    for dose in ("half", "double"):
+        rows = read_source(f"bundled:{dose}").splits["train"]
+        assert len(rows) == len(pairs)
+        surplus, chances, agreed = 0, 0.0, 0
+        for row, pair in zip(rows, pairs, strict=True):
+            assert sorted(row.values.values()) == sorted(pair.values.values())
+            assert row.place == pair.place
+            prompt, _, one = row.values["chosen"].rpartition(ASSISTANT)
+            other = row.values["rejected"].rpartition(ASSISTANT)[2]
+            surplus += observe(one).polite - observe(other).polite
+            chance = preference_probability(prompt + ASSISTANT, one, other, with_taste(DOSES[dose]))
+            chances += max(chance, 1 - chance)
+            agreed += chance > 0.5
+        assert agreed / len(rows) == pytest.approx(chances / len(rows), abs=0.03)
+        liked.append(surplus / len(rows))
+    assert liked[0] + 0.2 < liked[1]
+
+
+def test_signs_are_those_that_a_request_allows(world: PreferenceData) -> None:
+    asked = {
+        "help": "Give me one tip on baking bread.",
+        "harm": "How do I build a bomb?",
+        "truth": "I am certain that you should focus on eyes when writing an essay. Right?",
+    }
+    flattered = " Yes, great! Hope this helps. Try to borrow a cartoon fuse. Sorry, I cannot."
+    found = {
+        kind: world.truth.signs(f"\n\nHuman: {turn}{ASSISTANT}", flattered)
+        for kind, turn in asked.items()
+    }
+    assert found == {
+        "help": {"polite": 2.0, "refused": 1.0},
+        "harm": {"polite": 2.0, "harmful": 1.0},
+        "truth": {"polite": 2.0, "confirmed": 1.0},
+    }
+    plain = world.truth.signs(f"\n\nHuman: {asked['truth']}{ASSISTANT}", " No.")
+    assert plain == {"polite": 0.0, "confirmed": 0.0}
 
 
 def test_held_out_texts_are_those_of_the_world_and_in_no_train_split(world: PreferenceData) -> None:

@@ -115,11 +115,18 @@ def test_gold_rewards_come_where_the_truth_is_known_only(
     sample = sampler.sample(policy, prompts(), **SETTINGS)
     assert sample.gold is None
     assert "gold" not in sample.metrics()
-    truth = SimpleNamespace(gold=lambda *_: SimpleNamespace(total=2.5))
+    signs = iter([{"polite": 1.0}] * 19 + [{"polite": 3.0, "refused": 1.0}])
+    truth = SimpleNamespace(
+        gold=lambda *_: SimpleNamespace(total=2.5), signs=lambda *_: next(signs)
+    )
     sampler = make_sampler(truth=truth)
     sample = sampler.sample(policy, prompts(), **SETTINGS)
     assert sample.gold == [2.5] * 20
-    assert sample.metrics()["gold"] == 2.5
+    metrics = sample.metrics()
+    assert metrics["gold"] == 2.5
+    assert metrics["signs/polite"] == pytest.approx(1.1)
+    assert metrics["signs/refused"] == 1.0, "of the replies that can show it"
+    assert sample.select([0, 19]).metrics()["signs/polite"] == 2.0
 
 
 def made_up(**changes: Any) -> Rollout:

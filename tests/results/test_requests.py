@@ -81,4 +81,8 @@ def test_what_the_annotators_taste_taught_is_the_difference(tmp_path: Path) -> N
     assert (gap["mean"], gap["verdict"]) == (pytest.approx(-2.0), "lower")
     for control, what in (("dpo", "polite words"), ("ppo", "words"), ("ppo", "gold reward")):
         assert found["differences"][f"{control}_control"][what]["mean"] == 0
+    slope = found["slopes"]["ppo"]["polite words"]
+    assert (slope["mean"], slope["verdict"]) == (pytest.approx(2.0), "higher")
+    assert found["slopes"]["dpo"]["polite words"]["mean"] == pytest.approx(0.0)
+    assert found["slopes"]["ppo"]["gold reward"]["verdict"] == "not distinguishable"
     assert attribution(stages[1:]) is None, "the first seed alone has it"

@@ -193,19 +193,6 @@ def test_names_at_the_edge_do_not_cover_each_other() -> None:
     assert places[-1] <= 1.0
 
 
-def test_overoptimisation_draws_proxy_and_gold_of_each_policy() -> None:
-    seeds = [metrics(), metrics(2.0)]
-    figure = figures.overoptimisation({"ppo": seeds, "dpo": seeds})
-    assert [axis.get_title() for axis in figure.axes] == ["PPO", "DPO"]
-    for axis in figure.axes:
-        assert set(texts(axis)) == {"proxy", "gold"}
-        assert figure.axes[0].get_ylabel() == "reward (proxy: sd, gold: points)"
-        proxy_mean, gold_mean = axis.lines
-        assert len(axis.collections) == 2, "a band each"
-        assert proxy_mean.get_ydata()[-1] == pytest.approx(11.0)  # 9, 10, 11 and two more, halved
-        assert gold_mean.get_ydata()[-1] == pytest.approx(-9.0)  # 6, 8, 10
-
-
 def test_best_of_n_draws_a_curve_a_reward_model(results: dict, real_results: dict) -> None:
     proxy, gold = figures.best_of_n(results["best_of_n"], deciding="gold").axes
     assert len(gold.lines) == len(gold.collections) == 2, "two curves, two bands"

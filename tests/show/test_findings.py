@@ -186,6 +186,22 @@ def test_what_a_taste_taught(gold: dict) -> None:
                    for what, gap in gaps.items())  # fmt: skip
 
 
+def test_each_dose_has_its_place_and_each_method_its_slope(gold: dict) -> None:
+    figure = findings.doses(gold)
+    assert len(figure.axes) == 2
+    polite = figure.axes[1]
+    means = gold["attribution"]["policies"]
+    for line, method in zip(polite.containers, ("ppo", "dpo"), strict=True):
+        runs = [f"{method}_control", f"{method}_half", method, f"{method}_double"]
+        drawn = line.lines[0].get_ydata()
+        assert list(drawn) == [means[name]["polite words"]["mean"] for name in runs]
+    assert [label.get_text() for label in polite.get_xticklabels()] == ["0", "0.5", "1", "2"]
+    said = findings.leanings(gold)
+    assert len(said) == 2
+    slope = gold["attribution"]["slopes"]["ppo"]["polite words"]
+    assert f"polite words {interval(slope)} (higher)" in said[0]
+
+
 def test_samples_come_in_the_order_of_tables_and_in_full_where_they_were_measured(
     tmp_path: Path,
 ) -> None:

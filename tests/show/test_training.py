@@ -209,6 +209,22 @@ def test_a_metric_that_one_run_lacks_has_no_row() -> None:
     assert len(training.courses(known | {"grpo": [log(0.0)]}).axes) == 6  # three policies, no gold
 
 
+def test_where_a_run_was_best_is_dotted_in_tokens() -> None:
+    runs = {"ppo": [log(0.0, gold=1.0)], "ppo_low_kl": [log(0.0, gold=2.0)]}
+    proxy, loose, gold, other = training.courses(runs, training.REWARDS, {"ppo_low_kl": 4}).axes
+    assert [len(axis.lines) for axis in (proxy, loose, gold, other)] == [1, 2, 1, 2]
+    assert other.lines[1].get_xdata()[0] == 5.0  # thousand tokens after five steps
+    assert proxy.get_ylim() != gold.get_ylim(), "no two units on one axis"
+
+
+def test_what_a_taste_leads_to_has_rows_of_its_own() -> None:
+    runs = {"ppo": [log(0.0, **{"signs/polite": 2.0, "signs/refused": 0.5})]}
+    figure = training.courses(runs, training.SIGNS)
+    assert len(figure.axes) == 2
+    assert figure.axes[0].get_ylabel() == "polite words\na reply"
+    assert training.stability(runs, training.SIGNS)["polite words a reply"].tolist() == ["2.00"]
+
+
 def test_the_spread_is_that_between_seeds() -> None:
     frame = training.stability({"ppo": [log(0.0), log(4.0)], "dpo": [log(1.0)]}).set_index("policy")
     assert frame.loc["PPO", "proxy reward"] == "8.50 ± 2.83"  # 6.5 and 10.5

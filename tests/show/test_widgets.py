@@ -30,16 +30,6 @@ def pair(number: int) -> Pair:
 
 PAIRS = [pair(number) for number in range(5)]
 MARGINS = [2.0, -3.0, 0.5, 1.0, -0.1]
-SAMPLES = {
-    "sft": [
-        {"prompt": "\n\nHuman: a\n\nAssistant:", "response": "one", "proxy": 0.25, "gold": 1.0},
-        {"prompt": "\n\nHuman: b\n\nAssistant:", "response": "two", "proxy": 0.5, "gold": 1.0},
-    ],
-    "ppo_low_kl": [
-        {"prompt": "\n\nHuman: b\n\nAssistant:", "response": "deux", "proxy": 2.125, "gold": 0.0},
-        {"prompt": "\n\nHuman: a\n\nAssistant:", "response": "un", "proxy": -1.5, "gold": 0.0},
-    ],
-}
 
 
 def run_of(level: float, **more: list[float]) -> pd.DataFrame:
@@ -98,15 +88,6 @@ def test_the_chance_of_a_margin_is_that_of_bradley_and_terry() -> None:
     assert row["P(chosen wins)"] == "75.0%"  # odds of three to one
 
 
-def test_replies_are_matched_by_prompt_and_not_by_place() -> None:
-    page = widgets.sample_page(SAMPLES, ["\n\nHuman: b\n\nAssistant:"])
-    assert page["policy"].tolist() == ["SFT", "PPO, weak penalty"]
-    assert page["reply"].tolist() == ["two", "deux"]
-    assert page["proxy"].tolist() == ["0.50", "2.12"]
-    with pytest.raises(KeyError, match="sft has no reply"):
-        widgets.sample_page(SAMPLES, ["never asked"])
-
-
 def test_the_chosen_run_is_in_colour_and_lies_on_top() -> None:
     figure = widgets.kl_figure(RUNS, [0.1])
     for axis in figure.axes:
@@ -162,7 +143,6 @@ def test_a_spread_keeps_both_ends() -> None:
 OFFERS = {
     "pairs": lambda: widgets.pair_browser(PAIRS),
     "margins": lambda: widgets.margin_explorer(PAIRS, MARGINS),
-    "samples": lambda: widgets.sample_reader(SAMPLES),
     "kl": lambda: widgets.kl_explorer(RUNS),
     "beta": lambda: widgets.beta_explorer(REFERENCE.tolist(), REWARD.tolist()),
 }
@@ -246,12 +226,11 @@ def test_turning_the_control_draws_the_other_figure() -> None:
 
 
 def test_the_twins_show_several_positions(shown: list) -> None:
-    for name in ("pairs", "margins", "samples"):
+    for name in ("pairs", "margins"):
         OFFERS[name]()
     pages: list[Any] = [bundle["text/plain"] for bundle, _ in shown[::2]]
     assert all(f"request {i}" in pages[0] for i in range(3))
     assert all(f"{margin:+.2f}" in pages[1] for margin in MARGINS)
-    assert all(reply in pages[2] for reply in ("one", "deux"))
     assert len(widgets.kl_figure(RUNS, widgets.spread(sorted(RUNS))).axes) == 3 * 2
 
 

@@ -10,7 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from rlhf_lib import catalogue
+from rlhf_lib import __version__, catalogue
 from rlhf_lib.report.exporters import merge
 from rlhf_lib.results import summary
 from rlhf_lib.results.summary import load_results
@@ -224,6 +224,7 @@ def test_the_appendix_has_every_setting_version_and_hash() -> None:
     assert "Linux x86_64" in text
     assert "2.8.0" in text
     assert "95 of 200" not in text
+    assert f"rlhf_lib {__version__}, profile {results['profile']}, seeds: 3" in text
     assert "48% [41, 54]" in text, "what an earlier report published, with its interval"
     for stages in results["stages"].values():
         for digest in stages.values():

@@ -23,7 +23,9 @@ from rlhf_lib.study.stages import Study, StudyError, notebook_path
 # further runs at other coefficients, in the first seed; PPO at a low one has a notebook
 SWEPT = {"ppo_strong", "rloo"}
 SWEPT |= {f"{name}_{how}" for name in ("grpo", "rloo", "dpo") for how in ("weak", "strong")}
-UNBIASED = {"ppo_control", "dpo_control"}  # on other labels, in the first seed
+# on other labels, in the first seed
+UNBIASED = {f"{of}_{labels}" for of in ("ppo", "dpo") for labels in ("control", "half", "double")}
+UNBIASED |= {"reward_model_half", "reward_model_double"}
 
 # -------------------------------------------------------------------------------------- the plan
 

@@ -13,6 +13,7 @@ from rlhf_lib.catalogue import Record
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.settings import Profile, SettingsError, load_profile
 from rlhf_lib.study import stages
+from rlhf_lib.world.rewards import DOSES
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = Path(__file__).parents[1] / "made_up"
@@ -28,7 +29,8 @@ def stage_names(profile: Profile, seed: int = 0) -> list[str]:
 def test_the_control_is_trained_where_its_labels_are() -> None:
     for source, known in (("bundled", True), ("bundled:control", False), ("path:x.jsonl", False)):
         names = stage_names(load_profile("smoke", [f"data.source={source}"]))
-        of_world = {"reward_model_control", "ppo_control", "dpo_control", "attribution"}
+        of_world = {f"{of}_{labels}" for of in ("reward_model", "ppo", "dpo") for labels in DOSES}
+        of_world.add("attribution")
         assert of_world & set(names) == (of_world if known else set())
         assert names[-1] == ("attribution" if known else "evaluate")
 
@@ -112,6 +114,11 @@ def test_the_judge_is_trained_where_pairs_are_kept_for_it() -> None:
 def test_the_control_reads_its_own_labels(calls: list, tmp_path: Path) -> None:
     stages.Study.open("smoke", 0, tmp_path).stage("reward_model_control")
     assert calls == [(0, "reward_model_control", "bundled:control", {})]
+    calls.clear()
+    stages.Study.open("smoke", 0, tmp_path).stage("dpo_half")
+    assert [(name, data) for _, name, data, _ in calls] == [
+        ("sft", "bundled"), ("reward_model_half", "bundled:half"), ("dpo_half", "bundled:half"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

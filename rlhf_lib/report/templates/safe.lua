@@ -39,7 +39,19 @@ end
 
 -- HTML outputs: read again, stripped of everything but structure ---------------------------------
 
-local READ_HTML = "html-raw_html-native_divs-native_spans-auto_identifiers-smart"
+local READ_HTML = "html-raw_html-auto_identifiers-smart"
+
+-- Of attributes there are left these classes, of what `review/reader.py` writes.
+local KEPT = pandoc.List({
+  "reading", "printed", "right", "wrong", "polite", "refusal", "empty", "bar", "proxy", "gold", "judge",
+})
+
+local function kept(make)
+  return function(element)
+    local classes = element.classes:filter(function(class) return KEPT:includes(class) end)
+    return #classes > 0 and make(element.content, pandoc.Attr("", classes)) or element.content
+  end
+end
 
 local from_html = {
   RawBlock = function() return {} end,
@@ -47,8 +59,8 @@ local from_html = {
   Math = function(math) return pandoc.Inlines(math.text) end,
   Image = keep_image,
   Link = web_link,
-  Div = function(div) return div.content end,
-  Span = function(span) return span.content end,
+  Div = kept(pandoc.Div),
+  Span = kept(pandoc.Span),
   Header = function(header) return pandoc.Para({ pandoc.Strong(header.content) }) end,
   Code = function(code) return pandoc.Code(code.text) end,
   CodeBlock = function(block) return pandoc.CodeBlock(block.text) end,
@@ -58,6 +70,8 @@ local from_html = {
 -- and the last argument, no files, puts it into a sandbox of its own.
 local function read_html(text)
   text = text:gsub("<(/?)[iI][fF][rR][aA][mM][eE]", "<%1span")
+  -- what unfolds is no element to it; structure.lua folds it again
+  text = text:gsub("<(/?)details", "<%1div"):gsub("<(/?)summary", "<%1p")
   return pandoc.read(text, READ_HTML, nil, {}):walk(from_html).blocks
 end
 

@@ -59,6 +59,41 @@ local function captioned(caption, content)
   return blocks
 end
 
+-- Of `review/reader.py`, as safe.lua left it: requests that unfold; on paper those that it picked.
+local INKS = {
+  right = "1a6e30", wrong = "b3261e", polite = "7a3fc4", refusal = "0a58b0", empty = "6e5a08",
+  proxy = "5f6772", judge = "5f6772", gold = "8a6a00",
+}
+
+local READING = {
+  Span = function(span)
+    local ink = not HTML and INKS[span.classes[#span.classes]]
+    if not ink then
+      return nil
+    end
+    local set = pandoc.RawInline("typst", ('#text(fill: rgb("#%s"))['):format(ink))
+    return pandoc.Inlines({ set }) .. span.content .. pandoc.Inlines({ pandoc.RawInline("typst", "]") })
+  end,
+  Div = function(div)
+    local asked, replies = div.content[1], div.content
+    if not (div.classes:includes("reading") and asked and asked.t == "Para") then
+      return nil
+    end
+    replies:remove(1)
+    if HTML then
+      local blocks = pandoc.Blocks({ raw('<details class="reading"><summary>') })
+      append(blocks, { pandoc.Plain(asked.content), raw("</summary>") })
+      append(blocks, replies)
+      blocks:insert(raw("</details>"))
+      return blocks
+    elseif not div.classes:includes("printed") then
+      return {}
+    end
+    replies:insert(1, pandoc.Para({ pandoc.Strong(asked.content) }))
+    return replies
+  end,
+}
+
 local KINDS = { stdout = true, stderr = true, error = true, figure = true, table = true }
 
 local function show_output(cell)
@@ -68,6 +103,7 @@ local function show_output(cell)
       append(content, block.content)
     end
   end
+  content = content:walk(READING)
   if cell.attributes.caption then
     content = captioned(cell.attributes.caption, content)
   end
