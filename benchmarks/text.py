@@ -126,12 +126,15 @@ def _benchmark_targets(stages: Mapping, share: float) -> list[str]:
 def _bounds(stages: Mapping) -> list[str]:
     """How many times as fast as its peer anybody could be who computes at the roof."""
     bounds = [
-        f"{1 / record['peer']['roof_share']['median']:.1f} times ({name.replace('_', ' ')})"
+        f"{1 / record['peer']['roof_share']['median']:.1f} in {name.replace('_', ' ')}"
         for name, record in stages.items()
         if name != "generation" and not name.endswith("_plain")  # decoding is bound by memory
     ]
-    said = "Who computed nothing but these products, all at the roof, would be faster by no more"
-    return [f"{said} than {', '.join(bounds)}."] if bounds else []
+    said = (
+        "The peer's share bounds every ratio: who spent time on nothing but products, all at the "
+        "roof, would be this many times as fast"
+    )
+    return [f"{said}: {', '.join(bounds)}."] if bounds else []
 
 
 def _reached(stages: Mapping[str, bool]) -> str:

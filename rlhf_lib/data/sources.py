@@ -117,9 +117,9 @@ def _label_again(rows: Iterable[Row], taste: str, split: str) -> Iterator[Row]:
     luck, annotator = Random(f"{taste} {split}"), with_taste(DOSES[taste])
     for row in rows:
         one, other = row.values["chosen"], row.values["rejected"]
-        prompt = one.rpartition(ASSISTANT)[0] + ASSISTANT
-        replies = (text.rpartition(ASSISTANT)[2] for text in (one, other))
-        if luck.random() > preference_probability(prompt, *replies, annotator):
+        prompt, marker, liked = one.rpartition(ASSISTANT)
+        reply = other.rpartition(ASSISTANT)[2]
+        if luck.random() > preference_probability(prompt + marker, liked, reply, annotator):
             one, other = other, one
         yield replace(row, values={"chosen": one, "rejected": other})
 

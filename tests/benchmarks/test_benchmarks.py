@@ -195,7 +195,7 @@ def test_roof_and_memory_targets_are_judged_too() -> None:
     said = text.benchmark_summary(made_up())
     assert "roof in training steps: reached for dpo; missed for sft." in said
     assert "memory than the peer: reached for dpo, grpo, ppo plain; missed for sft." in said
-    assert "more than 10.0 times (dpo), 10.0 times (sft), 10.0 times (grpo)" in said
+    assert "as fast: 10.0 in dpo, 10.0 in sft, 10.0 in grpo." in said
     assert "950 GFLOP/s" in said
     assert "3 pairs of processes with 3 rounds each after a warm-up" in said
     results = made_up()
