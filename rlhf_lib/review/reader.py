@@ -81,8 +81,8 @@ class Case:
         return {key: row[key] for key in REWARDS if row.get(key) is not None}
 
     def title(self) -> str:
-        kind = f"{self.kind}: " if self.kind else ""
-        return f"{self.number}. {kind}{last_request(self.prompt)}"
+        asked = last_request(self.prompt)
+        return " · ".join(filter(None, (str(self.number), self.kind, asked)))
 
     def html(self, ends: Mapping[str, tuple[float, float]], printed: bool) -> str:
         """Folded, but for those that a PDF shows: `printed`."""

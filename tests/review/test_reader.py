@@ -94,7 +94,7 @@ def test_the_page_folds_each_request_and_keeps_the_marks(shown: list[dict], tmp_
     page, _ = RlhfHTMLExporter().from_notebook_node(notebook(shown[0], tmp_path))
     folds = re.findall(r'<details class="reading"><summary>(.*?)</summary>', page, re.DOTALL)
     assert len(folds) == len(reader.chosen(PROMPTS, TRUTH))
-    assert "edge: " in folds[0]
+    assert "1 · edge · " in folds[0]
     assert '<span class="polite">Sure</span>' in page
     assert re.search(r'<span class="bar gold">gold ▇', page)
     assert "alert(1)" in page  # as text
@@ -104,8 +104,6 @@ def test_the_page_folds_each_request_and_keeps_the_marks(shown: list[dict], tmp_
 
 
 def test_the_pdf_prints_one_request_of_each_kind(shown: list[dict], tmp_path: Path) -> None:
-    from rlhf_lib.report.exporters import _ReportExporter
-
     made: list[str] = []
 
     class Kept(RlhfPDFExporter):
@@ -113,10 +111,8 @@ def test_the_pdf_prints_one_request_of_each_kind(shown: list[dict], tmp_path: Pa
             made.append(text)
             return super()._finish(text, folder)
 
-    assert issubclass(Kept, _ReportExporter)
     pdf, _ = Kept().from_notebook_node(notebook(shown[0], tmp_path))
     assert pdf.startswith(b"%PDF")
-    assert made[0].count("Sorry") >= 4
-    printed = sum(f"{case}. " in made[0] or f'"{case}. ' in made[0] for case in range(1, 40))
-    assert printed <= 8
+    asked = re.findall(r"#strong\[\d+ · (\w+) · ", made[0])
+    assert asked == ["edge", "harm", "help", "truth"]
     assert '#text(fill: rgb("#7a3fc4"))[Sure]' in made[0]
