@@ -89,11 +89,11 @@ class Case:
         replies = []
         for policy, row in self.rows.items():
             bars = " ".join(
-                f'<span class="bar {key}">{key} {bar(value, *ends[key])} {value:.2f}</span>'
+                f'<span class="bar {key}">{key} {bar(value, *ends[key])} {number(value)}</span>'
                 for key, value in self.rewards(row).items()
             )
             said = self._marked(row["response"]) + ("" if row.get("finished", True) else " (cut)")
-            replies.append(f"<p><b>{escape(label(policy))}</b> {said} {bars}</p>")
+            replies.append(f"<p><b>{escape(label(policy))}</b> {said}<br>{bars}</p>")
         start = '<details class="reading printed">' if printed else '<details class="reading">'
         summary = f"<summary>{escape(self.title())}</summary>"
         return "\n".join([start, summary, *replies, "</details>"])
@@ -122,6 +122,10 @@ def bar(value: float, low: float, high: float) -> str:
     """Filled from the lowest to the highest of what is shown: `▇▇▇▇▁▁▁▁`."""
     filled = round(CELLS * (value - low) / (high - low)) if high > low else CELLS
     return "▇" * filled + "▁" * (CELLS - filled)
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def _ends(cases: Sequence[Case], key: str) -> tuple[float, float]:

@@ -235,7 +235,8 @@ def doses(results: Mapping) -> Figure:
             dots(axis, records, aside, color(method), upright=True, label=label(method), fmt="o-")
         axis.set_title(f"{what} of a reply", loc="left")
         axis.set_xticks(taste, [f"{dose:g}" for dose in taste])
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    named = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     figure.supxlabel("the annotator's taste, times its own", fontsize="medium")
     return figure
 

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -36,6 +37,7 @@ LOOK = """
 const frame = document.querySelector("iframe");
 frame.onload = () => setTimeout(() => {
   const page = frame.contentDocument, view = frame.contentWindow, cut = [];
+  page.querySelectorAll("details").forEach((fold) => (fold.open = true));
   for (const box of page.body.querySelectorAll("*")) {
     const style = view.getComputedStyle(box);
     const hides = ["hidden", "clip"].includes(style.overflowX) && box.clientWidth > 0;
@@ -81,9 +83,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser(*arguments: str) -> str:
     settings = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     settings += ["--allow-file-access-from-files", "--virtual-time-budget=4000"]
-    done = subprocess.run(
-        [str(CHROMIUM), *settings, *arguments], capture_output=True, text=True, timeout=120
-    )
+    with tempfile.TemporaryDirectory() as own:  # two browsers cannot share a profile
+        command = [str(CHROMIUM), f"--user-data-dir={own}", *settings, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     return done.stdout
 
 

@@ -76,6 +76,7 @@ def test_a_bar_is_empty_at_the_lowest_and_full_at_the_highest() -> None:
     assert reader.bar(1.0, 0.0, 2.0) == "▇▇▇▇▁▁▁▁"
     assert reader.bar(2.0, 0.0, 2.0) == "▇▇▇▇▇▇▇▇"
     assert reader.bar(1.0, 1.0, 1.0) == "▇▇▇▇▇▇▇▇"
+    assert reader.number(-0.5) == "−0.50"
 
 
 def notebook(bundle: dict, folder: Path) -> nbformat.NotebookNode:
