@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nbformat
@@ -131,11 +131,11 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         for key, value in {**results["environment"], **results["environment"]["packages"]}.items()
         if key != "packages"
     ]
-    hashes = [
-        {"seed": seed, "stage": stage, "hash": digest[:12]}
+    hashes = {
+        f"seed {seed}": {stage: digest[:12] for stage, digest in stages.items()}
         for seed, stages in results["stages"].items()
-        for stage, digest in stages.items()
-    ]
+    }
+    by_stage = pd.DataFrame(hashes).fillna("–").rename_axis("stage").reset_index()
     return notebook([
         nbformat.v4.new_markdown_cell("# Appendix: proofs, claims, settings", id="title"),
         prose("## Proofs\n\n" + PROOFS + missing),
@@ -147,10 +147,18 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
             seeds=len(results["seeds"]),
         )),
         prose("## Settings, environment, hashes"),
-        table(pd.DataFrame(settings), "Every setting of this run."),
+        table(in_columns(settings), "Every setting of this run."),
         table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
-        table(pd.DataFrame(hashes), "Stage folders by content hash: settings, inputs and source."),
+        table(by_stage, "Stage folders by content hash: settings, inputs and source."),
     ])  # fmt: skip
+
+
+def in_columns(rows: Sequence[Mapping[str, str]], columns: int = 2) -> pd.DataFrame:
+    """A long table dealt out over columns beside each other, read downwards."""
+    height = -(-len(rows) // columns)
+    parts = [pd.DataFrame(rows[i : i + height]) for i in range(0, len(rows), height)]
+    named = [part.add_suffix(" " * place) for place, part in enumerate(parts)]  # no name twice
+    return pd.concat(named, axis=1).fillna("")
 
 
 CITING = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -220,7 +221,7 @@ def test_the_appendix_has_every_setting_version_and_hash() -> None:
     text = content(page)
     for section, values in results["settings"].items():
         for key in values if isinstance(values, dict) else ():
-            assert f"{section}.{key} " in text
+            assert re.search(rf"\b{section}\.{key}\s+{re.escape(str(values[key]))}\s", text)
     assert "Linux x86_64" in text
     assert "2.8.0" in text
     assert "95 of 200" not in text
