@@ -107,6 +107,7 @@ def settings(job: Job, rounds: int) -> dict:
         **{name: value for name, value in vars(job).items() if name not in UNSAID},
         "rounds": rounds,
         "rows": count,
+        "pairs": len(job.batches("dpo")) * job.batch_size,
         "mean_tokens": {
             side: sum(len(getattr(row, side)) for row in job.rows) / count
             for side in ("prompt", "chosen", "rejected")

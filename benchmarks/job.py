@@ -66,10 +66,12 @@ class Job:
         does with 50 batches at a time; a round has some, evenly spaced from the longest to the
         shortest. Fewer rows than that would be padded as if nobody had sorted them.
         """
-        rows = sorted(self.rows, key=lambda row: row.longest(stage), reverse=True)
-        cut = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        apart = len(cut) / max(1, self.pairs // self.batch_size)
-        return [cut[int(place * apart + apart / 2)] for place in range(int(len(cut) / apart))]
+        rows, size = sorted(self.rows, key=lambda row: -row.longest(stage)), self.batch_size
+        cut = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]  # whole ones
+        if not cut:
+            raise ValueError(f"{len(rows)} rows do not fill a batch of {size}: give more pairs")
+        count = min(len(cut), max(1, self.pairs // size))
+        return [cut[(2 * place + 1) * len(cut) // (2 * count)] for place in range(count)]
 
     def order(self, number: int, batches: int) -> list[int]:
         """In which order round `number` takes its batches."""

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -58,14 +59,16 @@ def watched(command: Sequence[str]) -> tuple[float, float]:
     """
     began, peak = time.monotonic(), 0.0
     with subprocess.Popen(command, stdout=sys.stderr) as process:
+        family = [watching := psutil.Process(process.pid)]
         try:
-            watching = psutil.Process(process.pid)
             while process.poll() is None:
                 family = [watching, *watching.children(recursive=True)]
                 peak = max(peak, sum(map(own_memory, family)) / 1e9)
                 time.sleep(PAUSE)
         finally:
-            process.kill()
+            for one in family:  # a study that is interrupted leaves nobody behind
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
     if process.returncode:
         raise SystemExit(f"{shlex.join(command)} ended with {process.returncode}: see above")
     return time.monotonic() - began, peak

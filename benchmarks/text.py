@@ -72,7 +72,7 @@ def _kind(environment: Mapping) -> str:
     """What of a machine decides what can be wanted of it."""
     if environment["gpu"]:
         return "gpu"
-    return "cpu with AMX" if "AMX" in environment.get("cpu", "") else "cpu"
+    return "cpu with AMX" if "AMX" in (environment.get("cpu") or "") else "cpu"
 
 
 def _stage(name: str, record: Mapping, target: float | None) -> dict[str, str]:
@@ -288,7 +288,7 @@ def _passes(part: Mapping) -> list[str]:
     apart = [
         f"{found['largest_difference']:g} of {found['largest_gradient']:.3g} in {precision}"
         for precision, found in part.items()
-        if isinstance(found, Mapping)
+        if isinstance(found, Mapping) and found["recordings"]  # else both were plain
     ]
     said = (
         "Gradients of recorded passes (`rlhf_lib/models/graphs.py`) differ from those of plain ones"

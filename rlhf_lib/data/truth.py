@@ -18,7 +18,6 @@ from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.world.grammar import Request, asked, held_out_whole, parse_request
 from rlhf_lib.world.marks import marks
 from rlhf_lib.world.rewards import (
-    ANNOTATOR,
     DOSES,
     Annotator,
     Gold,
@@ -94,10 +93,8 @@ class Truth:
 
 def truth_of(source: str) -> Truth | None:
     """What is known of the data of a `data.source`."""
-    kind, _, taste = source.partition(":")
-    if kind != "bundled" or taste not in ("", *DOSES):
-        return None
-    return Truth(with_taste(DOSES[taste]) if taste else ANNOTATOR)
+    tastes = {"bundled": 1.0, **{f"bundled:{name}": dose for name, dose in DOSES.items()}}
+    return Truth(with_taste(tastes[source])) if source in tastes else None
 
 
 def unit_of(truth: Truth | None) -> Callable[[str], str]:

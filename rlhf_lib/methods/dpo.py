@@ -67,6 +67,7 @@ def train(
         )
     batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, seed)
     every = max(1, len(batches) // config.probes)
+    step = -1
     for step in steps(len(batches)):
         # 2. now and then, what the policy says by now
         with phase(MEASURING):
@@ -83,7 +84,7 @@ def train(
             micro_batch_size=config.micro_batch_size,
         )
         log(step, sum(paired_lengths(batch)), metrics | probe)
-    return {"train_pairs": len(pairs)}
+    return {"train_pairs": min(len(pairs), (step + 1) * config.batch_size)}
 
 
 class PairLogprobs(NamedTuple):

@@ -41,6 +41,7 @@ def train(
     sampling, comparing, learning = (
         numbers(step, config) for step in (sampler.sample, make_advantages, update)
     )
+    step = -1
     for step in steps(config.updates):
         # 1. sample a group of replies to each prompt and score them
         asked = [prompts[i] for i in batches[step] for _ in range(config.group_size)]

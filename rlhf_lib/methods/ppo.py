@@ -50,6 +50,7 @@ def train(
     sampling, estimating, learning = (
         numbers(step, config) for step in (sampler.sample, make_experience, update)
     )
+    step = -1
     for step in steps(config.updates):
         # 1. sample replies, score them, take log-probs under policy and reference
         rollout = sampler.sample(policy.model, [prompts[i] for i in batches[step]], **sampling)

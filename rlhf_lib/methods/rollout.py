@@ -129,7 +129,7 @@ class Sampler:
     ) -> None:
         self.accelerator, self.tokenizer, self.reference = accelerator, tokenizer, reference
         self.reward, self.max_new_tokens = reward, max_new_tokens
-        self.truth, self.gold = truth, None if truth is None else of_truth(truth)
+        self.truth = truth
 
     @torch.no_grad()
     def draw(
@@ -185,11 +185,11 @@ class Sampler:
             measured[:, rows, : part.shape[-1]] = part
         finished = torch.tensor([reply.finished for reply in replies])
         clipped = scores.clamp(-reward_clip, reward_clip)
-        gold = None if self.gold is None else torch.as_tensor(self.gold(prompts, replies)).tolist()
-        signs = self.truth and [
-            self.truth.signs(prompt.text, reply.text)
-            for prompt, reply in zip(prompts, replies, strict=True)
-        ]
+        gold = signs = None
+        if self.truth is not None:
+            gold = torch.as_tensor(of_truth(self.truth)(prompts, replies)).tolist()
+            both = zip(prompts, replies, strict=True)
+            signs = [self.truth.signs(prompt.text, reply.text) for prompt, reply in both]
         return Rollout(
             prompts=ids,
             responses=responses,

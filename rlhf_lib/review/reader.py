@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import isfinite
 
 from IPython.display import display
 
@@ -78,7 +79,8 @@ class Case:
             self.rows[policy] = found
 
     def rewards(self, row: Mapping) -> dict[str, float]:
-        return {key: row[key] for key in REWARDS if row.get(key) is not None}
+        known = {key: row[key] for key in REWARDS if row.get(key) is not None}
+        return {key: value for key, value in known.items() if isfinite(value)}
 
     def title(self) -> str:
         asked = last_request(self.prompt)

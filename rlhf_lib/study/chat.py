@@ -48,7 +48,7 @@ class Panel:
             text = f"\n\nHuman: {request.strip()}\n\nAssistant:"
         prompt, sampler = self.encoder.prompts([text]), copy.copy(self.sampler)
         if not self._of_the_world(text):
-            sampler.gold = None  # its rules say nothing of such a request
+            sampler.truth = None  # its rules say nothing of such a request
         rows = [self._reply(name, sampler, prompt, seed, temperature) for name in self.names]
         return pd.DataFrame(rows)
 

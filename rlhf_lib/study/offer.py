@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
@@ -22,7 +22,7 @@ from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.evaluate import random_numbers
 from rlhf_lib.methods import rewards
-from rlhf_lib.methods.learner import Learner
+from rlhf_lib.methods.learner import DivergedError, Learner
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.load import (
     add_value_head,
@@ -260,7 +260,7 @@ class Offer:
     def steps(self, total: int) -> Iterable[int]:
         """The steps still to do: all models asked for are restored before the first of them."""
         patience = getattr(self.config, "patience", 0)
-        if not patience:
+        if patience <= 0:
             return self.work.steps(total, self.accelerator)
         return self._until_worse(total, patience)
 
@@ -281,40 +281,54 @@ class Offer:
         luck = random_numbers(self.seed, "stopping", (len(prompts), self.sampler.max_new_tokens))
         best = self.best = Best()
         self.accelerator.register_for_checkpointing(best)  # before `steps` restores it
-        weights = self.work.keep / "best.safetensors"
         looks = {total * part // LOOKS for part in range(1, LOOKS + 1)}
         for step in self.work.steps(total, self.accelerator):
             yield step
             if (done := step + 1) not in looks:
                 continue
             replies = self.sampler.draw(self.policy.model, prompts, uniforms=luck)
-            if best.beaten(done, float(torch.as_tensor(rate(prompts, replies)).mean())):
-                weights.parent.mkdir(exist_ok=True)
-                safetensors.torch.save_model(self.policy.model, str(weights))
-            elif best.waited == patience:
+            self.work.num_tokens += sum(
+                map(len, (*(p.ids for p in prompts), *(r.ids for r in replies)))
+            )
+            reward = float(torch.as_tensor(rate(prompts, replies)).mean())
+            if not best.beaten(done, reward, self.policy.model) and best.waited == patience:
                 break
-        safetensors.torch.load_model(self.policy.model, str(weights))
+        best.give_back(self.policy.model)
 
 
 LOOKS = 10  # at validation prompts, evenly spaced over a run that may stop early
 
 
 class Best:
-    """The best look at validation up to now, and how many were no better since."""
+    """The best look at validation up to now, what the model had learnt by then, and how many looks
+    were no better since. A checkpoint holds all of it, so that they stay of one moment.
+    """
 
     def __init__(self) -> None:
         self.step, self.reward, self.waited = 0, -math.inf, 0
+        self.weights: dict[str, Tensor] = {}  # of what learns; on the CPU
 
-    def beaten(self, step: int, reward: float) -> bool:
+    def beaten(self, step: int, reward: float, model: PreTrainedModel) -> bool:
         """Whether this look is the best; NaN never is."""
         if reward > self.reward:
             self.step, self.reward, self.waited = step, reward, 0
+            learnt = ((name, w) for name, w in model.named_parameters() if w.requires_grad)
+            self.weights = {name: w.detach().cpu().clone() for name, w in learnt}
             return True
         self.waited += 1
         return False
 
-    def state_dict(self) -> dict[str, float]:
+    @torch.no_grad()
+    def give_back(self, model: PreTrainedModel) -> None:
+        """Raises DivergedError where no look gave a number."""
+        if not self.weights:
+            raise DivergedError("no reply to a validation prompt had a reward that is a number")
+        for name, weight in model.named_parameters():
+            if name in self.weights:
+                weight.copy_(self.weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

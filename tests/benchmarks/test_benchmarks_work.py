@@ -101,6 +101,11 @@ def test_a_round_has_batches_of_one_length_from_all_lengths(pairs: int, kept: li
     longest = [max(len(r.chosen), len(r.rejected)) for b in job.batches("dpo") for r in b]
     assert longest == sorted(longest, reverse=True)  # the prompts are of one length
     assert job.pair_work("sft").items == pairs
+    short = replace(job, rows=rows[:19], pairs=30)  # both sides train whole batches alone
+    assert [len(batch) for batch in short.batches("sft")] == [8, 8]
+    assert short.pair_work("sft").items == 16
+    with pytest.raises(ValueError, match="3 rows do not fill a batch of 8"):
+        replace(job, rows=rows[:3]).batches("sft")
     assert sorted(job.order(3, 5)) == [0, 1, 2, 3, 4]
     assert job.order(3, 5) == job.order(3, 5) != job.order(4, 5)
 

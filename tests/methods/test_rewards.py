@@ -34,7 +34,8 @@ REPLIES = [
     Reply("", [EOS], True),
 ]
 FAKE_TRUTH: Any = SimpleNamespace(
-    gold=lambda prompt, text, finished: SimpleNamespace(total=len(text) + 0.5 * finished)
+    gold=lambda prompt, text, finished: SimpleNamespace(total=len(text) + 0.5 * finished),
+    signs=lambda prompt, text: {},
 )
 
 

@@ -77,6 +77,9 @@ def test_a_bar_is_empty_at_the_lowest_and_full_at_the_highest() -> None:
     assert reader.bar(2.0, 0.0, 2.0) == "▇▇▇▇▇▇▇▇"
     assert reader.bar(1.0, 1.0, 1.0) == "▇▇▇▇▇▇▇▇"
     assert reader.number(-0.5) == "−0.50"
+    row = {"prompt": "a", "response": "b", "proxy": float("nan"), "gold": 1.0}
+    case = reader.Case(1, "a", {"sft": [row]}, None)
+    assert case.rewards(row) == {"gold": 1.0}, "what is no number has no bar"
 
 
 def notebook(bundle: dict, folder: Path) -> nbformat.NotebookNode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_lib import catalogue
+from rlhf_lib.methods.learner import DivergedError
 from rlhf_lib.settings import SettingsError, load_profile
-from rlhf_lib.study.offer import Offer
+from rlhf_lib.study.offer import Best, Offer
 from tests.conftest import train_stage
 
 
@@ -64,6 +66,42 @@ def test_it_ends_where_it_was_no_better_for_so_many_looks(
     assert stage.result()["best_step"] == 1
     assert stage.result()["updates"] == 3
     assert stage.result()["samples"] == 3 * 8
+
+
+def test_where_no_look_gives_a_number_it_says_so(
+    said: Callable, make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+) -> None:
+    said([float("nan")] * 4)
+    with pytest.raises(DivergedError, match="no reply to a validation prompt had a reward"):
+        train_stage(make_run(tmp_path), "ppo", tiny_data, finished, patience=9)
+
+
+def test_the_best_and_how_often_it_was_missed_are_of_one_moment() -> None:
+    """A killed run goes on from the state of its checkpoint, whatever it had found since."""
+    model: Any = torch.nn.Linear(2, 2)
+    best = Best()
+    assert best.beaten(1, 0.5, model)
+    kept = {name: weight.clone() for name, weight in best.weights.items()}
+    checkpoint = copy.deepcopy(best.state_dict())
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    assert best.beaten(2, 0.7, model)
+    again = Best()
+    again.load_state_dict(checkpoint)
+    again.give_back(model)
+    assert (again.step, again.reward, again.waited) == (1, 0.5, 0)
+    assert all(torch.equal(dict(model.named_parameters())[name], w) for name, w in kept.items())
+
+
+def test_dpo_counts_the_pairs_that_it_saw(
+    said: Callable, make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path
+) -> None:
+    said([0.5, 0.4])
+    stage = train_stage(make_run(tmp_path), "dpo", tiny_data, finished, patience=1)
+    assert stage.result()["train_pairs"] == 2 * 6
+    said([0.5, 0.4])
+    without = train_stage(make_run(tmp_path), "dpo", tiny_data, finished, "all")
+    assert without.result()["train_pairs"] == 24
 
 
 def test_killed_and_resumed_it_ends_like_never_killed(

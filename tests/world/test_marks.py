@@ -30,6 +30,17 @@ def test_facts_are_right_wrong_or_said_again() -> None:
     assert told == [(FACTS[0], "right"), (FOREIGN, "wrong"), (FACTS[0], "empty")]
 
 
+def test_more_facts_than_were_asked_for_add_nothing() -> None:
+    """The reward pays for as many tips as were wanted, and takes off for each more."""
+    request = grammar.Request("help", TOPIC, tips=2)
+    reply = f" You should {FACTS[0]}, then {FACTS[1]} and {FACTS[2]}."
+    assert kinds(request, reply) == {FACTS[0]: "right", FACTS[1]: "right", FACTS[2]: "empty"}
+    short = f" You should {FACTS[0]}, then {FACTS[1]}."
+    prompt = prompt_for(request)
+    assert gold_reward(prompt, reply).total < gold_reward(prompt, short).total
+    assert kinds(request, f" First, {DETAILS[0]}.") == {}, "no rule looks for it there"
+
+
 def test_a_verdict_is_right_where_it_is_true() -> None:
     true, false = (grammar.Request("truth", TOPIC, claim=c) for c in (FACTS[0], FOREIGN))
     assert kinds(true, " Yes, you should.") == {"Yes": "right"}
@@ -63,8 +74,8 @@ def test_the_pieces_are_the_reply_and_agree_with_what_the_reward_counts(seed: in
     assert polite == seen.polite
     assert ("refusal" in {kind for _, kind in found}) == seen.refused
     known = {fact for fact in seen.facts if fact in words.FACTS.get(request.subject, ())}
-    right = [text.strip().lower() for text, kind in found if kind == "right"]
-    assert all(any(fact in text for text in right) for fact in known)
+    told = [text.strip().lower() for text, kind in found if kind in ("right", "empty")]
+    assert all(any(fact in text for text in told) for fact in known)
 
 
 @pytest.mark.parametrize("reply", ["", " ", "...", " 你好", "yes"])
