@@ -52,3 +52,12 @@ def test_what_a_gpu_showed_is_told_failures_first_of_all() -> None:
     assert "resumed: its weights differ from those of the run that nothing stopped by 0.5." in said
     assert "| sft | 4.2 | – | 3 | 1 |" in said
     assert "| 8 | library | 6 | 5 | 7 | 1.0 |" in said
+
+
+def test_gradients_are_told_of_passes_that_were_recorded() -> None:
+    """Two plain passes agree as well, and say nothing of recording."""
+    found = {"largest_difference": 0.0, "largest_gradient": 4.5}
+    part = {"end": "done", "fp32": {"recordings": 2, **found}, "bf16": {"recordings": 0, **found}}
+    (said,) = text._passes(part)
+    assert said.endswith("by at most 0 of 4.5 in fp32.")
+    assert text._passes({"bf16": part["bf16"]}) == []
