@@ -287,9 +287,7 @@ class Offer:
             if (done := step + 1) not in looks:
                 continue
             replies = self.sampler.draw(self.policy.model, prompts, uniforms=luck)
-            self.work.num_tokens += sum(
-                map(len, (*(p.ids for p in prompts), *(r.ids for r in replies)))
-            )
+            self.work.num_tokens += sum(len(text.ids) for text in (*prompts, *replies))
             reward = float(torch.as_tensor(rate(prompts, replies)).mean())
             if not best.beaten(done, reward, self.policy.model) and best.waited == patience:
                 break
