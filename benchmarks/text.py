@@ -40,7 +40,8 @@ def benchmark_summary(results: Mapping) -> str:
     env, settings, stages = results["environment"], results["settings"], results["stages"]
     tokens = settings["mean_tokens"]
     cores = ", ".join(filter(None, (env.get("cpu"), f"{env['cpu_cores']} CPU cores")))
-    machine = env["gpu"] or f"{cores}, {env['threads']} threads"
+    threads = "one thread" if env["threads"] == 1 else f"{env['threads']} threads"
+    machine = env["gpu"] or f"{cores}, {threads}"
     rounds = "one round" if settings["rounds"] == 1 else f"{settings['rounds']} rounds"
     head = (
         f"{machine}; {settings['precision']}; matmul roof "
