@@ -77,9 +77,13 @@ class Job:
         """In which order round `number` takes its batches."""
         return random.Random(number).sample(range(batches), batches)
 
+    def rows_of_round(self, stage: str) -> list[Row]:
+        """Those of its batches, one batch after the other."""
+        return [row for batch in self.batches(stage) for row in batch]
+
     def pair_work(self, stage: str) -> Work:
         """The work of one round over pairs: SFT takes the chosen replies, the others both."""
-        rows = [row for batch in self.batches(stage) for row in batch]
+        rows = self.rows_of_round(stage)
         rejected = 0 if stage == "sft" else sum(len(r.rejected) for r in rows)
         replies = rejected + sum(len(r.chosen) for r in rows)
         return count(stage, self.sizes, len(rows), sum(len(r.prompt) for r in rows), replies)

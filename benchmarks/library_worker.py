@@ -59,11 +59,12 @@ def _pair(row: Row) -> Pair:
 def _epochs(job: Job, stage: str, learner: Learner, as_row: Callable, update: Callable) -> Round:
     """The batches of a round, in a fresh order, by a method's own `update`."""
     batches = [[as_row(row) for row in batch] for batch in job.batches(stage)]
+    work = job.pair_work(stage)
 
     def run(number: int) -> Work:
         for place in job.order(number, len(batches)):
             update(learner, batches[place], job.batch_size)
-        return job.pair_work(stage)
+        return work
 
     return run
 
@@ -88,7 +89,7 @@ def _dpo(job: Job, accelerator: Accelerator) -> Round:
     batches = [[_pair(row) for row in batch] for batch in job.batches("dpo")]
     pairs = [pair for batch in batches for pair in batch]
     reference = freeze(accelerator, load_reference(job.model))
-    loss = dpo.preference_loss(DPOConfig(beta=job.beta))
+    loss, work = dpo.preference_loss(DPOConfig(beta=job.beta)), job.pair_work("dpo")
 
     def run(number: int) -> Work:
         with accelerator.autocast():
@@ -97,7 +98,7 @@ def _dpo(job: Job, accelerator: Accelerator) -> Round:
             batch, first = batches[place], place * job.batch_size
             known = table[first : first + len(batch)]
             dpo.update(learner, batch, known, loss, micro_batch_size=job.batch_size)
-        return job.pair_work("dpo")
+        return work
 
     return run
 

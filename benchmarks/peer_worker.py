@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.job import Job, Row, read_job
+from benchmarks.job import Job, read_job
 from benchmarks.plain_peer import load as load_plain
 from benchmarks.plain_peer import sample
 from benchmarks.protocol import Round, serve
@@ -85,7 +85,7 @@ def _sft(job: Job) -> Round:
             "input_ids": row.prompt + row.chosen,
             "completion_mask": [0] * len(row.prompt) + [1] * len(row.chosen),
         }
-        for row in _rows(job, "sft")
+        for row in job.rows_of_round("sft")
     ]
     config = SFTConfig(
         max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
@@ -104,7 +104,7 @@ def _reward_model(job: Job) -> Round:
             "chosen_ids": row.prompt + row.chosen,
             "rejected_ids": row.prompt + row.rejected,
         }
-        for row in _rows(job, "reward_model")
+        for row in job.rows_of_round("reward_model")
     ]
     config = RewardConfig(
         max_length=job.max_length, model_init_kwargs=FP32, **_settings(job, job.batch_size)
@@ -126,7 +126,7 @@ def _dpo(job: Job) -> Round:
 
     rows = [
         {"prompt_ids": row.prompt, "chosen_ids": row.chosen, "rejected_ids": row.rejected}
-        for row in _rows(job, "dpo")
+        for row in job.rows_of_round("dpo")
     ]
     config = DPOConfig(
         max_length=job.max_length,
@@ -138,18 +138,14 @@ def _dpo(job: Job) -> Round:
     return _epochs(trainer, job, "dpo")
 
 
-def _rows(job: Job, stage: str) -> list[Row]:
-    return [row for batch in job.batches(stage) for row in batch]
-
-
 def _epochs(trainer: Any, job: Job, stage: str) -> Round:
-    rows, size = trainer.train_dataset, job.batch_size
+    rows, size, work = trainer.train_dataset, job.batch_size, job.pair_work(stage)
 
     def run(number: int) -> Work:
         order = job.order(number, len(rows) // size)
         trainer.train_dataset = rows.select([size * b + i for b in order for i in range(size)])
         trainer.train()
-        return job.pair_work(stage)
+        return work
 
     return run
 

@@ -80,10 +80,12 @@ def load(stage: str, job: Job) -> Round:
 def _dpo(job: Job, policy: Any, reference: Any, optimizer: Any, settings: plain.Settings) -> Round:
     batches = [[(r.prompt, r.chosen, r.rejected) for r in batch] for batch in job.batches("dpo")]
 
+    work = job.pair_work("dpo")
+
     def run(number: int) -> Work:
         for place in job.order(number, len(batches)):
             plain.dpo_update(policy, reference, batches[place], optimizer, settings)
-        return job.pair_work("dpo")
+        return work
 
     return run
 

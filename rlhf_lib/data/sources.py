@@ -80,7 +80,7 @@ def read_source(source: str) -> Source:
     Raises SettingsError for a source of another kind, DataError for one that cannot be read.
     """
     kind, _, rest = source.partition(":")
-    if kind == "bundled" and rest in ("", *DOSES) and source != "bundled:":
+    if source == "bundled" or (kind == "bundled" and rest in DOSES):
         return _read_bundled(rest)
     if kind == "hub" and rest:
         return _read_hub(*_hub_parts(rest))

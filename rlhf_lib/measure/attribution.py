@@ -13,12 +13,12 @@ from rlhf_lib.settings import EvaluationConfig
 from rlhf_lib.world.rewards import DOSES, observe
 
 METHODS = ("ppo", "dpo")
-CONTROLS = {method: f"{method}_control" for method in METHODS}  # on unbiased labels
 # A method -> the run on labels of each dose of taste; 1 is the annotator's own.
 DOSED = {
     method: {1.0: method} | {dose: f"{method}_{labels}" for labels, dose in DOSES.items()}
     for method in METHODS
 }
+CONTROLS = {method: runs[DOSES["control"]] for method, runs in DOSED.items()}  # unbiased labels
 
 
 def measure(

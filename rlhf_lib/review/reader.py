@@ -131,6 +131,6 @@ def number(value: float) -> str:
 
 
 def _ends(cases: Sequence[Case], key: str) -> tuple[float, float]:
-    values = [case.rewards(row)[key] for case in cases for row in case.rows.values()
-              if key in case.rewards(row)]  # fmt: skip
+    known = [case.rewards(row) for case in cases for row in case.rows.values()]
+    values = [rewards[key] for rewards in known if key in rewards]
     return (min(values), max(values)) if values else (0.0, 1.0)
