@@ -69,7 +69,7 @@ proofs: $(STAMP) ## prove the methods by enumeration, and compare with TRL where
 
 # TRL runs in an environment of its own: what it is compared with must not depend on what we install.
 BENCH_VENV := .venv-bench
-BENCH_OUT ?= runs/benchmarks
+BENCH_OUT ?= runs/benchmarks/cpu
 BENCH_STAMP := $(BENCH_VENV)/.installed-$(shell { pwd; cat benchmarks/requirements.txt requirements.lock; } | cksum | cut -d ' ' -f 1)
 
 $(BENCH_STAMP): | $(STAMP)
@@ -83,9 +83,9 @@ $(BENCH_STAMP): | $(STAMP)
 
 bench: $(STAMP) $(BENCH_STAMP) ## compare speed and memory with TRL and transformers
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python \
-	  --out $(BENCH_OUT)/cpu.json $(BENCH_ARGS)
+	  --out $(BENCH_OUT).json $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks run --peer-python $(BENCH_VENV)/bin/python --threads 1 \
-	  --out $(BENCH_OUT)/cpu-one-thread.json $(BENCH_ARGS)
+	  --out $(BENCH_OUT)-one-thread.json $(BENCH_ARGS)
 
 readme: $(STAMP) ## fill the README's numbers from the exported studies
 	$(BIN)/python -m tools.readme
