@@ -14,6 +14,7 @@
 # PROFILE   the settings of the study                          make report PROFILE=smoke
 # RUN_ARGS  handed to the study                                make report RUN_ARGS="--set ppo.kl_coef=0.02"
 # BENCH_ARGS handed to the benchmark                           make bench BENCH_ARGS="--data path:FILE"
+# BENCH_OUT a path: .json and -one-thread.json are put to it   make bench BENCH_OUT=benchmarks/results/cpu-amx
 # TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/objectives/test_kl.py -x"
 
 PYTHON ?= python3

@@ -57,8 +57,9 @@ def benchmark_summary(results: Mapping) -> str:
     )
     targets = _benchmark_targets(stages, ROOF_TARGETS[_kind(env)])
     parts = [head, markdown(benchmark_table(results)), *targets]
-    if "prediction" in results:
-        parts.append(prediction_summary(results["prediction"]))
+    prediction = results.get("prediction")
+    if prediction and prediction["hours"] is not None and env["threads"] > 1:  # all was measured
+        parts.append(prediction_summary(prediction))
     return "\n\n".join(parts)
 
 

@@ -140,6 +140,15 @@ def test_no_sentence_leads_into_hidden_code(notebook: nbformat.NotebookNode) -> 
             assert not before.source.rstrip().endswith(":"), before.source[-80:]
 
 
+def test_every_link_to_a_figure_or_table_finds_one(notebook: nbformat.NotebookNode) -> None:
+    """A link to `#name` becomes "Table 7" in the report, if a cell shows something by that name."""
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    wanted = [name for text in prose for name in re.findall(r"\]\(#([\w-]+)\)", text)]
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    given = re.findall(r'"([\w-]+)",?\s*\)$', code, re.MULTILINE)
+    assert not set(wanted) - set(given)
+
+
 def test_a_cell_shows_what_it_means_to_and_no_bare_value(notebook: nbformat.NotebookNode) -> None:
     """`naive` at a cell's end prints tensor([[0.3797, ...]]): a sentence says what it is."""
     for cell in code_cells(notebook):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +20,13 @@ import pandas as pd
 import typer
 
 from benchmarks import text as benchmark_text
-from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.results import verdict
 from rlhf_lib.results.summary import FORMAT
+from rlhf_lib.review import trials
 from rlhf_lib.show.costs import total_sentence
 from rlhf_lib.show.display import markdown
 from rlhf_lib.show.tables import comparison_table
-from rlhf_lib.study.tuning import as_text, load_trials, of, ranked
 
 BLOCK = re.compile(
     r"(<!-- (results|benchmark|tuning): ([a-z0-9-]+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL
@@ -58,7 +57,7 @@ def fill(text: str, figures: Path) -> str:
             results = json.loads((figures / name / "results.json").read_text())
             shown = summary(results) if results.get("format") == FORMAT else kept(old)
         elif kind == "tuning":
-            shown = searched(load_trials(figures / "tuning" / f"{name}.json"))
+            shown = markdown(trials.table(trials.load(figures / "tuning" / f"{name}.json")))
         else:
             path = figures.parent / "benchmarks" / "results" / f"{name}.json"
             shown = f"Not measured yet: there is no `{path.name}` in `benchmarks/results`."
@@ -72,25 +71,6 @@ def fill(text: str, figures: Path) -> str:
 def kept(old: str) -> str:
     """What a block said of a study that has not been measured again, marked as such."""
     return f"{EARLIER}\n\n{old.strip().removeprefix(EARLIER).strip()}"
-
-
-def searched(trials: Sequence[Mapping]) -> str:
-    """Each method's best values and the next, and whether they stand where the search ended."""
-    rows = []
-    for method in dict.fromkeys(trial["method"] for trial in trials):
-        tried = ranked([t for t in of(trials, method) if t["mean"] is not None])
-        first, second = tried[0], tried[min(1, len(tried) - 1)]
-        ends = [
-            f"{key.rpartition('.')[2]} ({'highest' if value > min(values) else 'lowest'})"
-            for key, value in first["values"].items()
-            if value in (min(values := [t["values"][key] for t in tried]), max(values))
-        ]
-        rows.append({
-            "method": label(method),
-            **{how: " ".join(as_text(t).split()) for how, t in (("best", first), ("next", second))},
-            "best at the end of what was tried": ", ".join(ends) or "no",
-        })  # fmt: skip
-    return markdown(pd.DataFrame(rows))
 
 
 def summary(results: Mapping) -> str:

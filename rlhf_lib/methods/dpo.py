@@ -83,7 +83,8 @@ def train(
             [unrelated[i] for i in rows] if unrelated else [],
             micro_batch_size=config.micro_batch_size,
         )
-        log(step, sum(paired_lengths(batch)), metrics | probe)
+        learnt = {"reply_tokens": sum(len(p.chosen) + len(p.rejected) for p in batch)}
+        log(step, sum(paired_lengths(batch)), metrics | probe | learnt)
     return {"train_pairs": min(len(pairs), (step + 1) * config.batch_size)}
 
 

@@ -73,6 +73,7 @@ class Rollout:
             "reward": float(self.scores.mean()),
             "kl": float(self.kl.mean()),
             "entropy": float(masked_mean(self.entropies, self.response_mask)),
+            "reply_tokens": float(lengths.sum()),
             "completions/mean_length": float(lengths.mean()),
             "completions/min_length": float(lengths.min()),
             "completions/max_length": float(lengths.max()),

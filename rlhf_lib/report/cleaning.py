@@ -200,6 +200,8 @@ class SplitCells(Preprocessor):
             self._numbers[kind] += 1
             text = " ".join(clean_text(str(given["caption"])).split())
             metadata["caption"] = f"{CAPTION_WORDS[kind]} {self._numbers[kind]}. {text}"
+            for key in {"name", "alt"} & given.keys():
+                metadata[key] = " ".join(clean_text(str(given[key])).split())
         if mime in ("text/markdown", "text/latex"):
             return new_markdown_cell(value, metadata=metadata)
         bare = new_output("display_data", {mime: value})

@@ -10,29 +10,35 @@ import re
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, shorten
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from IPython.display import display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def show(figure: Figure, caption: str) -> None:
-    """Display a figure as vector and bitmap over its caption, which the report numbers."""
-    captioned(figure_bundle(figure), "figure", caption)
+def show(figure: Figure, caption: str, name: str = "") -> None:
+    """Display a figure as vector and bitmap over its caption, which the report numbers.
+
+    A link to `#name` in prose becomes one to it, with its number as text.
+    """
+    captioned(figure_bundle(figure), "figure", caption, name=name, alt=described(figure))
 
 
-def table(frame: pd.DataFrame, caption: str) -> None:
-    """Display a table without its index over its caption, which the report numbers."""
-    captioned(table_bundle(frame), "table", caption)
+def table(frame: pd.DataFrame, caption: str, name: str = "") -> None:
+    """Display a table without its index over its caption, with number and name as in `show`."""
+    captioned(table_bundle(frame), "table", caption, name=name)
 
 
-def captioned(bundle: Mapping[str, Any], kind: str, caption: str) -> None:
+def captioned(bundle: Mapping[str, Any], kind: str, caption: str, **more: str) -> None:
     """Display a figure or table with its caption: for the report as metadata, for who reads the
     notebook itself, whose front end does not show those, as a line of its own."""
-    display(bundle, raw=True, metadata={"caption": caption, "kind": kind})
+    told = {key: text for key, text in more.items() if text}
+    display(bundle, raw=True, metadata={"caption": caption, "kind": kind, **told})
     line = f'<div style="font-size: 90%; opacity: 0.75">{html.escape(caption)}</div>'
     display({"text/html": line, "text/plain": caption}, raw=True, metadata={"kind": "caption"})
 
@@ -69,6 +75,40 @@ def figure_bundle(figure: Figure) -> dict[str, str]:
     figure.savefig(png, format="png", dpi=120)
     encoded = base64.b64encode(png.getvalue()).decode()
     return {"image/svg+xml": svg.getvalue(), "image/png": encoded, "text/plain": "figure"}
+
+
+def described(figure: Figure) -> str:
+    """A figure in words for who cannot see it: of each panel its axes, names and values."""
+    shared = figure.get_supxlabel(), figure.get_supylabel()
+    panels = [_panel(axis, *shared) for axis in figure.axes if axis.get_visible()]
+    many = len(panels) > 1
+    told = (f"Panel {n}{', ' if text else ''}{text}" for n, text in enumerate(panels, 1))
+    return shorten(". ".join(told if many else panels), 1500, placeholder=" …")
+
+
+def _panel(axis: Axes, below: str, beside: str) -> str:
+    """One panel: title, what is drawn over what, values of its rows, and where its lines lead."""
+    ticks = zip(axis.get_yticks(), axis.get_yticklabels(), strict=False)  # more where none is named
+    rows = {place: text.get_text() for place, text in ticks}
+    named = any(not _NUMBER.match(text) for text in rows.values())
+    sides = [
+        f"{' '.join(text.split())} from {low:.3g} to {high:.3g}"
+        for text, (low, high) in (
+            (axis.get_xlabel() or below, sorted(axis.get_xlim())),
+            ("" if named else axis.get_ylabel() or beside, sorted(axis.get_ylim())),
+        )
+        if text
+    ]
+    parts = [axis.get_title() or axis.get_title("left"), *sides]
+    for line in axis.lines:
+        x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+        name = str(line.get_label())
+        if named and len(x) == 1 and rows.get(y[0]):
+            parts.append(f"{rows[y[0]]}: {x[0]:.3g}")
+        elif not name.startswith("_") and len(x) > 1:
+            parts.append(f"{name}: {y[0]:.3g} at {x[0]:.3g} to {y[-1]:.3g} at {x[-1]:.3g}")
+    said = [" ".join(text.get_text().split()) for text in axis.texts]
+    return "; ".join(filter(None, [*parts, ", ".join(dict.fromkeys(filter(None, said)))]))
 
 
 def write_figure(figure: Figure, stem: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rlhf_lib import catalogue
@@ -133,13 +134,18 @@ def curves(
 ) -> Figure:
     """Small multiples of training metrics: one panel a metric, a band from seed to seed.
 
-    `columns`: metric name -> panel title; a metric that was logged at some steps only is joined up.
+    `columns`: metric name -> panel title; a metric that was logged at some steps only is joined up,
+    and of one that never changed its panel says so.
     """
     figure, axes = _panels(len(columns), 2.0, wide=3)
     frames = [pd.DataFrame(list(metrics)) for metrics in per_seed]
     for axis, (key, title) in zip(axes, columns.items(), strict=True):
         seeds(axis, frames, key, color)
         axis.set(title=title, xlabel="step", ylabel="")
+        values = pd.concat([frame[key].dropna() for frame in frames])
+        if values.nunique() == 1:
+            said = f"{values.iloc[0]:g} at every step"
+            axis.text(0.5, 0.6, said, transform=axis.transAxes, ha="center")
     return figure
 
 
@@ -266,17 +272,6 @@ def accuracy_in_groups(sections: Mapping[str, Mapping[str, Mapping]], overall: f
     return figure
 
 
-def bin_labels(rows: Sequence[Mapping], template: str) -> dict[str, Mapping]:
-    """Rows of `statistics.by_bins` by name: `template` with {low} and {high} of the bin.
-
-    Raises ValueError where two bins would get the same name.
-    """
-    named = {template.format(low=row["from"], high=row["to"]): row for row in rows}
-    if len(named) < len(rows):
-        raise ValueError(f"several bins have the same name: give {template!r} more digits")
-    return named
-
-
 def reliability(calibrations: Mapping[str, Mapping]) -> Figure:
     """Confidence against accuracy in bins of equally many pairs: one panel a calibration."""
     width = WIDTH / 2 * len(calibrations)
@@ -387,34 +382,52 @@ def _by_step(points: pd.DataFrame, reward: str) -> pd.DataFrame:
     return pd.DataFrame(points.groupby("step")[["kl", reward]].mean())
 
 
-def _free(axis: Axes, points: pd.DataFrame, reward: str) -> tuple[float, float]:
-    """The curve of best-of-n, which trains nothing, and where it ends."""
+def _free(axis: Axes, points: pd.DataFrame, reward: str) -> None:
+    """The curve of best-of-n, which trains nothing."""
     name = str(points["policy"].iloc[0])
     mean = _by_step(points, reward)
-    x, y = _root(mean["kl"]), mean[reward].to_numpy()
+    x, y = _root(mean["kl"]), mean[reward]
     axis.plot(x, y, "s--", ms=3, lw=1, color=color(name), label=label(name))
-    return x[-1], y[-1]
 
 
-def frontier(points: pd.DataFrame, reward: str) -> Figure:
-    """Reward against √KL: final policies of every seed, best-of-n, and the way there."""
-    figure, (axis,) = _panels(1, 3.6)
-    labels: list[Label] = []
+def frontier(points: pd.DataFrame, results: Mapping, reward: str) -> Figure:
+    """Reward against √KL: final policies of every seed, best-of-n, and the way there.
+
+    Twice: whole, and the window in which baselines and methods end, with their 95 % intervals.
+    """
+    figure, (whole, window) = _panels(2, 3.8)
     final = points.query("kind == 'final' and policy != 'sft_again'")
-    for name, rows in final.groupby("policy", sort=False):
-        look = {"color": color(str(name)), "ax": axis}
-        x, y = _root(rows["kl"]), rows[reward].to_numpy()
-        sns.scatterplot(x=x, y=y, s=26, zorder=3, **look)
-        way = moving(_by_step(points.query("kind == 'training' and policy == @name"), reward))
-        line = {"x": _root(way["kl"]), "y": way[reward], "sort": False, "estimator": None}
-        sns.lineplot(**line, lw=0.9, **look)
-        labels.append((label(str(name)), x.mean(), y.mean(), color(str(name))))
-    for name, rows in points.query("kind == 'best_of_n'").groupby("policy"):
-        if reward != "proxy" or name == "best_of_n_default":  # the control's proxy is another scale
-            labels.append((label(str(name)), *_free(axis, rows, reward), color(str(name))))
-    axis.set(xlabel=ROOT_KL, ylabel=f"{reward} reward")
-    name_ends(axis, labels)
+    for axis in (whole, window):
+        for name, rows in final.groupby("policy", sort=False):
+            look = {"color": color(str(name)), "ax": axis}
+            way = moving(_by_step(points.query("kind == 'training' and policy == @name"), reward))
+            line = {"x": _root(way["kl"]), "y": way[reward], "sort": False, "estimator": None}
+            sns.lineplot(**line, lw=0.9, **look)
+            x, y = _root(rows["kl"]), rows[reward].to_numpy()
+            sns.scatterplot(x=x, y=y, s=26, zorder=3, label=label(str(name)), legend=False, **look)
+        for name, rows in points.query("kind == 'best_of_n'").groupby("policy"):
+            if reward != "proxy" or name == "best_of_n_default":  # a control has another scale
+                _free(axis, rows, reward)
+        axis.set(xlabel=ROOT_KL, ylabel=f"{reward} reward")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _look_into(window, whole, results["policies"], reward)
     return figure
+
+
+def _look_into(window: Axes, whole: Axes, policies: Mapping, reward: str) -> None:
+    """Where baselines and methods end: their intervals in one panel, its frame in the other."""
+    ends = []
+    for name in (n for n in catalogue.policies("baseline", "method") if n in policies):
+        rows = pd.DataFrame([policies[name]["kl"], policies[name][reward]])
+        kl, height = rows[["low", "mean", "high"]].to_numpy(float)
+        ends.append([kl := _root(kl), height])
+        bars = {"xerr": np.diff(kl)[:, None], "yerr": np.diff(height)[:, None]}
+        window.errorbar(kl[1], height[1], **bars, fmt="none", color=color(name), lw=1.1)
+    low, high = np.nanmin(ends, axis=(0, 2)), np.nanmax(ends, axis=(0, 2))
+    margin = 0.08 * (high - low)
+    low, high = low - margin, high + margin
+    window.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="where the methods end")
+    whole.add_patch(Rectangle(low, *(high - low), fill=False, ec=GREY, lw=0.9, ls=":"))
 
 
 def sweep(points: pd.DataFrame, rewards: list[str]) -> Figure:

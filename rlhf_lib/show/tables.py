@@ -16,6 +16,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
+from rlhf_lib.results.policies import rewards
 from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, read_jsonl, training_minutes
 from rlhf_lib.world.grammar import last_request
@@ -136,15 +137,22 @@ def pair_table(results: Mapping) -> pd.DataFrame:
 
 
 def request_table(results: Mapping, by: str) -> pd.DataFrame:
-    """Gain over SFT by groups of requests, and what each adds to the whole gain."""
+    """Gain over SFT by groups of requests, and what each adds to the whole gain.
+
+    Beside kinds of request stands how often the reward model ranks their test pairs as labelled.
+    """
+    right = results["reward_model"]["by_kind"] if by == "kind" else {}
     rows = [
-        {"name": name, "group": group, "prompts": found["prompts"], **record}
+        {"name": name, "group": group, "prompts": found["prompts"], "right": right.get(group)}
+        | record
         for group, found in results["requests"][by].items()
         for name, record in found["policies"].items()
     ]
     rows.sort(key=lambda row: catalogue.policies().index(row["name"]))
     columns = [(by.replace("_", " "), itemgetter("group")), ("prompts", itemgetter("prompts"))]
     columns += [("gain there", estimated("gain")), ("part of the whole", estimated("part"))]
+    if right:
+        columns.append(("reward model right", estimated("right", 0, percent=True)))
     return table_of(rows, [("policy", named), *columns])
 
 
@@ -216,6 +224,20 @@ def reply_table(results: Mapping) -> pd.DataFrame:
         ("repeated", estimated("repetition", 1, percent=True)),
     ]
     return table_of(_measured(results, catalogue.policies()), columns)
+
+
+def spread_table(samples: Mapping[str, pd.DataFrame], deciding: str) -> pd.DataFrame:
+    """Rewards and KL of single replies: mean ± standard deviation, a row a policy."""
+    keys = {key: f"{key} reward" for key in rewards(deciding)} | {"kl": "KL"}
+    rows = [
+        {"policy": label(name)}
+        | {
+            title: f"{frame[key].mean():.2f} ± {frame[key].std():.2f}"
+            for key, title in keys.items()
+        }
+        for name, frame in samples.items()
+    ]
+    return pd.DataFrame(rows)
 
 
 def opinion_table(results: Mapping) -> pd.DataFrame:
@@ -385,6 +407,17 @@ ERROR_RULES = {
     "confidently wrong": "score difference over twice the typical one",
     "other": "none of these",
 }
+
+
+def bin_labels(rows: Sequence[Mapping], template: str) -> dict[str, Mapping]:
+    """Rows of `statistics.by_bins` by name: `template` with {low} and {high} of the bin.
+
+    Raises ValueError where two bins would get the same name.
+    """
+    named = {template.format(low=row["from"], high=row["to"]): row for row in rows}
+    if len(named) < len(rows):
+        raise ValueError(f"several bins have the same name: give {template!r} more digits")
+    return named
 
 
 def error_counts(errors: Sequence[Mapping], gold_known: bool) -> pd.DataFrame:

@@ -279,8 +279,9 @@ def courses(
 ) -> Figure:
     """A column a policy and a row a metric, a thin line a seed, all on the same axes.
 
-    Over the tokens that a run has read or written so far, in thousands; means over three steps.
-    `best`: the step of a policy's first run that a dotted line marks.
+    Over the tokens of the replies that a run has learnt from so far, in thousands: its own where it
+    samples, those of its pairs in DPO. Means over three steps. `best`: the step of a policy's first
+    run that a dotted line marks.
     """
     keys = _logged(runs, names)
     figure = Figure((figures.WIDTH, 1.25 * len(keys) + 0.5), layout="constrained")
@@ -290,16 +291,18 @@ def courses(
         for axis, key in zip(column, keys, strict=True):
             for log in logs:
                 line = figures.smooth(log, key)
-                tokens = pd.DataFrame(log).set_index("step")["num_tokens"] / 1000
-                places = [tokens[step] for step in line["step"]]
-                axis.plot(places, line[key], color=color(name), lw=0.9, alpha=0.8)
+                axis.plot(_read(log)[line["step"]], line[key], color=color(name), lw=0.9, alpha=0.8)
             if best and name in best:
-                reached = logs[0][best[name]]["num_tokens"] / 1000
-                axis.axvline(reached, color=GREY, lw=0.9, ls=":")
+                axis.axvline(_read(logs[0])[best[name]], color=GREY, lw=0.9, ls=":")
     for row, key in zip(grid, keys, strict=True):
         row[0].set_ylabel(names[key], fontsize=8)
-    figure.supxlabel("thousand tokens, read or written", fontsize="medium")
+    figure.supxlabel("thousand tokens of replies, sampled or of pairs", fontsize="medium")
     return figure
+
+
+def _read(log: Sequence[Mapping]) -> pd.Series:
+    """By step: thousands of reply tokens that a run has learnt from by its end."""
+    return pd.DataFrame(log).set_index("step")["reply_tokens"].cumsum() / 1000
 
 
 def stability(runs: Runs, names: Mapping[str, str] = COURSES) -> pd.DataFrame:

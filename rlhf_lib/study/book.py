@@ -16,13 +16,15 @@ from rlhf_lib.report import exporters, references
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.review import claims as published
+from rlhf_lib.review import trials
 from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure
-from rlhf_lib.study.poster import again, front_page, notebook, prose, table
+from rlhf_lib.study.poster import again, figure, front_page, notebook, prose, table
 from rlhf_lib.study.stages import StudyError, notebook_path
 
+FIGURES = Path(__file__).resolve().parents[2] / "figures"  # exported studies, trials of tuning
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
 
 
@@ -141,6 +143,7 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         prose("## Proofs\n\n" + PROOFS + missing),
         table(claims.table(proven).drop(columns="source"), "Claims and figures: make proofs."),
         *_earlier_reports(),
+        *_tuning(results["profile"]),
         prose("## References\n\n" + references.markdown()),
         prose("## To repeat, to cite\n\n" + again(results) + CITING.format(
             title=TITLE, version=__version__, profile=results["profile"],
@@ -151,6 +154,33 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
         table(pd.DataFrame(environment), "The machine and the versions that it ran with."),
         table(by_stage, "Stage folders by content hash: settings, inputs and source."),
     ])  # fmt: skip
+
+
+TUNING = (
+    "Before the study, values were tried for each method by the same rule, from the profile's to "
+    "the neighbours of the best: {count} in all, for the profile `{name}`, by {rater} reward of "
+    "replies to validation prompts, with a seed that is none of the study's. "
+    "`python -m rlhf_lib tune --profile {name}` does it again."
+)
+DOTS = (
+    "A dot a trial, with 95 % intervals over prompts: the first setting that was tuned, a line for "
+    "each value of the second; ringed: the best."
+)
+
+
+def _tuning(profile: str) -> list[nbformat.NotebookNode]:
+    """The trials of this profile, else of `laptop`, whose values others take over; if there are."""
+    files = [FIGURES / "tuning" / f"{name}.json" for name in (profile, "laptop")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return []
+    tried = trials.load(file)
+    said = TUNING.format(count=len(tried), name=file.stem, rater=tried[0]["rater"])
+    return [
+        prose("## Trials of tuning\n\n" + said),
+        figure(figures.tuning(tried), DOTS),
+        table(trials.table(tried), "The best two of each method's trials."),
+    ]
 
 
 def in_columns(rows: Sequence[Mapping[str, str]], columns: int = 2) -> pd.DataFrame:
@@ -198,7 +228,7 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     points.to_csv(target / "frontier.csv", index=False)
     drawn = {
         "gains": figures.gains(results),
-        "frontier": figures.frontier(points, results["deciding"]),
+        "frontier": figures.frontier(points, results, results["deciding"]),
         "reward_model": figures.accuracy_bars(
             results["reward_model"]["accuracy"], results["reward_model"].get("ceiling")
         ),
@@ -206,6 +236,6 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
         "best_of_n": figures.best_of_n(results["best_of_n"], results["deciding"]),
     }
     paths = [target / "results.json", target / "frontier.csv"]
-    for name, figure in drawn.items():
-        paths += write_figure(figure, target / name)
+    for name, one in drawn.items():
+        paths += write_figure(one, target / name)
     return paths

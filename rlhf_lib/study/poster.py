@@ -15,7 +15,7 @@ from rlhf_lib.catalogue import GREY, color, label
 from rlhf_lib.results import verdict
 from rlhf_lib.runs import read_jsonl
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import figure_bundle, table_bundle
+from rlhf_lib.show.display import described, figure_bundle, table_bundle
 from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table
 from rlhf_lib.world.grammar import last_request
 
@@ -68,8 +68,11 @@ def front_page(results: Mapping, folder: Path | None = None) -> nbformat.Noteboo
     if deciding == "gold" and folder is not None and (two := two_replies(results, folder)):
         cells.append(table(pd.DataFrame(two[1]), REPLIES.format(best=label(two[0]))))
     cells.append(prose("## How sure\n\n" + " ".join([*verdict.sureness(results), again(results)])))
-    more = [verdict.beside_best_of_n(results), "What to choose for which need, and what was "
-            "corrected for how many comparisons, stands at the end of chapter 7."]  # fmt: skip
+    more = [
+        verdict.beside_best_of_n(results),
+        "What to choose for which need, and what was corrected for how many comparisons, stands at "
+        "the end of [chapter 7](07_evaluation.ipynb#the-verdict).",
+    ]
     cells.append(prose("## All policies\n\n" + "\n\n".join(more)))
     caption = HEADLINE_CAPTION.format(deciding=deciding)
     return notebook([*cells, table(headline_table(results), caption)])
@@ -159,7 +162,8 @@ def prose(text: str) -> nbformat.NotebookNode:
 
 
 def figure(drawn: Figure, caption: str) -> nbformat.NotebookNode:
-    return _cell(figure_bundle(drawn), {"kind": "figure", "caption": caption})
+    more = {"caption": caption, "alt": described(drawn)}
+    return _cell(figure_bundle(drawn), {"kind": "figure", **more})
 
 
 def table(frame: pd.DataFrame, caption: str) -> nbformat.NotebookNode:

@@ -10,7 +10,6 @@ A finished trial is written to a file at once, and the search goes on from what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
@@ -24,8 +23,9 @@ from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, draw_pairs
 from rlhf_lib.data.truth import truth_of, unit_of
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
-from rlhf_lib.measure.statistics import estimate, interval
+from rlhf_lib.measure.statistics import estimate
 from rlhf_lib.methods.learner import DivergedError
+from rlhf_lib.review.trials import BEFORE, Trial, as_text, best, load, of, ranked
 from rlhf_lib.runs import Stage, write_json
 from rlhf_lib.runtime import environment, progress
 from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, load_profile
@@ -37,9 +37,7 @@ from rlhf_lib.study.stages import Study
 from rlhf_lib.study.training import run_stage
 
 FACTORS = 4.0, 2.0  # between neighbours, of the first and of the second setting
-BEFORE = "data", "model", "reward_model", "sft"  # sections that every trial hangs on
 Values = Mapping[str, Any]  # section.key -> value, those of one method
-Trial = Mapping[str, Any]  # method, values, the mean reward and its interval, and who judged
 
 
 def tune(
@@ -57,7 +55,7 @@ def tune(
         )
     usual = _fixed(profile) == _fixed(load_profile(profile.name))
     path = folder / f"{profile.name if usual else f'{profile.name}-{_fixed(profile)}'}.json"
-    trials = load_trials(path, profile)
+    trials = load(path, _fixed(profile))
     study = profile.name, trial_seed(profile), str(run_dir), list(overrides)
     missing = sum(max(0, profile.tuning.trials - len(of(trials, name))) for name in methods)
     if not missing:
@@ -103,19 +101,6 @@ def settings_of(method: str, profile: Profile) -> dict[str, Any]:
     """The profile's values of what is tuned of a method."""
     parts = (key.split(".") for key in catalogue.record(method).tuned)
     return {f"{section}.{key}": getattr(getattr(profile, section), key) for section, key in parts}
-
-
-def of(trials: Sequence[Trial], method: str) -> list[Trial]:
-    return [trial for trial in trials if trial["method"] == method]
-
-
-def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """The best first; those that diverged last."""
-    return sorted(trials, key=lambda t: (t["mean"] is not None, t["mean"] or 0.0), reverse=True)
-
-
-def best(trials: Sequence[Trial], method: str) -> Trial:
-    return ranked(of(trials, method))[0]
 
 
 def next_values(done: Sequence[Trial], start: Values) -> Values | None:
@@ -206,26 +191,6 @@ def _judged(study: Study, method: str, stage: Stage) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ the file
 
 
-def load_trials(path: Path, profile: Profile | None = None) -> list[Trial]:
-    """The trials of a file, none where there is none yet.
-
-    Raises SettingsError for what is no such file, and for one of other settings than `profile` has.
-    """
-    if not path.exists():
-        return []
-    try:
-        found = json.loads(path.read_text())
-        trials, settings = found["trials"], found["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} is no file of trials: move it away to begin anew") from error
-    if profile is not None and settings != _fixed(profile):
-        raise SettingsError(
-            f"{path} was measured with other settings of {', '.join(BEFORE)} or of a method: move "
-            "it away to begin anew"
-        )
-    return trials
-
-
 def _write(path: Path, profile: Profile, trials: Sequence[Trial]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"profile": profile.name, "settings": _fixed(profile), "trials": list(trials)}
@@ -244,17 +209,9 @@ def _fixed(profile: Profile) -> str:
     return content_hash([settings, how])[:12]
 
 
-def as_text(trial: Trial) -> str:
-    """Its values, and what they came to."""
-    pairs = ((key.rpartition(".")[2], value) for key, value in trial["values"].items())
-    values = " ".join(f"{name}={value:g}" for name, value in pairs)
-    found = "diverged" if trial["mean"] is None else f"{trial['rater']} {interval(trial, 3)}"
-    return f"{values:<52} {found}"
-
-
 def found(path: Path, profile: Profile) -> list[str]:
     """Each method's best values, and what those of the profile came to where they were tried."""
-    trials, lines = load_trials(path), []
+    trials, lines = load(path), []
     for method in dict.fromkeys(trial["method"] for trial in trials):
         top, own = best(trials, method), settings_of(method, profile)
         if top["mean"] is None:
@@ -271,6 +228,6 @@ def found(path: Path, profile: Profile) -> list[str]:
 
 def draw(path: Path) -> list[Path]:
     """The figure of a file of trials, beside it; none where all diverged."""
-    if all(trial["mean"] is None for trial in load_trials(path)):
+    if all(trial["mean"] is None for trial in load(path)):
         return []
-    return write_figure(figures.tuning(load_trials(path)), path.with_suffix(""))
+    return write_figure(figures.tuning(load(path)), path.with_suffix(""))

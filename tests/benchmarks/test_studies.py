@@ -12,7 +12,6 @@ from benchmarks import studies
 from benchmarks.text import summary
 
 
-
 def parent_of(megabytes: int) -> list[str]:
     """A command whose child holds so much for half a second."""
     held = f"import time; held = bytearray({megabytes * 1_000_000}); time.sleep(0.5)"

@@ -156,9 +156,10 @@ def test_the_stage_starts_at_ln_2_and_probes_itself(
     )
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert stage.result()["train_pairs"] == 24
-    assert rows[-1]["num_tokens"] == sum(
-        len(p.prompt) + len(p.chosen) + len(p.rejected) for p in tiny_data.pairs["train"]
-    )
+    pairs = tiny_data.pairs["train"]
+    replies = sum(len(p.chosen) + len(p.rejected) for p in pairs)
+    assert rows[-1]["num_tokens"] == replies + sum(len(p.prompt) for p in pairs)
+    assert sum(row["reply_tokens"] for row in rows) == replies, "not those of a probe"
 
 
 def test_the_reward_model_gives_no_gradient(

@@ -194,6 +194,8 @@ def test_the_stage_logs_and_trains(
     assert rates == pytest.approx([7 / 8, 5 / 8, 3 / 8, 1 / 8])
     assert all(math.isfinite(x) for row in rows for x in row.values())
     assert stage.result()["samples"] == 4 * 2 * 4
+    lengths = [8 * row["completions/mean_length"] for row in rows]
+    assert [row["reply_tokens"] for row in rows] == pytest.approx(lengths)
     trained = load_policy(stage.model_path).state_dict()
     start = load_policy(finished.sft.model_path).state_dict()
     assert any(not torch.equal(trained[name], weight) for name, weight in start.items())

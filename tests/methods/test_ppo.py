@@ -205,6 +205,8 @@ def test_the_value_model_starts_as_the_reward_model_and_apart_from_the_policy(
     assert rates == pytest.approx([13 / 16, 9 / 16, 5 / 16, 1 / 16])
     assert all(math.isfinite(x) for row in rows for x in row.values())
     assert stage.result()["samples"] == 32
+    lengths = [8 * row["completions/mean_length"] for row in rows]
+    assert [row["reply_tokens"] for row in rows] == pytest.approx(lengths)
 
 
 def test_a_run_with_less_kl_is_a_stage_of_its_own(

@@ -156,6 +156,7 @@ def test_metrics_by_hand() -> None:
             "reward": 3.0,
             "kl": 4 / 3,
             "entropy": 0.25,
+            "reply_tokens": 6.0,
             "completions/mean_length": 2.0,
             "completions/min_length": 1.0,
             "completions/max_length": 3.0,

@@ -299,6 +299,16 @@ def test_prose_in_outputs_is_typeset(pdf_elements: Any) -> None:
     assert len(pdf_elements("table", prose)) == 1
 
 
+def test_in_the_pdf_too_a_name_is_a_number_and_a_picture_is_told(pdf_elements: Any) -> None:
+    prose = new_markdown_cell("See [the table](#prices), [not](#that).")
+    table = shown("text/html", "<p>7</p>", kind="table", caption="Prices.", name="prices")
+    figure = shown("image/svg+xml", SVG, kind="figure", caption="Dots.", alt='Two "dots" <at> 1')
+    link, image = pdf_elements("link image", prose, code(table, figure))
+    assert link["dest"] == "<table-1>"
+    assert "Table" in json.dumps(link["body"])
+    assert image["alt"] == 'Two "dots" <at> 1'
+
+
 def test_the_pdf_leaves_code_out_and_keeps_outputs(pdf_elements: Any) -> None:
     raws = [element["text"] for element in pdf_elements("raw", code(stream("kept")))]
     assert raws == ["kept"]

@@ -10,7 +10,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from rlhf_lib.report.exporters import RlhfHTMLExporter, merge
-from tests.report.cells import code, page, shown
+from tests.report.cells import SVG, code, page, shown
 
 
 def test_a_paper_is_linked_wherever_prose_names_it() -> None:
@@ -99,3 +99,14 @@ def test_numbers_have_a_minus_and_words_their_hyphen() -> None:
 
 def test_a_wide_table_uses_the_margin_before_it_is_scrolled(book: str) -> None:
     assert re.search(r"min-width: 60rem\) \{\s+\.table-data \{ width: max-content;", book)
+
+
+def test_a_link_to_a_name_shows_the_number_and_what_cannot_be_seen_is_told() -> None:
+    text = "It stands in [the table of prices](#prices), and [elsewhere](#nowhere)."
+    table = shown("text/html", "<p>7</p>", kind="table", caption="Prices.", name="prices")
+    alt = "Two <dots>, at 1 and 2"
+    figure = shown("image/svg+xml", SVG, kind="figure", caption="Dots.", alt=alt)
+    html = page(new_markdown_cell(text), code(figure, table))
+    assert '<a href="#table-1">Table 1</a>, and elsewhere.' in html
+    assert '<figure class="table" id="table-1">' in html
+    assert 'alt="Two &lt;dots&gt;, at 1 and 2"' in html

@@ -1,4 +1,4 @@
-"""The page as a browser shows it: at three widths, light and dark, looked into as pictures.
+"""The page as a browser shows it: at three widths, light, dark, printed, looked into as pictures.
 
 A browser is no dependency of ours: where there is none these tests are skipped.
 """
@@ -29,20 +29,27 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 MADE_UP = Path(__file__).parents[1] / "made_up" / "gold.json"
-WIDTHS = (1440, 820, 390)
+VIEWS = [(width, scheme) for width in (1440, 820, 390) for scheme in ("light", "dark")]
+PAPER = 718  # A4 in pixels, less the margins that browsers leave
 TILE = 64  # pixels: a slab is a square of so many that is white all over
 # What lies in a frame of this width and cannot be read: boxes that cut their content off, and
-# whether the page itself is wider than its frame. What scrolls is no fault, nor is what is hidden.
+# whether the page itself is wider than its frame. What scrolls is no fault but on paper, nor is
+# what is hidden. For paper the style sheet's rules for it are put in force: a frame is a screen.
 LOOK = """
+const paper = document.body.dataset.view == "paper";
 const frame = document.querySelector("iframe");
 frame.onload = () => setTimeout(() => {
   const page = frame.contentDocument, view = frame.contentWindow, cut = [];
   page.querySelectorAll("details").forEach((fold) => (fold.open = true));
+  const rules = paper ? [...page.styleSheets].flatMap((sheet) => [...sheet.cssRules]) : [];
+  for (const { media } of rules.filter((rule) => rule.media))
+    media.mediaText = media.mediaText.replace("print", "all").replace("screen", "speech");
+  const hiding = ["hidden", "clip", ...(paper ? ["auto", "scroll"] : [])];
   for (const box of page.body.querySelectorAll("*")) {
     const style = view.getComputedStyle(box);
-    const hides = ["hidden", "clip"].includes(style.overflowX) && box.clientWidth > 0;
+    const hides = hiding.includes(style.overflowX) && box.clientWidth > 0;
     if (hides && box.scrollWidth > box.clientWidth + 1 && style.textOverflow != "ellipsis"
-        && !box.matches(".skip, .skip *")) cut.push(box.tagName + "." + box.className);
+        && !box.matches(".skip, .skip *, math")) cut.push(box.tagName + "." + box.className);
   }
   const wide = page.documentElement.scrollWidth > view.innerWidth;
   const dark = view.matchMedia("(prefers-color-scheme: dark)").matches;
@@ -89,26 +96,25 @@ def browser(*arguments: str) -> str:
     return done.stdout
 
 
-def framed(report: Path, width: int, folder: Path) -> Path:
+def framed(report: Path, width: int, view: str, folder: Path) -> Path:
     """A page that holds the report in a frame of this width: a window cannot be that narrow."""
     held = html.escape(report.read_text(encoding="utf-8"))
     style = f"width: {width}px; height: 1600px; border: 0; display: block"
     page = folder / f"{width}.html"
     page.write_text(
-        '<!doctype html><meta charset="utf-8"><body style="margin: 0">'
+        f'<!doctype html><meta charset="utf-8"><body style="margin: 0" data-view="{view}">'
         f'<iframe style="{style}" srcdoc="{held}"></iframe><script>{LOOK}</script>',
         encoding="utf-8",
     )
     return page
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [*VIEWS, (PAPER, "paper")])
 def test_nothing_is_cut_off_and_the_dark_is_dark(
     report: Path, width: int, scheme: str, tmp_path: Path
 ) -> None:
-    address = framed(report, width, tmp_path).as_uri()
-    chosen = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    address = framed(report, width, scheme, tmp_path).as_uri()
+    chosen = f"--blink-settings=preferredColorScheme={int(scheme != 'dark')}"
     size = f"--window-size={max(width, 600)},1600"
     found = re.search("<title>(.*?)</title>", browser(chosen, size, "--dump-dom", address))
     assert found, "the page was not looked at"

@@ -48,6 +48,36 @@ def test_figures_and_tables_carry_their_captions(shown: list) -> None:
         assert f">{said}</div>" in line[0]["text/html"]
 
 
+def test_a_figure_is_told_in_words_with_its_values() -> None:
+    figure = Figure()
+    rows, lines = figure.subplots(1, 2)
+    rows.errorbar([0.25], [0], xerr=[[0.1], [0.1]], fmt="o")
+    rows.errorbar([1.5], [1], xerr=[[0.1], [0.1]], fmt="o")
+    rows.set_yticks([0, 1], ["SFT", "PPO"])
+    rows.set(title="gains", xlim=(0, 2))
+    figure.supxlabel("gold")
+    lines.plot([1, 8], [0.1, 0.9], label="best of n")
+    lines.plot([1, 8], [5, 5])  # a line of no name
+    lines.set(xlabel="n", ylabel="reward\n(points)", xlim=(0, 10), ylim=(1, 0))
+    lines.annotate("SFT", (1, 1))
+    figure.subplots().set_visible(False)
+    assert display.described(figure) == (
+        "Panel 1, gains; gold from 0 to 2; SFT: 0.25; PPO: 1.5. Panel 2, n from 0 to 10; "
+        "reward (points) from 0 to 1; best of n: 0.1 at 1 to 0.9 at 8; SFT"
+    )
+    assert display.described(drawing()) == "", "nothing is named: the caption has to do"
+
+
+def test_what_a_figure_shows_and_is_called_goes_with_it(shown: list) -> None:
+    figure = drawing()
+    figure.axes[0].set_title("A line")
+    display.show(figure, "A line.", "line")
+    display.table(pd.DataFrame({"a": [1]}), "A cell.", "cell")
+    about, _, other, _ = (metadata for _, metadata in shown)
+    assert (about["name"], about["alt"]) == ("line", "A line")
+    assert other == {"caption": "A cell.", "kind": "table", "name": "cell"}
+
+
 def test_a_caption_is_text_and_no_markup(shown: list) -> None:
     display.table(pd.DataFrame({"a": [1]}), "Where a < b: <script>alert(1)</script>")
     assert "a &lt; b: &lt;script&gt;" in shown[1][0]["text/html"]

@@ -78,6 +78,13 @@ def test_curves_have_a_panel_a_metric_and_a_band_from_seed_to_seed() -> None:
     assert lone.get_ydata().tolist() == [float(s) for s in range(12)]
 
 
+def test_a_curve_that_never_moves_says_so() -> None:
+    run = [{"step": step, "kl_coef": 0.05, "reward": step} for step in range(4)]
+    still, moving = figures.curves([run, run], {"kl_coef": "β", "reward": "Reward"}).axes[:2]
+    assert texts(still) == ["0.05 at every step"]
+    assert texts(moving) == []
+
+
 def test_accuracy_bars_hold_every_judge_and_the_ceiling(results: dict, real_results: dict) -> None:
     record = results["reward_model"]
     axis = figures.accuracy_bars(record["accuracy"], record["ceiling"]).axes[0]
@@ -126,27 +133,58 @@ def frontier_points() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(seed=0)
 
 
-def test_the_frontier_is_over_the_root_of_kl(frontier_points: pd.DataFrame) -> None:
-    axis = figures.frontier(frontier_points, "gold").axes[0]
+def in_legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_frontier_is_over_the_root_of_kl(frontier_points: pd.DataFrame, results: dict) -> None:
+    figure = figures.frontier(frontier_points, results, "gold")
+    axis = figure.axes[0]
     finals = [tuple(place) for dots in axis.collections for place in dots.get_offsets()]
     assert finals == [(0.0, 0.0), (2.0, 1.0)], "the second draw is no point of its own"
     way, best = axis.lines
     assert way.get_xdata()[-1] == pytest.approx(np.sqrt(np.mean(range(5))))  # mean of five
     assert best.get_xdata().tolist() == [0.0, 1.0]
     assert best.get_ydata().tolist() == [0.25, 0.5]
-    assert texts(axis) == ["SFT", label("best_of_n_default"), "PPO"], "from the lowest up"
+    assert set(in_legend(figure)) == {"SFT", label("best_of_n_default"), "PPO"}
+    assert not axis.texts, "no name that could be taken for a way"
     assert axis.get_ylabel() == "gold reward"
 
 
+def test_a_window_shows_how_sure_the_frontiers_ends_are(
+    frontier_points: pd.DataFrame, results: dict
+) -> None:
+    whole, window = figures.frontier(frontier_points, results, "gold").axes
+    shown = [n for n in catalogue.policies("baseline", "method") if n in results["policies"]]
+    assert len(window.containers) == len(shown)
+    for name, bars in zip(shown, window.containers, strict=True):
+        across, upright = (bar.get_segments()[0] for bar in bars.lines[2])
+        record, kl = results["policies"][name]["gold"], results["policies"][name]["kl"]
+        assert upright[:, 1].tolist() == pytest.approx([record["low"], record["high"]])
+        assert across[:, 0] == pytest.approx(np.sqrt(np.maximum([kl["low"], kl["high"]], 0)))
+        assert window.get_ylim()[0] < record["low"] < record["high"] < window.get_ylim()[1]
+    (frame,) = whole.patches
+    (left, right), (low, high) = window.get_xlim(), window.get_ylim()
+    assert frame.get_bbox().extents.tolist() == pytest.approx([left, low, right, high])
+
+
+def test_a_frontier_without_intervals_is_drawn(
+    frontier_points: pd.DataFrame, results: dict
+) -> None:
+    for record in results["policies"].values():
+        record["gold"] |= {"low": None, "high": None}
+    assert figures.frontier(frontier_points, results, "gold").axes[1].containers
+
+
 def test_a_control_is_on_the_frontier_where_it_is_measured_alike(
-    frontier_points: pd.DataFrame,
+    frontier_points: pd.DataFrame, results: dict
 ) -> None:
     best = frontier_points[frontier_points["kind"] == "best_of_n"]
     both = pd.concat([frontier_points, best.assign(policy="best_of_n_control")])
-    assert label("best_of_n_control") in texts(figures.frontier(both, "gold").axes[0])
-    proxy = figures.frontier(both.assign(proxy=both["gold"]), "proxy").axes[0]
-    assert label("best_of_n_control") not in texts(proxy)
-    assert label("best_of_n_default") in texts(proxy)
+    names = label("best_of_n_control"), label("best_of_n_default")
+    assert set(names) < set(in_legend(figures.frontier(both, results, "gold")))
+    proxy = in_legend(figures.frontier(both.assign(proxy=both["gold"]), results, "proxy"))
+    assert [name in proxy for name in names] == [False, True]
 
 
 def shares(*highest: float) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from rlhf_lib.catalogue import label
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.statistics import by_bins, by_group
-from rlhf_lib.show import figures
+from rlhf_lib.show import figures, tables
 from rlhf_lib.show.display import figure_bundle
 
 
@@ -70,11 +70,11 @@ def test_groups_stand_under_their_headings_with_their_numbers() -> None:
 
 def test_bins_are_named_by_their_ends() -> None:
     rows = by_bins(np.ones(4), np.array([1.0, 2.0, 5.0, 9.0]), bins=2)
-    named = figures.bin_labels(rows, "{low:.0f} to {high:.0f}")
+    named = tables.bin_labels(rows, "{low:.0f} to {high:.0f}")
     assert list(named) == ["1 to 2", "5 to 9"]
     assert named["1 to 2"]["n"] == 2
     with pytest.raises(ValueError, match="same name"):
-        figures.bin_labels(rows, "few")
+        tables.bin_labels(rows, "few")
 
 
 def test_reliability_has_a_panel_a_calibration() -> None:

@@ -51,6 +51,18 @@ def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
     assert table.loc["PPO", "own minutes"] == f"{seconds / 60:.1f}"
 
 
+def test_single_replies_have_a_standard_deviation() -> None:
+    replies = pd.DataFrame(
+        {"proxy": [1.0, 3.0, None], "gold": [0.0, 4.0, 2.0], "kl": [1.0, 1.0, 1.0]}
+    )
+    (row,) = tables.spread_table({"ppo": replies}, "gold").to_dict("records")
+    assert row == {
+        "policy": "PPO", "proxy reward": "2.00 ± 1.41", "gold reward": "2.00 ± 2.00",
+        "KL": "1.00 ± 0.00",
+    }  # fmt: skip
+    assert list(tables.spread_table({"ppo": replies}, "proxy")) == ["policy", "proxy reward", "KL"]
+
+
 def test_minutes_of_training_leave_out_what_was_measured() -> None:
     cost = {"seconds": {"mean": 600.0}, "phases": {"update": 400.0, MEASURING: 120.0}}
     assert tables.trained_for(cost) == "8.0"
@@ -66,6 +78,17 @@ def test_kinds_of_request_are_said_to_gain_or_to_lose() -> None:
     said = tables.moved(gains)
     assert said == "more in help (0.50 [0.25, 0.75]), less in harm (-0.50 [-0.75, -0.25])"
     assert tables.moved({"edge": gains["edge"]}).startswith("no kind in which")
+
+
+def test_beside_a_gain_by_kind_stands_how_often_the_reward_model_is_right_there() -> None:
+    results = json.loads((MADE_UP / "gold.json").read_text())
+    table = tables.request_table(results, "kind").set_index(["policy", "kind"])
+    right = results["reward_model"]["by_kind"]["edge"]
+    found = table.loc[("PPO", "edge")]
+    assert found["reward model right"] == interval(right, 0, percent=True)
+    gain = results["requests"]["kind"]["edge"]["policies"]["ppo"]["gain"]
+    assert found["gain there"] == interval(gain)
+    assert "reward model right" not in tables.request_table(results, "held_out")
 
 
 def test_the_headline_table_has_the_deciding_reward_first(results: dict) -> None:

@@ -186,7 +186,7 @@ def test_variety_counts_distinct_replies_to_each_prompt() -> None:
 
 def log(first: float, steps: int = 8, **also: float) -> list[dict]:
     return [
-        {"step": i, "num_tokens": 1000 * (i + 1), "reward": first + i, "kl": 0.1 * i} | also
+        {"step": i, "reply_tokens": 1000, "reward": first + i, "kl": 0.1 * i} | also
         for i in range(steps)
     ]
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
@@ -231,6 +232,14 @@ def test_the_appendix_has_every_setting_version_and_hash() -> None:
         for digest in stages.values():
             assert digest[:12] in text
             assert digest not in text, "twelve digits are enough"
+
+
+def test_the_appendix_shows_what_was_tried_before(monkeypatch: Any, tmp_path: Path) -> None:
+    text = content(book.appendix_page(made_up("gold") | {"profile": "smoke"}))
+    assert "for the profile `laptop`, by gold reward" in text, "whose values it has"
+    assert len(re.findall(r"kl_coef=\S+ learning_rate=\S+ gold", text)) >= 2
+    monkeypatch.setattr(book, "FIGURES", tmp_path)
+    assert "Trials of tuning" not in content(book.appendix_page(made_up("gold")))
 
 
 def test_the_export_is_whole_and_holds_nothing_private(tmp_path: Path) -> None:

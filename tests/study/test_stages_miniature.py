@@ -195,8 +195,8 @@ def test_it_is_drawn_in_its_own_colour(study: Any) -> None:
     assert catalogue.color("reinforce") == "#e377c2"
     (rows,) = [axis.get_yticklabels() for axis in figures.gains(study.results).axes[:1]]
     assert "REINFORCE" in [row.get_text() for row in rows]
-    drawn = figures.frontier(study.points, "gold").axes[0]
-    assert "REINFORCE" in [text.get_text() for text in drawn.texts]
+    drawn = figures.frontier(study.points, study.results, "gold")
+    assert "REINFORCE" in [text.get_text() for text in drawn.legends[0].get_texts()]
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.methods.learner import DivergedError
-from rlhf_lib.settings import SettingsError, load_profile
+from rlhf_lib.review.trials import as_text, best, load, of, ranked
+from rlhf_lib.settings import Profile, SettingsError, load_profile
 from rlhf_lib.show import figures
 from rlhf_lib.study import tuning
 from rlhf_lib.study.stages import Study
-from rlhf_lib.study.tuning import at_budget, best, next_values, of
+from rlhf_lib.study.tuning import at_budget, next_values
 
 ROOT = Path(__file__).parents[2]
 START = {"ppo.kl_coef": 0.2, "ppo.learning_rate": 4e-5}
@@ -30,6 +31,10 @@ def trial(mean: float | None, coefficient: float = 0.2, rate: float = 4e-5, **mo
     values = {"ppo.kl_coef": coefficient, "ppo.learning_rate": rate}
     edges = {} if mean is None else {"low": mean - 0.1, "high": mean + 0.1}
     return {"method": "ppo", "values": values, "mean": mean, "rater": "gold"} | edges | more
+
+
+def trials_of(path: Path, profile: Profile) -> list:
+    return load(path, tuning._fixed(profile))
 
 
 # ------------------------------------------------------------------------------------- the rule
@@ -50,7 +55,7 @@ def test_the_search_begins_where_the_profile_stands_and_climbs() -> None:
 
 def test_two_that_diverged_are_ranked_as_well() -> None:
     done = [trial(None), trial(None, 0.8), trial(-1.0, 3.2)]
-    assert tuning.ranked(done)[0]["mean"] == -1.0
+    assert ranked(done)[0]["mean"] == -1.0
 
 
 def test_whole_numbers_stay_whole_and_positive() -> None:
@@ -118,7 +123,7 @@ def test_each_method_gets_as_many_trials_and_finds_its_best(
     world: SimpleNamespace, tmp_path: Path
 ) -> None:
     path = search(tmp_path)
-    trials = tuning.load_trials(path)
+    trials = load(path)
     assert path.name == "smoke.json", "how it was tuned is no setting of a result"
     assert [len(of(trials, name)) for name in ("ppo", "dpo")] == [6, 6]
     assert world.before == ["reward_model", "sft"]
@@ -127,14 +132,14 @@ def test_each_method_gets_as_many_trials_and_finds_its_best(
 
 
 def test_a_killed_search_goes_on_from_its_file(world: SimpleNamespace, tmp_path: Path) -> None:
-    whole = tuning.load_trials(search(tmp_path / "whole"))
+    whole = load(search(tmp_path / "whole"))
     world.tried.clear()
     world.alive = 5
     with pytest.raises(Cut):
         search(tmp_path)
-    assert len(tuning.load_trials(tmp_path / "smoke.json")) == 5, "each is kept as it ends"
+    assert len(load(tmp_path / "smoke.json")) == 5, "each is kept as it ends"
     world.alive = math.inf
-    again = tuning.load_trials(search(tmp_path))
+    again = load(search(tmp_path))
     assert [of(again, name) for name in ("ppo", "dpo")] == [of(whole, n) for n in ("ppo", "dpo")]
     assert len(world.tried) == len(whole), "none was run twice"
     world.before.clear()
@@ -145,15 +150,15 @@ def test_a_killed_search_goes_on_from_its_file(world: SimpleNamespace, tmp_path:
 def test_a_file_of_other_settings_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
     path = search(tmp_path)
     tuned = load_profile("smoke", "ppo.kl_coef=0.8 dpo.learning_rate=1e-5 tuning.trials=9")
-    assert tuning.load_trials(path, tuned), "what is tuned may move"
+    assert trials_of(path, tuned), "what is tuned may move"
     for other in ("data.train_pairs=64", "ppo.updates=7", "tuning.replies=1", "seeds=3"):
         with pytest.raises(SettingsError, match=r"other settings .* move it away"):
-            tuning.load_trials(path, load_profile("smoke", other))
+            trials_of(path, load_profile("smoke", other))
     with pytest.raises(SettingsError, match="move it away"):
-        tuning.load_trials(path, load_profile("smoke", "evaluation.temperature=0.2"))
+        trials_of(path, load_profile("smoke", "evaluation.temperature=0.2"))
     path.write_text("[]")
     with pytest.raises(SettingsError, match=r"smoke\.json is no file of trials"):
-        tuning.load_trials(path)
+        load(path)
 
 
 def test_without_a_judge_nothing_is_tuned(world: SimpleNamespace, tmp_path: Path) -> None:
@@ -217,7 +222,7 @@ def test_a_trial_that_diverges_is_a_result(opened: Study, monkeypatch: Any) -> N
     monkeypatch.setattr(tuning, "run_stage", diverge)
     found = tuning._try(("smoke", 3, "runs", []), "ppo", START)
     assert (found["mean"], found["diverged"]) == (None, "the loss is nan")
-    assert tuning.as_text(found).endswith("diverged")
+    assert as_text(found).endswith("diverged")
 
 
 # --------------------------------------------------------------------------- what comes out of it
@@ -245,7 +250,7 @@ def test_the_figure_rings_the_best_of_each_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "figures" / "tuning").glob("*.json")), ids=str)
 def test_a_profiles_settings_are_the_best_that_were_found(path: Path) -> None:
     profile = load_profile(path.stem)
-    trials = tuning.load_trials(path, profile)
+    trials = trials_of(path, profile)
     methods = {trial["method"] for trial in trials}
     for method in methods:
         assert best(trials, method)["values"] == tuning.settings_of(method, profile), method

@@ -55,19 +55,3 @@ def test_the_picture_and_every_local_link_exist() -> None:
     assert links, "the README shows at least one picture"
     for link in links:
         assert (ROOT / link.split("#")[0]).exists(), link
-
-
-def test_what_stands_at_the_end_of_a_search_is_said_of_every_method() -> None:
-    def trial(method: str, rate: float, steps: int, mean: float | None) -> dict:
-        values = {f"{method}.learning_rate": rate, f"{method}.epochs": steps}
-        found = {"rater": "gold", "mean": mean, "low": 0.0, "high": 1.0}
-        return {"method": method, "values": values, **found}
-
-    trials = [trial("ppo", 0.1, 2, 0.4), trial("ppo", 0.2, 4, 0.9), trial("ppo", 0.1, 8, 0.5)]
-    trials += [trial("dpo", 0.2, 4, 0.8), trial("dpo", 0.1, 2, 0.7), trial("dpo", 0.4, 8, 0.6)]
-    trials.append(trial("ppo", 0.8, 4, None))
-    said = readme.searched(trials).splitlines()
-    assert said[2].endswith("| learning_rate=0.1 epochs=8 gold 0.500 [0.000, 1.000] | "
-                            "learning_rate (highest) |")  # fmt: skip
-    assert said[3].endswith("| no |")
-    assert len(readme.searched(trials[:1]).splitlines()) == 3, "one trial is the best and the next"

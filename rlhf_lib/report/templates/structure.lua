@@ -34,23 +34,30 @@ local function read_caption(caption)
   return word:lower(), number, word .. " " .. number .. ".", text
 end
 
-local function captioned(caption, content)
-  local kind, number, label, text = read_caption(caption)
-  local words = pandoc.Inlines(text)
+local named = {} -- figures and tables that have a name: a link to it shows their number
+
+local function captioned(cell, content)
+  local kind, number, label, text = read_caption(cell.attributes.caption)
+  local id = kind .. "-" .. number
+  if cell.attributes.name then
+    named[cell.attributes.name] = { text = label:sub(1, -2), id = id }
+  end
+  local words, aloud = pandoc.Inlines(text), cell.attributes.alt or text -- read in its stead
   content = content:walk({
-    Image = function(image) return pandoc.Image(words, image.src) end, -- read aloud in its stead
+    Image = function(image) return pandoc.Image(pandoc.Inlines(aloud), image.src) end,
   })
   local blocks = pandoc.Blocks({})
   local line = pandoc.Plain({ pandoc.Strong({ pandoc.Str(label) }), pandoc.Space() })
   line.content:extend(words)
   if HTML then
-    blocks:insert(raw(('<figure class="%s" id="%s-%s">'):format(kind, kind, number)))
+    blocks:insert(raw(('<figure class="%s" id="%s">'):format(kind, id)))
     local caption_blocks = { raw("<figcaption>"), line, raw("</figcaption>") }
     append(blocks, kind == "table" and caption_blocks or content)
     append(blocks, kind == "table" and content or caption_blocks)
     blocks:insert(raw("</figure>"))
   else
-    blocks:insert(raw(('#report-captioned("%s", ['):format(kind)))
+    local call = '#metadata(none) <%s>\n#report-captioned("%s", "%s", ['
+    blocks:insert(raw(call:format(id, kind, aloud:gsub('[\\"]', "\\%0"))))
     blocks:insert(line)
     blocks:insert(raw("])["))
     append(blocks, content)
@@ -105,7 +112,7 @@ local function show_output(cell)
   end
   content = content:walk(READING)
   if cell.attributes.caption then
-    content = captioned(cell.attributes.caption, content)
+    content = captioned(cell, content)
   end
   local kind = KINDS[cell.attributes.kind] and cell.attributes.kind or "result"
   if HTML then
@@ -168,7 +175,7 @@ local function show_prose(cell)
     end
   end
   if cell.attributes.caption then
-    return captioned(cell.attributes.caption, content)
+    return captioned(cell, content)
   end
   return content
 end
@@ -242,6 +249,10 @@ local function resolve_links(blocks, plan, chapter)
     Link = function(link)
       if link.target:match("^%a+:") then
         return nil -- into the web
+      end
+      local shown = named[link.target:sub(2)]
+      if shown and link.target:sub(1, 1) == "#" then
+        return pandoc.Link(shown.text, "#" .. shown.id)
       end
       local notebook, section = link.target:match("([%w_%-%.]+)%.ipynb#?([^#]*)$")
       section = section or link.target:match("^#(.+)$")
