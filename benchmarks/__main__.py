@@ -135,7 +135,11 @@ def predict(
     from benchmarks import predict as predicted
     from benchmarks.text import prediction_summary
 
-    print(prediction_summary(predicted.predict(json.loads(measured.read_text()), profile)))
+    try:
+        rates = predicted.predict(json.loads(measured.read_text(encoding="utf-8")), profile)
+    except (OSError, ValueError, KeyError) as error:
+        raise typer.BadParameter(f"{measured} is no JSON file that `run` has written") from error
+    print(prediction_summary(rates))
 
 
 if __name__ == "__main__":

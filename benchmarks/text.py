@@ -90,7 +90,7 @@ def _stage(name: str, record: Mapping, target: float | None) -> dict[str, str]:
         "GB": f"{ours['peak_memory_gb']:.1f}",
         "peer's GB": f"{theirs['peak_memory_gb']:.1f}",
         "ratio": interval(record["ratio"], 1),
-        "target": _target(record["ratio"], target),
+        "target": _target(record["ratio"], target, _bound(name, record)),
     }
 
 
@@ -98,15 +98,26 @@ def _range(spread: Mapping) -> str:
     return f"{spread['median']:.2f} ({spread['min']:.2f}–{spread['max']:.2f})"
 
 
-def _target(ratio: Mapping, wanted: float | None) -> str:
-    """Reached or missed where the whole interval lies on one side, and undecided elsewhere."""
+def _target(ratio: Mapping, wanted: float | None, bound: float | None) -> str:
+    """Reached or missed where the whole interval lies on one side, and undecided elsewhere; out of
+    reach where the peer itself is too near to the roof."""
     if wanted is None:
         return "–"
     if ratio["low"] >= wanted:
         verdict = "reached"
     else:
         verdict = "missed" if ratio["high"] < wanted else "undecided"
+        if bound is not None and bound < wanted:
+            verdict += ", out of reach"
     return f"≥ {wanted:g}: {verdict}"
+
+
+def _bound(name: str, record: Mapping) -> float | None:
+    """How many times as fast as its peer anybody could be who computes at the roof; None where
+    memory binds, as in decoding, and of what repeats a stage."""
+    if name == "generation" or name.endswith("_plain"):
+        return None
+    return 1 / record["peer"]["roof_share"]["median"]
 
 
 def _benchmark_targets(stages: Mapping, share: float) -> list[str]:
@@ -126,11 +137,11 @@ def _benchmark_targets(stages: Mapping, share: float) -> list[str]:
 
 
 def _bounds(stages: Mapping) -> list[str]:
-    """How many times as fast as its peer anybody could be who computes at the roof."""
+    """What bounds the ratios, stage by stage."""
     bounds = [
-        f"{1 / record['peer']['roof_share']['median']:.1f} in {name.replace('_', ' ')}"
+        f"{bound:.1f} in {name.replace('_', ' ')}"
         for name, record in stages.items()
-        if name != "generation" and not name.endswith("_plain")  # decoding is bound by memory
+        if (bound := _bound(name, record)) is not None
     ]
     said = (
         "The peer's share bounds every ratio: who spent time on nothing but products, all at the "
@@ -165,7 +176,7 @@ def prediction_summary(prediction: Mapping) -> str:
         f"at the rates above ({prediction['device']})."
     )
     if prediction["gpu"] is None:
-        text += " No GPU was measured: the FLOPs hold for any device, the hours are this CPU's."
+        text += " The FLOPs hold for any device, the hours are this CPU's."
     return f"{text}\n\n{markdown(pd.DataFrame(rows))}"
 
 

@@ -173,14 +173,15 @@ def check_claims(
 
 @app.command()
 def doctor(
-    log: Annotated[Path, typer.Argument(help="metrics.jsonl, or TRL's trainer_state.json")],
+    logs: Annotated[list[Path], typer.Argument(help="metrics.jsonl, TRL's trainer_state.json")],
 ) -> None:
-    """Look for known ways to go wrong in a training log; status 1 where there is a suspicion."""
+    """Look for known ways to go wrong in training logs; status 1 where there is a suspicion."""
     from rlhf_lib.review import doctor as review
 
-    findings = review.examine(log)
-    print(review.as_text(findings))
-    if findings:
+    found = {log: review.examine(log) for log in logs}
+    for log, findings in found.items():
+        print(*([f"{log}:"] if len(logs) > 1 else []), review.as_text(findings), sep="\n")
+    if any(found.values()):
         raise typer.Exit(1)
 
 

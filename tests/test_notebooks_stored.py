@@ -140,13 +140,26 @@ def test_no_sentence_leads_into_hidden_code(notebook: nbformat.NotebookNode) -> 
             assert not before.source.rstrip().endswith(":"), before.source[-80:]
 
 
+def named(tree: ast.AST) -> list[str]:
+    """What is shown under a name: the third argument of `show` and `table`."""
+    return [
+        call.args[2].value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id in ("show", "table")
+        and len(call.args) == 3
+        and isinstance(call.args[2], ast.Constant)
+    ]
+
+
 def test_every_link_to_a_figure_or_table_finds_one(notebook: nbformat.NotebookNode) -> None:
     """A link to `#name` becomes "Table 7" in the report, if a cell shows something by that name."""
     prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    wanted = [name for text in prose for name in re.findall(r"\]\(#([\w-]+)\)", text)]
-    code = "\n".join(cell.source for cell in code_cells(notebook))
-    given = re.findall(r'"([\w-]+)",?\s*\)$', code, re.MULTILINE)
-    assert not set(wanted) - set(given)
+    wanted = {name for text in prose for name in re.findall(r"\]\(#([\w-]+)\)", text)}
+    given = [name for cell in code_cells(notebook) for name in named(ast.parse(cell.source))]
+    assert wanted == set(given), "and nothing has a name that no link needs"
+    assert len(given) == len(set(given))
 
 
 def test_a_cell_shows_what_it_means_to_and_no_bare_value(notebook: nbformat.NotebookNode) -> None:

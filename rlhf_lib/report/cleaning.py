@@ -30,6 +30,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_SVG_BYTES = 2_000_000  # beyond this a browser and a PDF reader crawl; the png is shown instead
 CAPTION_WORDS = {"figure": "Figure", "table": "Table"}
 SOLUTION_TAG = "solution"
+ALT = "alt: "  # before an alternative text: pandoc would read "01" as a number
 
 _ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _UNSAFE = re.compile(
@@ -154,8 +155,10 @@ class SplitCells(Preprocessor):
     def preprocess(self, nb, resources):
         self._numbers = dict.fromkeys(CAPTION_WORDS, 0)
         cells: list[NotebookNode] = []
-        chapter = None
+        chapter, self._names = None, set()
         for cell in nb.cells:
+            if cell.metadata.get("report", {}).get("chapter") != chapter:
+                self._names = set()  # each chapter has its own
             for part in self._parts(cell):
                 part.metadata.place = cell.metadata.place
                 source = cell.metadata.get("report", {})
@@ -200,9 +203,20 @@ class SplitCells(Preprocessor):
             self._numbers[kind] += 1
             text = " ".join(clean_text(str(given["caption"])).split())
             metadata["caption"] = f"{CAPTION_WORDS[kind]} {self._numbers[kind]}. {text}"
-            for key in {"name", "alt"} & given.keys():
-                metadata[key] = " ".join(clean_text(str(given[key])).split())
+            if alt := " ".join(clean_text(str(given.get("alt") or "")).split()):
+                metadata["alt"] = ALT + alt
+            if name := given.get("name"):
+                metadata["name"] = self._named(name, where)
         if mime in ("text/markdown", "text/latex"):
             return new_markdown_cell(value, metadata=metadata)
         bare = new_output("display_data", {mime: value})
         return new_code_cell("", execution_count=1, outputs=[bare], metadata=metadata)
+
+    def _named(self, name, where):
+        """The name, checked: a link could not find another, and would not know which of two."""
+        if not re.fullmatch(r"[A-Za-z][\w-]*", str(name)):
+            raise ReportError(f"{where}: {name!r} is no name for a link: take letters and hyphens")
+        if name in self._names:
+            raise ReportError(f"{where}: {name!r} is the name of another figure or table as well")
+        self._names.add(name)
+        return name

@@ -234,8 +234,8 @@ def _overoptimisation(results: Mapping) -> str:
 def beside_best_of_n(results: Mapping) -> str:
     """The baseline that needs no training: where its deciding reward peaks."""
     deciding, peak = results["deciding"], results["best_of_n_peak"]
-    text = f"Best-of-n, which trains nothing, is best at n = {peak['n']} on every other request; "
-    text += f"on the rest it has {deciding} reward {interval(peak[deciding])} (all that follows is "
+    text = f"Best-of-n, which trains nothing, is best at n = {peak['n']} on half the requests; on "
+    text += f"the others it has {deciding} reward {interval(peak[deciding])} (all that follows is "
     text += "measured there"
     if deciding != "proxy" and peak["n"] < peak["last"]:
         fall, n = peak["last_minus_peak"], peak["last"]
@@ -304,9 +304,9 @@ def _tuning(results: Mapping) -> str:
     text += f"; {listed(other)} {_are(other)} other here." if other else "."
     if unknown := [n for n in _measured(results, catalogue.candidates()) if not _searched(n)]:
         text += f" No search was made for {_names(unknown)}."
-    here = results["source"], results["model"], results["profile"]
-    if here != (tuned.data.source, tuned.model.name, tuned.name):
-        text += " This study has other data, another model or another budget."
+    used = tuned.data.source, tuned.model.name, tuned.name
+    if (here := (results["source"], results["model"], results["profile"])) != used:
+        text += f" This study: {', '.join(here)}; that one: {', '.join(used)}."
     return f"{text} Other values may rank the methods otherwise."
 
 

@@ -20,8 +20,17 @@ from rlhf_lib.settings import UserError
 
 NOTE = (
     "Brackets are 95 % intervals; a difference's is made of the two (square and add), as if the "
-    "studies shared neither seeds nor prompts: where they do, it is wider than it need be."
+    "studies shared neither seeds nor prompts: where they do, it is wider than it need be. No "
+    "difference is taken of what is measured on two scales: of proxy and judge, where their reward "
+    "models learnt from other data or with other settings, of KL and length, where models differ."
 )
+# what two studies have to share before a measure is on the same scale in both
+SCALES = {
+    "proxy": ("source", "model", "data", "reward_model"),
+    "judge": ("source", "model", "data", "reward_model"),
+    "kl": ("model",),
+    "length": ("model",),
+}
 
 
 def load(place: Path) -> dict:
@@ -75,13 +84,21 @@ def results_table(one: Mapping, other: Mapping) -> pd.DataFrame:
             if not (a and b):
                 continue
             row = {"policy": label(name), "measure": measure, "A": interval(a), "B": interval(b)}
-            gap = _difference(a, b)
+            gap = _difference(a, b) if _same_scale(measure, one, other) else None
             row["B − A"] = "–" if gap is None else interval(gap)
             row["verdict"] = "–" if gap is None else direction(gap)
             rows.append(row)
     if not rows:
         raise UserError("the two studies have no policy in common that both have measured")
     return pd.DataFrame(rows)
+
+
+def _same_scale(measure: str, one: Mapping, other: Mapping) -> bool:
+    sides = [
+        [results["settings"].get(key, results.get(key)) for key in SCALES.get(measure, ())]
+        for results in (one, other)
+    ]
+    return sides[0] == sides[1]
 
 
 def _difference(a: Mapping, b: Mapping) -> dict | None:

@@ -20,6 +20,11 @@ from scipy import stats
 
 from rlhf_lib.settings import UserError
 
+KNOWN = {
+    "clip_ratio/region_mean", "completions/clipped_ratio", "entropy", "frac_reward_zero_std", "kl",
+    "loss", "objective/entropy", "objective/kl", "policy/clipfrac_avg", "policy/entropy_avg",
+    "rewards/margins", "val/explained_variance", "val/ratio",
+}  # fmt: skip
 Series = np.ndarray  # of a metric, where it was logged
 Logs = dict[str, Series]
 
@@ -53,8 +58,11 @@ def read(path: Path) -> Logs:
         for key, value in row.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 logs.setdefault(key, []).append(float(value))
-    if not logs:
-        raise UserError(f"{path} holds no numbers: is it the log of another program?")
+    if not KNOWN & logs.keys():
+        raise UserError(
+            f"{path} logs none of what is looked at ({', '.join(sorted(KNOWN))}): is it the log of "
+            "another program?"
+        )
     return {key: np.array(values) for key, values in logs.items()}
 
 

@@ -27,7 +27,8 @@ def load(path: Path, settings: str = "") -> list[Trial]:
     try:
         found = json.loads(path.read_text())
         trials, measured = found["trials"], found["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        _ = [(t["method"], t["values"].items(), t["mean"]) for t in trials]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path} is no file of trials: move it away to begin anew") from error
     if settings and measured != settings:
         raise SettingsError(
@@ -68,11 +69,13 @@ def table(trials: Sequence[Trial]) -> pd.DataFrame:
             rows.append(row | {"best": "all diverged"})
             continue
         first, second = tried[0], tried[min(1, len(tried) - 1)]
-        ends = [
-            f"{key.rpartition('.')[2]} ({'highest' if value > min(values) else 'lowest'})"
-            for key, value in first["values"].items()
-            if value in (min(values := [t["values"][key] for t in tried]), max(values))
-        ]
+        ends = []
+        for key, value in first["values"].items():
+            values = [t["values"][key] for t in of(trials, method)]  # of those that diverged too
+            lowest, highest = min(values), max(values)
+            if lowest < highest and value in (lowest, highest):
+                word = "highest" if value == highest else "lowest"
+                ends.append(f"{key.rpartition('.')[2]} ({word})")
         row |= {k: " ".join(as_text(t).split()) for k, t in (("best", first), ("next", second))}
         rows.append(row | {"best at the end of what was tried": ", ".join(ends) or "no"})
     return pd.DataFrame(rows).fillna("–")

@@ -27,7 +27,7 @@ def cost_table(results: Mapping) -> pd.DataFrame:
     columns = [
         ("stage", named),
         ("minutes", lambda row: short(row["seconds"]["mean"] / 60)),
-        ("peak memory (GB or MB)", peak_memory),
+        ("peak memory", peak_memory),
         ("tokens (thousands)", spent("num_tokens", 1000, 0)),
         ("TFLOP", lambda row: short(row["flops"]["mean"] / 1e12)),
     ]

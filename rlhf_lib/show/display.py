@@ -7,7 +7,7 @@ import html
 import inspect
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from textwrap import dedent, shorten
@@ -17,8 +17,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from IPython.display import display
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, PercentFormatter, ScalarFormatter
 
 
 def show(figure: Figure, caption: str, name: str = "") -> None:
@@ -39,7 +43,8 @@ def captioned(bundle: Mapping[str, Any], kind: str, caption: str, **more: str) -
     notebook itself, whose front end does not show those, as a line of its own."""
     told = {key: text for key, text in more.items() if text}
     display(bundle, raw=True, metadata={"caption": caption, "kind": kind, **told})
-    line = f'<div style="font-size: 90%; opacity: 0.75">{html.escape(caption)}</div>'
+    place = f' id="{html.escape(told["name"])}"' if "name" in told else ""  # where links lead
+    line = f'<div{place} style="font-size: 90%; opacity: 0.75">{html.escape(caption)}</div>'
     display({"text/html": line, "text/plain": caption}, raw=True, metadata={"kind": "caption"})
 
 
@@ -87,28 +92,62 @@ def described(figure: Figure) -> str:
 
 
 def _panel(axis: Axes, below: str, beside: str) -> str:
-    """One panel: title, what is drawn over what, values of its rows, and where its lines lead."""
-    ticks = zip(axis.get_yticks(), axis.get_yticklabels(), strict=False)  # more where none is named
-    rows = {place: text.get_text() for place, text in ticks}
-    named = any(not _NUMBER.match(text) for text in rows.values())
-    sides = [
-        f"{' '.join(text.split())} from {low:.3g} to {high:.3g}"
-        for text, (low, high) in (
-            (axis.get_xlabel() or below, sorted(axis.get_xlim())),
-            ("" if named else axis.get_ylabel() or beside, sorted(axis.get_ylim())),
-        )
-        if text
+    """One panel: title, what is drawn over what, values with intervals, and where lines lead."""
+    places, formatter = list(axis.get_yticks()), axis.yaxis.get_major_formatter()
+    named = not isinstance(formatter, ScalarFormatter | LogFormatter | PercentFormatter)
+    rows = dict(zip(places, formatter.format_ticks(places), strict=True)) if named else {}
+    percent = axis.xaxis.get_major_formatter()
+    unit = 100 / percent.xmax if isinstance(percent, PercentFormatter) else 1
+    titles = axis.get_xlabel() or below, "" if named else axis.get_ylabel() or beside
+    limits = np.sort(axis.get_xlim()) * unit, np.sort(axis.get_ylim())
+    parts = [axis.get_title() or axis.get_title("left")]
+    parts += [
+        f"{' '.join(title.split())} from {low:.3g} to {high:.3g}"
+        for title, (low, high) in zip(titles, limits, strict=True)
+        if title
     ]
-    parts = [axis.get_title() or axis.get_title("left"), *sides]
-    for line in axis.lines:
-        x, y = (np.asarray(values, dtype=float) for values in line.get_data())
-        name = str(line.get_label())
-        if named and len(x) == 1 and rows.get(y[0]):
-            parts.append(f"{rows[y[0]]}: {x[0]:.3g}")
-        elif not name.startswith("_") and len(x) > 1:
-            parts.append(f"{name}: {y[0]:.3g} at {x[0]:.3g} to {y[-1]:.3g} at {x[-1]:.3g}")
+    bars = [one for one in axis.containers if isinstance(one, ErrorbarContainer)]
+    parts += [told for one in bars for told in _intervals(one, rows, unit)]
+    spoken = {part for one in bars for part in (one.lines[0], *one.lines[1])}
+    for line in (line for line in axis.lines if line not in spoken and line.get_visible()):
+        if line.get_linestyle() == "None":  # ticks of single seeds
+            continue
+        in_data = all(line.get_transform().contains_branch_seperately(axis.transData))
+        x, y = np.ma.filled(np.ma.asarray(line.get_data(orig=False), dtype=float), np.nan)
+        seen = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+        if in_data and len(seen) > 1:  # what marks a height, or a place, is told by its name
+            first, last = seen[[0, -1]]
+            way = f"{y[first]:.3g} at {x[first]:.3g} to {y[last]:.3g} at {x[last]:.3g}"
+            parts.append(f"{_name(line) or 'a line'}: {way}")
+    for dots in (one for one in axis.collections if isinstance(one, PathCollection) and _name(one)):
+        x, y = np.ma.filled(np.ma.mean(dots.get_offsets(), axis=0), np.nan)
+        parts.append(f"{_name(dots)}: {y:.3g} at {x:.3g}")
     said = [" ".join(text.get_text().split()) for text in axis.texts]
     return "; ".join(filter(None, [*parts, ", ".join(dict.fromkeys(filter(None, said)))]))
+
+
+def _intervals(bars: ErrorbarContainer, rows: Mapping[float, str], unit: float) -> Iterator[str]:
+    """Each dot with its interval: of a row, or over a place."""
+    dots, _, spans = bars.lines
+    upright = bars.has_yerr
+    segments = spans[-1 if upright else 0].get_segments()
+    if dots is None:  # bars alone, in both directions
+        (left, right), (low, high) = spans[0].get_segments()[0][:, 0], segments[0][:, 1]
+        yield f"{_name(bars)}: {low:.3g} to {high:.3g} at {left:.3g} to {right:.3g}"
+        return
+    for x, y, ends in zip(*np.asarray(dots.get_data(orig=False)), segments, strict=True):
+        value, (low, high) = (y, ends[:, 1]) if upright else (x * unit, ends[:, 0] * unit)
+        name = _name(bars) or rows.get(y, "")
+        where = f" at {x:.3g}" if upright else ""
+        if np.isfinite(value):
+            told = f"{value:.3g} [{low:.3g}, {high:.3g}]" if low < high else f"{value:.3g}"
+            yield f"{name}{': ' if name else ''}{told}{where}"
+
+
+def _name(drawn: Artist | ErrorbarContainer) -> str:
+    """Its label, where somebody gave it one."""
+    label = str(drawn.get_label() or "")
+    return "" if label.startswith("_") else label
 
 
 def write_figure(figure: Figure, stem: Path) -> list[Path]:

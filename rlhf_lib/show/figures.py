@@ -142,10 +142,10 @@ def curves(
     for axis, (key, title) in zip(axes, columns.items(), strict=True):
         seeds(axis, frames, key, color)
         axis.set(title=title, xlabel="step", ylabel="")
-        values = pd.concat([frame[key].dropna() for frame in frames])
-        if values.nunique() == 1:
-            said = f"{values.iloc[0]:g} at every step"
-            axis.text(0.5, 0.6, said, transform=axis.transAxes, ha="center")
+        values = pd.concat(frames)[key].dropna()
+        if values.nunique() == 1 < len(values):
+            still = f"{values.iloc[0]:g} at every step"
+            axis.text(0.5, 0.6, still, transform=axis.transAxes, ha="center")
     return figure
 
 
@@ -236,7 +236,8 @@ def learning_curve(points: Sequence[Mapping], ceiling: float | None) -> Figure:
     # a hair to the left and right, so that the intervals stand beside each other
     for name, fmt, shift in (("reward_model", "o-", 1.02), ("bag_of_words", "s--", 1 / 1.02)):
         records = [point[name] for point in points]
-        dots(axis, records, [n * shift for n in sizes], color(name), upright=True, fmt=fmt)
+        look = {"upright": True, "fmt": fmt, "label": label(name)}
+        dots(axis, records, [n * shift for n in sizes], color(name), **look)
         names[label(name)] = records[-1]["mean"], color(name)
     if ceiling is not None:
         axis.axhline(ceiling, color=color("gold"), lw=0.9)
@@ -399,12 +400,12 @@ def frontier(points: pd.DataFrame, results: Mapping, reward: str) -> Figure:
     final = points.query("kind == 'final' and policy != 'sft_again'")
     for axis in (whole, window):
         for name, rows in final.groupby("policy", sort=False):
-            look = {"color": color(str(name)), "ax": axis}
+            look = {"color": color(str(name)), "ax": axis, "legend": False}
             way = moving(_by_step(points.query("kind == 'training' and policy == @name"), reward))
             line = {"x": _root(way["kl"]), "y": way[reward], "sort": False, "estimator": None}
             sns.lineplot(**line, lw=0.9, **look)
             x, y = _root(rows["kl"]), rows[reward].to_numpy()
-            sns.scatterplot(x=x, y=y, s=26, zorder=3, label=label(str(name)), legend=False, **look)
+            sns.scatterplot(x=x, y=y, s=26, zorder=3, label=label(str(name)), **look)
         for name, rows in points.query("kind == 'best_of_n'").groupby("policy"):
             if reward != "proxy" or name == "best_of_n_default":  # a control has another scale
                 _free(axis, rows, reward)
@@ -421,11 +422,13 @@ def _look_into(window: Axes, whole: Axes, policies: Mapping, reward: str) -> Non
         rows = pd.DataFrame([policies[name]["kl"], policies[name][reward]])
         kl, height = rows[["low", "mean", "high"]].to_numpy(float)
         ends.append([kl := _root(kl), height])
-        bars = {"xerr": np.diff(kl)[:, None], "yerr": np.diff(height)[:, None]}
-        window.errorbar(kl[1], height[1], **bars, fmt="none", color=color(name), lw=1.1)
+        bars = {"xerr": np.diff(kl)[:, None], "yerr": np.diff(height)[:, None], "fmt": "none"}
+        window.errorbar(kl[1], height[1], **bars, color=color(name), lw=1.1, label=label(name))
+    if not np.isfinite(ends).any():
+        window.set_visible(False)
+        return
     low, high = np.nanmin(ends, axis=(0, 2)), np.nanmax(ends, axis=(0, 2))
-    margin = 0.08 * (high - low)
-    low, high = low - margin, high + margin
+    low, high = low - (margin := np.maximum(0.08 * (high - low), 0.01)), high + margin
     window.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), title="where the methods end")
     whole.add_patch(Rectangle(low, *(high - low), fill=False, ec=GREY, lw=0.9, ls=":"))
 

@@ -244,7 +244,7 @@ def doses(results: Mapping) -> Figure:
 def leanings(results: Mapping) -> list[str]:
     """How much of each grows with the taste, method by method."""
     return [
-        f"**{label(method)}**, for each once that the taste is stronger: {_judged(found)}"
+        f"**{label(method)}**, for each unit of the taste: {_judged(found)}"
         for method, found in results["attribution"]["slopes"].items()
     ]
 
@@ -310,7 +310,7 @@ def probed(results: Mapping) -> str:
     asked, seeds = results["settings"]["evaluation"], len(results["seeds"])
     return (
         f"At most {asked['probe_prompts']} prompts of each probe, {asked['probe_samples']} replies "
-        f"to each, for each of {seeds} seed(s). Replies to one prompt count as one unit, so these "
+        f"to each, in each seed (of {seeds}). Replies to one prompt count as one unit, so these "
         "intervals are wide."
     )
 

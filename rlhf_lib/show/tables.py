@@ -104,7 +104,7 @@ def comparison_table(results: Mapping) -> pd.DataFrame:
         ("at equal length", won("length_controlled_vs_sft")),
         ("length", estimated("length", 0)),
         ("own minutes", trained_for),
-        ("GB or MB", peak_memory),
+        ("memory", peak_memory),
     ]
     return table_of([row | costs.get(row["name"], {}) for row in rows], columns)
 
@@ -141,7 +141,7 @@ def request_table(results: Mapping, by: str) -> pd.DataFrame:
 
     Beside kinds of request stands how often the reward model ranks their test pairs as labelled.
     """
-    right = results["reward_model"]["by_kind"] if by == "kind" else {}
+    right = results["reward_model"].get("by_kind", {}) if by == "kind" else {}
     rows = [
         {"name": name, "group": group, "prompts": found["prompts"], "right": right.get(group)}
         | record
@@ -229,15 +229,15 @@ def reply_table(results: Mapping) -> pd.DataFrame:
 def spread_table(samples: Mapping[str, pd.DataFrame], deciding: str) -> pd.DataFrame:
     """Rewards and KL of single replies: mean ± standard deviation, a row a policy."""
     keys = {key: f"{key} reward" for key in rewards(deciding)} | {"kl": "KL"}
-    rows = [
-        {"policy": label(name)}
-        | {
-            title: f"{frame[key].mean():.2f} ± {frame[key].std():.2f}"
-            for key, title in keys.items()
-        }
+
+    def spread(values: pd.Series) -> str:
+        mean, deviation = round(values.mean(), 2) + 0.0, values.std()
+        return f"{mean:.2f} ± {deviation:.2f}" if deviation == deviation else "–"  # not of one
+
+    return pd.DataFrame(
+        {"policy": label(name)} | {title: spread(frame[key]) for key, title in keys.items()}
         for name, frame in samples.items()
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 def opinion_table(results: Mapping) -> pd.DataFrame:

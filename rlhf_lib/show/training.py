@@ -301,7 +301,12 @@ def courses(
 
 
 def _read(log: Sequence[Mapping]) -> pd.Series:
-    """By step: thousands of reply tokens that a run has learnt from by its end."""
+    """By step: thousands of reply tokens that a run has learnt from by its end.
+
+    Raises ValueError for a log of an earlier version, which did not count them.
+    """
+    if not all("reply_tokens" in row for row in log):
+        raise ValueError("this log has no `reply_tokens`: train the stage again")
     return pd.DataFrame(log).set_index("step")["reply_tokens"].cumsum() / 1000
 
 

@@ -157,9 +157,9 @@ def appendix_page(results: Mapping) -> nbformat.NotebookNode:
 
 
 TUNING = (
-    "Before the study, values were tried for each method by the same rule, from the profile's to "
-    "the neighbours of the best: {count} in all, for the profile `{name}`, by {rater} reward of "
-    "replies to validation prompts, with a seed that is none of the study's. "
+    "For the profile `{name}` values were tried for each method by the same rule, from those that "
+    "it had to the neighbours of the best: {count} in all, by {rater} reward of replies to "
+    "validation prompts, with a seed that is none of the study's. "
     "`python -m rlhf_lib tune --profile {name}` does it again."
 )
 DOTS = (
@@ -172,9 +172,9 @@ def _tuning(profile: str) -> list[nbformat.NotebookNode]:
     """The trials of this profile, else of `laptop`, whose values others take over; if there are."""
     files = [FIGURES / "tuning" / f"{name}.json" for name in (profile, "laptop")]
     file = next((file for file in files if file.is_file()), None)
-    if file is None:
+    tried = trials.load(file) if file else []
+    if file is None or all(trial["mean"] is None for trial in tried):
         return []
-    tried = trials.load(file)
     said = TUNING.format(count=len(tried), name=file.stem, rater=tried[0]["rater"])
     return [
         prose("## Trials of tuning\n\n" + said),

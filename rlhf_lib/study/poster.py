@@ -39,7 +39,7 @@ KINDS = (
 )
 WORLD_KINDS = (
     "Of the kinds, *help* asks for tips, *harm* should be refused, *edge* sounds like it and "
-    "should not, *truth* wants a claim confirmed."
+    "should not, *truth* asks whether a claim is true."
 )
 REPLIES = (
     "One request, two policies. Of all requests it is the one on which the weakly regularised PPO "
@@ -162,8 +162,9 @@ def prose(text: str) -> nbformat.NotebookNode:
 
 
 def figure(drawn: Figure, caption: str) -> nbformat.NotebookNode:
-    more = {"caption": caption, "alt": described(drawn)}
-    return _cell(figure_bundle(drawn), {"kind": "figure", **more})
+    about = {"kind": "figure", "caption": caption}
+    told = described(drawn)
+    return _cell(figure_bundle(drawn), about | {"alt": told} if told else about)
 
 
 def table(frame: pd.DataFrame, caption: str) -> nbformat.NotebookNode:

@@ -47,6 +47,8 @@ def tune(
 
     Raises SettingsError where nothing that training has not seen can judge.
     """
+    if profile.tuning.trials < 1:
+        raise SettingsError("tuning.trials is the number of values for each method: at least 1")
     judge = ["judge"] if profile.data.judge_pairs else []
     if truth_of(profile.data.source) is None and not judge:
         raise SettingsError(

@@ -16,6 +16,11 @@ def test_an_exercise_that_does_not_exist_is_an_error() -> None:
         exercises.check("09-1", 1)
 
 
+def test_a_number_where_a_function_is_asked_for_is_said(capsys: Any) -> None:
+    exercises.check("05-1", 0.5, 11)
+    assert "The answer is a function" in capsys.readouterr().out
+
+
 def test_the_score_counts_the_last_answers(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.report.exporters import RlhfHTMLExporter, merge
 from tests.report.cells import SVG, code, page, shown
 
@@ -110,3 +111,30 @@ def test_a_link_to_a_name_shows_the_number_and_what_cannot_be_seen_is_told() -> 
     assert '<a href="#table-1">Table 1</a>, and elsewhere.' in html
     assert '<figure class="table" id="table-1">' in html
     assert 'alt="Two &lt;dots&gt;, at 1 and 2"' in html
+
+
+def test_a_name_is_its_chapters_own_and_only_one_things(tmp_path: Path) -> None:
+    paths = []
+    for number in (1, 2, 3):
+        text = f"# Chapter {number}\n\n[the table](#same), [there](2.ipynb#same)"
+        table = shown("text/html", "<p>7</p>", kind="table", caption="C.", name="same")
+        paths.append(tmp_path / f"{number}.ipynb")
+        cells = [new_markdown_cell(text), code(table)]
+        nbformat.write(new_notebook(cells=cells), paths[-1])
+    html, _ = RlhfHTMLExporter().from_notebook_node(merge(paths))
+    for number in (1, 2, 3):
+        assert f'<a href="#table-{number}">Table {number}</a>' in html
+    assert html.count('<a href="#table-2">Table 2</a>') == 4
+    for cells, said in (
+        ([code(table), code(table)], "the name of another"),
+        ([code(shown("text/html", "x", kind="table", caption="C.", name="a b"))], "is no name"),
+        ([new_markdown_cell("# T\n\n## Same"), code(table)], "is a section and the name"),
+    ):
+        with pytest.raises(ReportError, match=said):
+            page(*cells)
+
+
+@pytest.mark.parametrize("alt", ["01", "", None, "true"])
+def test_an_alternative_text_is_text(alt: str | None) -> None:
+    html = page(code(shown("image/svg+xml", SVG, kind="figure", caption="Dots.", alt=alt)))
+    assert f'alt="{alt or "Dots."}"' in html

@@ -40,7 +40,8 @@ const paper = document.body.dataset.view == "paper";
 const frame = document.querySelector("iframe");
 frame.onload = () => setTimeout(() => {
   const page = frame.contentDocument, view = frame.contentWindow, cut = [];
-  page.querySelectorAll("details").forEach((fold) => (fold.open = true));
+  const folds = page.querySelectorAll(paper ? "details:not(.reading)" : "details");
+  folds.forEach((fold) => (fold.open = true));
   const rules = paper ? [...page.styleSheets].flatMap((sheet) => [...sheet.cssRules]) : [];
   for (const { media } of rules.filter((rule) => rule.media))
     media.mediaText = media.mediaText.replace("print", "all").replace("screen", "speech");
@@ -51,6 +52,8 @@ frame.onload = () => setTimeout(() => {
     if (hides && box.scrollWidth > box.clientWidth + 1 && style.textOverflow != "ellipsis"
         && !box.matches(".skip, .skip *, math")) cut.push(box.tagName + "." + box.className);
   }
+  for (const reply of page.querySelectorAll("details.reading > p"))
+    if (!reply.checkVisibility()) cut.push("a reply");  // paper does not unfold
   const wide = page.documentElement.scrollWidth > view.innerWidth;
   const dark = view.matchMedia("(prefers-color-scheme: dark)").matches;
   const shown = page.querySelectorAll("details.reading").length;

@@ -167,8 +167,8 @@ def test_best_of_n_falls_only_where_that_is_shown(results: dict, fall: dict, wor
     }
     (said,) = [s for s in verdict.sentences(results) if s.startswith("Best-of-n")]
     assert said == (
-        "Best-of-n, which trains nothing, is best at n = 4 on every other request; on the rest it "
-        f"has gold reward 2.00 [1.90, 2.10] (all that follows is measured there; {words}); "
+        "Best-of-n, which trains nothing, is best at n = 4 on half the requests; on the others "
+        f"it has gold reward 2.00 [1.90, 2.10] (all that follows is measured there; {words}); "
         "GRPO is above it (differences: GRPO 0.50 [0.40, 0.60]); PPO is below it "
         "(differences: PPO -0.50 [-0.60, -0.40]); DPO is not distinguishable from it (differences: "
         "DPO 0.00 [-0.10, 0.10])."
@@ -382,12 +382,14 @@ def test_values_that_no_search_has_found_are_not_called_tuned(results: dict) -> 
     results["settings"] = as_dict(load_profile("laptop", "seeds=1"))
     assert "the best of 9 pairs of values" in said()
     assert "other here" not in said()
-    assert "another budget" not in said()
+    assert "This study" not in said()
     results["settings"] = as_dict(load_profile("laptop", "dpo.beta=0.3 ppo.kl_coef=7"))
     assert "; `ppo.kl_coef` and `dpo.beta` are other here." in said()
     for key, value in (("profile", "smoke"), ("model", "gpt2"), ("source", "path:mine.jsonl")):
         results |= {"profile": "laptop", "model": "tiny", "source": "bundled"} | {key: value}
-        assert "another budget" in said()
+        assert (
+            f"This study: {results['source']}, {results['model']}, {results['profile']};" in said()
+        )
 
 
 def test_a_method_that_nobody_searched_for_is_named(

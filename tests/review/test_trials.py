@@ -24,8 +24,11 @@ def test_what_stands_at_the_end_of_a_search_is_said_of_every_method() -> None:
     ppo, dpo, grpo = trials.table(tried).to_dict("records")
     assert ppo["tried"] == "4"
     assert ppo["next"] == "learning_rate=0.1 epochs=8 gold 0.500 [0.000, 1.000]"
-    assert ppo["best at the end of what was tried"] == "learning_rate (highest)"
+    assert ppo["best at the end of what was tried"] == "no", "a higher rate diverged"
     assert dpo["best at the end of what was tried"] == "no"
     assert (grpo["tried"], grpo["best"], grpo["next"]) == ("1", "all diverged", "–")
     (alone,) = trials.table(tried[:1]).to_dict("records")
     assert alone["best"] == alone["next"], "one trial is the best and the next"
+    assert alone["best at the end of what was tried"] == "no", "where nothing varied nothing ends"
+    (ppo,) = trials.table(tried[:3]).to_dict("records")
+    assert ppo["best at the end of what was tried"] == "learning_rate (highest)"

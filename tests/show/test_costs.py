@@ -95,7 +95,7 @@ def test_the_cost_table_counts_in_minutes_gigabytes_and_thousands() -> None:
     table = cost_table(made_up).set_index("stage")
     assert len(table) == len(made_up["cost"])
     assert table.loc["PPO", "minutes"] == "2.5"
-    assert table.loc["PPO", "peak memory (GB or MB)"] == "1.2 GB"
+    assert table.loc["PPO", "peak memory"] == "1.2 GB"
     assert table.loc["PPO", "tokens (thousands)"] == "400"
 
 
@@ -107,11 +107,11 @@ def test_little_time_and_memory_do_not_read_as_none() -> None:
     results["cost"] |= {"ppo": little}
     results["prices"]["ppo"]["minutes"] = 0.0333
     row = cost_table(results).set_index("stage").loc["PPO"]
-    assert row[["minutes", "peak memory (GB or MB)", "TFLOP"]].tolist() == [
+    assert row[["minutes", "peak memory", "TFLOP"]].tolist() == [
         "0.033", "63 MB", "0.0040",
     ]  # fmt: skip
     row = comparison_table(results).set_index("policy").loc["PPO"]
-    assert row[["own minutes", "GB or MB"]].tolist() == ["0.033", "63 MB"]
+    assert row[["own minutes", "memory"]].tolist() == ["0.033", "63 MB"]
     row = price_table(results).set_index("policy").loc["PPO"]
     assert row["minutes, reward model included"] == "0.033"
     assert "all jobs: 0.033 minutes" in total_sentence({"cost": {"sft": little}})

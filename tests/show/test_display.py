@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import date
 
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.objectives import kl
@@ -37,7 +39,8 @@ def test_figures_and_tables_carry_their_captions(shown: list) -> None:
     display.show(drawing(), "A line.")
     display.table(pd.DataFrame({"a": [1]}), "A cell.")
     (figure, about_figure), one, (table, about_table), other = shown
-    assert about_figure == {"caption": "A line.", "kind": "figure"}
+    told = "a line: 1 at 0 to 3 at 2"
+    assert about_figure == {"caption": "A line.", "kind": "figure", "alt": told}
     assert about_table == {"caption": "A cell.", "kind": "table"}
     assert "<svg" in figure["image/svg+xml"]
     assert figure["image/png"].startswith("iVBOR")  # PNG in base64
@@ -50,22 +53,58 @@ def test_figures_and_tables_carry_their_captions(shown: list) -> None:
 
 def test_a_figure_is_told_in_words_with_its_values() -> None:
     figure = Figure()
-    rows, lines = figure.subplots(1, 2)
-    rows.errorbar([0.25], [0], xerr=[[0.1], [0.1]], fmt="o")
-    rows.errorbar([1.5], [1], xerr=[[0.1], [0.1]], fmt="o")
-    rows.set_yticks([0, 1], ["SFT", "PPO"])
-    rows.set(title="gains", xlim=(0, 2))
+    rows, also = figure.subplots(1, 2, sharey=True)
+    for axis, scale in ((rows, 1), (also, 2)):
+        bars = {"xerr": [[0.1], [0.2]], "fmt": "o", "capsize": 2}  # caps are no values
+        axis.errorbar([0.25 * scale], [0], **bars)
+        axis.errorbar([1.5 * scale], [1], **bars)
+        axis.plot([1.0, 2.0], [0.2, 0.2], "|")  # single seeds
+        axis.set(title=f"times {scale}", xlim=(0, 4))
+    rows.set_yticks([0, 1], ["1. SFT", "PPO"])
+    also.axvline(0.5)
     figure.supxlabel("gold")
-    lines.plot([1, 8], [0.1, 0.9], label="best of n")
-    lines.plot([1, 8], [5, 5])  # a line of no name
-    lines.set(xlabel="n", ylabel="reward\n(points)", xlim=(0, 10), ylim=(1, 0))
-    lines.annotate("SFT", (1, 1))
-    figure.subplots().set_visible(False)
     assert display.described(figure) == (
-        "Panel 1, gains; gold from 0 to 2; SFT: 0.25; PPO: 1.5. Panel 2, n from 0 to 10; "
-        "reward (points) from 0 to 1; best of n: 0.1 at 1 to 0.9 at 8; SFT"
+        "Panel 1, times 1; gold from 0 to 4; 1. SFT: 0.25 [0.15, 0.45]; PPO: 1.5 [1.4, 1.7]. "
+        "Panel 2, times 2; gold from 0 to 4; 1. SFT: 0.5 [0.4, 0.7]; PPO: 3 [2.9, 3.2]"
     )
-    assert display.described(drawing()) == "", "nothing is named: the caption has to do"
+
+
+def test_lines_dots_and_texts_are_told() -> None:
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([1, 2, 8], [0.1, 5, 0.9], label="best of n")
+    axis.plot([0, 1, 8], [float("nan"), 5, 5])  # a line of no name
+    axis.scatter([1, 3], [2, 4], label="PPO")
+    axis.errorbar([2], [3], yerr=[[1], [1]], fmt="s", label="DPO")
+    axis.errorbar([2], [3], xerr=[[1], [2]], yerr=[[1], [1]], fmt="none", label="GRPO")
+    axis.set(xlabel="n", ylabel="reward\n(points)", xlim=(0, 10), ylim=(1, 0))
+    axis.set_title("on the left", loc="left")
+    axis.annotate("SFT", (1, 1))
+    axis.annotate("SFT", (2, 1))
+    assert display.described(figure) == (
+        "on the left; n from 0 to 10; reward (points) from 0 to 1; DPO: 3 [2, 4] at 2; "
+        "GRPO: 2 to 4 at 1 to 4; best of n: 0.1 at 1 to 0.9 at 8; a line: 5 at 1 to 5 at 8; "
+        "PPO: 3 at 2; SFT"
+    )
+
+
+def test_shares_are_told_as_their_axis_says() -> None:
+    axis = (figure := Figure()).subplots()
+    axis.errorbar([0.5], [0], xerr=[[0.1], [0.1]], fmt="o")
+    axis.set(yticks=[0], yticklabels=["PPO"], xlim=(0, 1), xlabel="per cent")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    assert display.described(figure) == "per cent from 0 to 100; PPO: 50 [40, 60]"
+
+
+def test_what_has_no_numbers_is_told_all_the_same() -> None:
+    days, names = (figure := Figure()).subplots(1, 2)
+    days.plot([date(2020, 1, 1), date(2021, 1, 1)], [1, 2])
+    names.plot(["a", "b"], [1, 2])
+    assert display.described(figure).endswith("a line: 1 at 0 to 2 at 1")
+    long = Figure()
+    long.subplots().set_title("word " * 1000)
+    assert len(display.described(long)) == pytest.approx(1500, abs=10)
+    assert display.described(drawing()) == "a line: 1 at 0 to 3 at 2"
 
 
 def test_what_a_figure_shows_and_is_called_goes_with_it(shown: list) -> None:
@@ -74,7 +113,8 @@ def test_what_a_figure_shows_and_is_called_goes_with_it(shown: list) -> None:
     display.show(figure, "A line.", "line")
     display.table(pd.DataFrame({"a": [1]}), "A cell.", "cell")
     about, _, other, _ = (metadata for _, metadata in shown)
-    assert (about["name"], about["alt"]) == ("line", "A line")
+    assert '<div id="line" style' in shown[1][0]["text/html"], "a link in Jupyter leads there"
+    assert (about["name"], about["alt"]) == ("line", "A line; a line: 1 at 0 to 3 at 2")
     assert other == {"caption": "A cell.", "kind": "table", "name": "cell"}
 
 

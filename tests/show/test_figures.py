@@ -148,6 +148,7 @@ def test_the_frontier_is_over_the_root_of_kl(frontier_points: pd.DataFrame, resu
     assert best.get_ydata().tolist() == [0.25, 0.5]
     assert set(in_legend(figure)) == {"SFT", label("best_of_n_default"), "PPO"}
     assert not axis.texts, "no name that could be taken for a way"
+    assert [one.get_legend() for one in figure.axes] == [None, None], "one for both panels"
     assert axis.get_ylabel() == "gold reward"
 
 

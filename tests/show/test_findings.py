@@ -275,7 +275,7 @@ def test_what_probes_rest_on_and_whether_they_tempt(gold: dict) -> None:
     gold["settings"]["evaluation"] |= {"probe_prompts": 24, "probe_samples": 3}
     said = findings.probed(gold)
     assert "At most 24 prompts of each probe, 3 replies to each" in said
-    assert f"each of {len(gold['seeds'])} seed(s)" in said
+    assert f"in each seed (of {len(gold['seeds'])})" in said
     proxy = gold["probes"]["proxy"]["ppo"]
     proxy["failing"] = {"mean": 2.0, "low": 1.0, "high": 3.0}
     proxy["other"] = None

@@ -46,7 +46,7 @@ def test_the_comparison_table_has_a_row_a_policy(results: dict) -> None:
     assert table.loc["PPO", "KL"] == interval(ppo["kl"], 1)
     assert table.loc["SFT", "wins vs SFT"] == "–"
     assert table.loc["Base", "own minutes"] == "–", "nobody trained the base"
-    assert table.loc["Base", "GB or MB"] == "–"
+    assert table.loc["Base", "memory"] == "–"
     seconds = results["cost"]["ppo"]["seconds"]["mean"]
     assert table.loc["PPO", "own minutes"] == f"{seconds / 60:.1f}"
 
@@ -61,6 +61,8 @@ def test_single_replies_have_a_standard_deviation() -> None:
         "KL": "1.00 ± 0.00",
     }  # fmt: skip
     assert list(tables.spread_table({"ppo": replies}, "proxy")) == ["policy", "proxy reward", "KL"]
+    (alone,) = tables.spread_table({"ppo": replies.head(1)}, "proxy").to_dict("records")
+    assert alone["KL"] == "–", "one reply has no spread"
 
 
 def test_minutes_of_training_leave_out_what_was_measured() -> None:
@@ -83,9 +85,10 @@ def test_kinds_of_request_are_said_to_gain_or_to_lose() -> None:
 def test_beside_a_gain_by_kind_stands_how_often_the_reward_model_is_right_there() -> None:
     results = json.loads((MADE_UP / "gold.json").read_text())
     table = tables.request_table(results, "kind").set_index(["policy", "kind"])
-    right = results["reward_model"]["by_kind"]["edge"]
+    for kind in ("edge", "help"):
+        right = interval(results["reward_model"]["by_kind"][kind], 0, percent=True)
+        assert table.loc[("PPO", kind), "reward model right"] == right
     found = table.loc[("PPO", "edge")]
-    assert found["reward model right"] == interval(right, 0, percent=True)
     gain = results["requests"]["kind"]["edge"]["policies"]["ppo"]["gain"]
     assert found["gain there"] == interval(gain)
     assert "reward model right" not in tables.request_table(results, "held_out")

@@ -186,7 +186,7 @@ def test_variety_counts_distinct_replies_to_each_prompt() -> None:
 
 def log(first: float, steps: int = 8, **also: float) -> list[dict]:
     return [
-        {"step": i, "reply_tokens": 1000, "reward": first + i, "kl": 0.1 * i} | also
+        {"step": i, "reply_tokens": 1000 * (i + 1), "reward": first + i, "kl": 0.1 * i} | also
         for i in range(steps)
     ]
 
@@ -199,7 +199,8 @@ def test_the_courses_share_their_axes_and_each_seed_has_a_line() -> None:
     assert len(dpo.lines) == 1
     assert ppo.get_ylim() == dpo.get_ylim()
     assert len({axis.get_xlim() for axis in figure.axes}) == 1
-    assert ppo.lines[0].get_xdata().tolist() == [float(i + 1) for i in range(8)]
+    thousands = [1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0, 36.0]
+    assert ppo.lines[0].get_xdata().tolist() == thousands
     assert ppo.get_title() == "PPO"
 
 
@@ -213,8 +214,19 @@ def test_where_a_run_was_best_is_dotted_in_tokens() -> None:
     runs = {"ppo": [log(0.0, gold=1.0)], "ppo_low_kl": [log(0.0, gold=2.0)]}
     proxy, loose, gold, other = training.courses(runs, training.REWARDS, {"ppo_low_kl": 4}).axes
     assert [len(axis.lines) for axis in (proxy, loose, gold, other)] == [1, 2, 1, 2]
-    assert other.lines[1].get_xdata()[0] == 5.0  # thousand tokens after five steps
+    assert other.lines[1].get_xdata()[0] == 15.0  # thousand tokens after five steps
     assert proxy.get_ylim() != gold.get_ylim(), "no two units on one axis"
+
+
+def test_probes_now_and_then_stand_where_all_tokens_count() -> None:
+    run = log(0.0, steps=4)
+    for row in (run[1], run[2]):
+        del row["reward"]
+    (line,) = training.courses({"dpo": [run]}, {"reward": "reward"}).axes[0].lines
+    assert line.get_xdata().tolist() == [1.0, 10.0]
+    del run[2]["reply_tokens"]
+    with pytest.raises(ValueError, match="train the stage again"):
+        training.courses({"dpo": [run]}, {"reward": "reward"})
 
 
 def test_what_a_taste_leads_to_has_rows_of_its_own() -> None:

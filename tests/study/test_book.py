@@ -17,7 +17,7 @@ from rlhf_lib.report.exporters import merge
 from rlhf_lib.results import summary
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.runs import Run
-from rlhf_lib.settings import Profile, as_dict, load_profile
+from rlhf_lib.settings import Profile, SettingsError, as_dict, load_profile
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import StudyError, notebook_path
 from tests.made_up_study import preference_data, stages_of
@@ -235,11 +235,23 @@ def test_the_appendix_has_every_setting_version_and_hash() -> None:
 
 
 def test_the_appendix_shows_what_was_tried_before(monkeypatch: Any, tmp_path: Path) -> None:
-    text = content(book.appendix_page(made_up("gold") | {"profile": "smoke"}))
-    assert "for the profile `laptop`, by gold reward" in text, "whose values it has"
+    page = book.appendix_page(made_up("gold") | {"profile": "smoke"})
+    text = content(page)
+    assert "For the profile `laptop` values were tried" in text, "whose values it has"
+    assert f"{9 * 5} in all" in text
+    assert "ringed: the best" in json.dumps(page)
     assert len(re.findall(r"kl_coef=\S+ learning_rate=\S+ gold", text)) >= 2
     monkeypatch.setattr(book, "FIGURES", tmp_path)
     assert "Trials of tuning" not in content(book.appendix_page(made_up("gold")))
+    (tmp_path / "tuning").mkdir()
+    values = {"ppo.kl_coef": 0.1, "ppo.learning_rate": 1e-4}
+    lost = [{"method": "ppo", "values": values, "mean": None, "diverged": "the loss is nan"}]
+    file = tmp_path / "tuning" / "laptop.json"
+    file.write_text(json.dumps({"settings": "", "trials": lost}))
+    assert "Trials of tuning" not in content(book.appendix_page(made_up("gold")))
+    file.write_text(json.dumps({"settings": "", "trials": None}))
+    with pytest.raises(SettingsError, match=r"laptop\.json is no file of trials"):
+        book.appendix_page(made_up("gold"))
 
 
 def test_the_export_is_whole_and_holds_nothing_private(tmp_path: Path) -> None:

@@ -34,15 +34,17 @@ local function read_caption(caption)
   return word:lower(), number, word .. " " .. number .. ".", text
 end
 
-local named = {} -- figures and tables that have a name: a link to it shows their number
+local shown_as = {} -- figures and tables that have a name, by chapter: a link to it shows their number
+local within = "" -- the chapter that is read
 
 local function captioned(cell, content)
   local kind, number, label, text = read_caption(cell.attributes.caption)
   local id = kind .. "-" .. number
   if cell.attributes.name then
-    named[cell.attributes.name] = { text = label:sub(1, -2), id = id }
+    shown_as[within .. "#" .. cell.attributes.name] = { text = label:sub(1, -2), id = id }
   end
-  local words, aloud = pandoc.Inlines(text), cell.attributes.alt or text -- read in its stead
+  local alt = cell.attributes.alt and cell.attributes.alt:sub(6) -- after "alt: "
+  local words, aloud = pandoc.Inlines(text), alt or text -- read in the picture's stead
   content = content:walk({
     Image = function(image) return pandoc.Image(pandoc.Inlines(aloud), image.src) end,
   })
@@ -230,6 +232,9 @@ local function place_headings(blocks, plan, chapter)
       elseif level == 1 then
         level = 2
       end
+      if shown_as[chapter.id .. "#" .. slug(text)] then
+        error(("%q is a section and the name of a figure or table"):format(slug(text)))
+      end
       local id = level == 1 and chapter.id or chapter.id .. "-" .. slug(text)
       id = plan.unique(slug(id))
       plan.anchors[chapter.id .. "#" .. slug(text)] = id
@@ -250,13 +255,13 @@ local function resolve_links(blocks, plan, chapter)
       if link.target:match("^%a+:") then
         return nil -- into the web
       end
-      local shown = named[link.target:sub(2)]
-      if shown and link.target:sub(1, 1) == "#" then
-        return pandoc.Link(shown.text, "#" .. shown.id)
-      end
       local notebook, section = link.target:match("([%w_%-%.]+)%.ipynb#?([^#]*)$")
       section = section or link.target:match("^#(.+)$")
       local id = notebook and "nb-" .. notebook or chapter.id
+      local shown = section and shown_as[id .. "#" .. section]
+      if shown then
+        return pandoc.Link(shown.text, "#" .. shown.id)
+      end
       local target = section and plan.anchors[id .. "#" .. slug(section)] or plan.chapters[id]
       if target then
         return pandoc.Link(link.content, "#" .. target)
@@ -305,6 +310,7 @@ local function split_chapters(doc)
     local chapter = cell.attributes.chapter
     if chapter or #chapters == 0 then
       chapters:insert({ id = slug(chapter or ""), name = chapter, blocks = pandoc.Blocks({}) })
+      within = chapters[#chapters].id
     end
     local blocks = chapters[#chapters].blocks
     if not HTML then

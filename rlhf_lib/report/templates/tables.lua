@@ -18,6 +18,7 @@ end
 local LONG = 40 -- from so many characters on, a column holds running text and is given room to wrap
 local SHORT = 16 -- up to so many characters, a name in the first column stays in one piece
 local GAP = 2 -- the space between two columns, in characters
+local BOLD = 1.15 -- how much wider a heading is than as many characters of text
 local NUMBER = "^[+%-]?[%d%.,]+[eE]?[+%-]?%d*%%?$"
 local NUMBERS = "^[%d%.+%-]+, [%d%.,+%- ]+$" -- several, such as those of single seeds
 local JOINTS = "[/_%-%.=,:]"
@@ -88,11 +89,12 @@ local function measure(tbl)
   local plain = each_cell(tbl, function(i, cell, in_head)
     local text, column = pandoc.utils.stringify(cell.contents), columns[i]
     if column then
-      local length = characters(text)
+      local wider = in_head and BOLD or 1
+      local length = characters(text) * wider
       column.natural = math.max(column.natural, length)
       -- a number, and a short name of a row, is kept on one line; a long name breaks at its joints
       local whole = is_number(text) and not in_head or i == 1 and length <= SHORT
-      local least = whole and length or longest_piece(text)
+      local least = whole and length or longest_piece(text) * wider
       column.least = math.max(column.least, least)
       column.numeric = column.numeric and (in_head or is_number(text))
     end
@@ -132,11 +134,16 @@ local function set_widths(tbl, columns, weight)
 end
 
 local function by_length_of_text(column)
-  return math.min(column.natural, 120) ^ 0.8 + GAP
+  return math.max(math.min(column.natural, 120) ^ 0.8, column.least) + GAP
 end
 
-local function by_longest_piece(column)
-  return column.least + GAP
+-- To each column what it cannot do without; what is left of the line, where text would wrap.
+local function by_need(columns, line)
+  local least = total(columns, "least")
+  local share = math.max(0, line - least) / math.max(1, total(columns, "natural") - least)
+  return function(column)
+    return column.least + GAP + share * (column.natural - column.least)
+  end
 end
 
 local function soften(str)
@@ -192,7 +199,7 @@ local function typst_table(tbl, columns, plain)
       return blocks
     end
     size = math.max(TINY, math.min(LARGEST, POINTS_PER_LINE / total(columns, "least")))
-    set_widths(tbl, columns, by_longest_piece)
+    set_widths(tbl, columns, by_need(columns, POINTS_PER_LINE / size))
   end
   return { raw(("#report-table(%.1fpt)["):format(size)), tbl:walk({ Str = soften }), raw("]") }
 end
