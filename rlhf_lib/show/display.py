@@ -127,8 +127,10 @@ def _panel(axis: Axes, below: str, beside: str) -> str:
 
 
 def _intervals(bars: ErrorbarContainer, rows: Mapping[float, str], unit: float) -> Iterator[str]:
-    """Each dot with its interval: of a row, or over a place."""
+    """Each dot with its interval: of a row, or over a place; nothing where some dots have none."""
     dots, _, spans = bars.lines
+    if not spans or (dots is not None and len(spans[0].get_paths()) < np.size(dots.get_xdata())):
+        return
     upright = bars.has_yerr
     segments = spans[-1 if upright else 0].get_segments()
     if dots is None:  # bars alone, in both directions

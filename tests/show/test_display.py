@@ -101,6 +101,10 @@ def test_what_has_no_numbers_is_told_all_the_same() -> None:
     days.plot([date(2020, 1, 1), date(2021, 1, 1)], [1, 2])
     names.plot(["a", "b"], [1, 2])
     assert display.described(figure).endswith("a line: 1 at 0 to 2 at 1")
+    bare, some = (figure := Figure()).subplots(1, 2)
+    bare.errorbar([1, 2], [3, 4], fmt="o")
+    some.errorbar([1, 2], [3, 4], yerr=[1, 1], errorevery=2, fmt="o")
+    assert display.described(figure) == "Panel 1. Panel 2"
     long = Figure()
     long.subplots().set_title("word " * 1000)
     assert len(display.described(long)) == pytest.approx(1500, abs=10)
