@@ -314,6 +314,9 @@ def test_the_doctor_has_a_status_for_a_suspicion(cli: Callable, tmp_path: Path) 
     result = cli("doctor", ill)
     assert result.code == 1
     assert result.out.startswith("collapsed entropy: entropy fell from 1.00 to 0.00.")
+    both = cli("doctor", clean, ill)
+    assert both.code == 1
+    assert str(clean) in both.out, "of several logs it is said which"
     assert cli("doctor", tmp_path / "none.jsonl").code == 2
 
 

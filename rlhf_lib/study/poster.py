@@ -162,9 +162,8 @@ def prose(text: str) -> nbformat.NotebookNode:
 
 
 def figure(drawn: Figure, caption: str) -> nbformat.NotebookNode:
-    about = {"kind": "figure", "caption": caption}
-    told = described(drawn)
-    return _cell(figure_bundle(drawn), about | {"alt": told} if told else about)
+    about = {"kind": "figure", "caption": caption, "alt": described(drawn)}
+    return _cell(figure_bundle(drawn), about)
 
 
 def table(frame: pd.DataFrame, caption: str) -> nbformat.NotebookNode:

@@ -70,3 +70,14 @@ def test_what_holds_no_results_is_said(tmp_path: Path, content: str | None) -> N
 def test_studies_without_a_common_policy_cannot_be_compared(results: dict) -> None:
     with pytest.raises(UserError, match="no policy in common"):
         compare.results_table(results, results | {"policies": {}})
+
+
+def test_what_is_measured_on_two_scales_has_no_difference(results: dict) -> None:
+    other = copy.deepcopy(results) | {"source": "path:other.jsonl"}
+    table = compare.results_table(results, other).set_index(["policy", "measure"])
+    assert table.loc[("PPO", "proxy"), "verdict"] == "–", "two reward models"
+    assert table.loc[("PPO", "kl"), "verdict"] != "–"
+    assert table.loc[("PPO", "gold"), "verdict"] != "–", "the rules are the same"
+    other["settings"]["model"]["name"] = "gpt2"
+    table = compare.results_table(results, other).set_index(["policy", "measure"])
+    assert table.loc[("PPO", "kl"), "verdict"] == "–", "two models, two kinds of token"

@@ -161,6 +161,11 @@ def test_a_file_of_other_settings_is_refused(world: SimpleNamespace, tmp_path: P
         load(path)
 
 
+def test_no_trials_are_no_search(world: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="at least 1"):
+        search(tmp_path, "tuning.trials=0")
+
+
 def test_without_a_judge_nothing_is_tuned(world: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"set data\.judge_pairs"):
         search(tmp_path, "data.source=path:pairs.jsonl")
