@@ -124,7 +124,7 @@ def resume(part: Part) -> None:
     )
     arguments = [sys.executable, "-c", code, str(part.runs / "resume"), often]
     process = subprocess.Popen(arguments)
-    progress = folder.with_name(f"{folder.name}.partial") / "checkpoint" / "progress.json"
+    progress = folder.with_name(f"{folder.name}.partial") / "checkpoint-a" / "progress.json"
     while process.poll() is None and not progress.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -26,11 +26,11 @@ from scipy import stats
 from benchmarks.text import noise_summary
 from rlhf_lib import catalogue
 from rlhf_lib.data.truth import truth_of, unit_of
+from rlhf_lib.files import read_jsonl, write_json
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import detectable, estimate, minus
 from rlhf_lib.measure.two_errors import total
 from rlhf_lib.results.policies import Samples, compared
-from rlhf_lib.runs import read_jsonl, write_json
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import load_profile
 from rlhf_lib.study.stages import Study

@@ -149,8 +149,8 @@ def proofs(
     ] = None,
 ) -> None:
     """Prove the methods by enumeration, and compare with TRL; fails where a claim does not hold."""
+    from rlhf_lib.files import write_json
     from rlhf_lib.proofs import claims, parity
-    from rlhf_lib.runs import write_json
 
     rows, missing = parity.with_parity(simulated=True)
     print("\n".join(filter(None, (claims.as_text(rows), missing))))

@@ -2,33 +2,32 @@
 
     runs/<profile>/seed-<k>/<stage>-<hash12>/   config.json metrics.jsonl result.json ... DONE
 
-While a stage runs, its folder is called `<stage>-<hash12>.partial` and holds `checkpoint/`; when
-it has ended the checkpoint goes, `DONE` is written last, and one rename publishes the folder.
+While a stage runs, its folder is called `<stage>-<hash12>.partial` and holds its saved states
+(`checkpoints`); when it has ended they go, `DONE` is written last, and one rename publishes the
+folder.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_lib import catalogue, user_code
+from rlhf_lib import catalogue, files
+from rlhf_lib.checkpoints import Checkpoints
+from rlhf_lib.code_hash import source_hash
+from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
 from rlhf_lib.runtime import (
     MEASURING,
     choose_precision,
@@ -42,10 +41,7 @@ from rlhf_lib.runtime import (
     reset_peak_memory,
     seed_everything,
 )
-from rlhf_lib.settings import Profile, SettingsError, UserError, as_dict, content_hash
-
-PACKAGE = Path(__file__).resolve().parent
-BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
+from rlhf_lib.settings import Profile, UserError, as_dict, content_hash
 
 
 @dataclass(frozen=True)
@@ -126,19 +122,28 @@ class Stage:
     def ensure(self, build: Callable[[Work], dict]) -> Stage:
         """Run `build(work)` unless the stage is done, and publish what it wrote and returned.
 
-        A second process that wants the same stage waits for the first and uses its result.
+        A second process that wants the same stage waits for the first and uses its result. Raises
+        UserError where the disk is full, or a drive has dropped.
         """
         if self.done:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
-            if not self.done:
-                work = Work(self)
-                try:
-                    work.publish(build(work))
-                finally:
-                    work.leave()
+        try:
+            with files.locked(self.path.with_name(f"{self.path.name}.lock")):
+                if not self.done:
+                    self._work(build)
+        except OSError as error:
+            if said := files.mishap(error, self.path.parent):
+                raise UserError(said) from error
+            raise
         return self
+
+    def _work(self, build: Callable[[Work], dict]) -> None:
+        work = Work(self)
+        try:
+            work.publish(build(work))
+        finally:
+            work.leave()
 
 
 def training_minutes(result: Mapping) -> float:
@@ -154,9 +159,9 @@ class Work:
         self.path = stage.path.with_name(stage.path.name + ".partial")
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
-        self._checkpoint = self.path / "checkpoint"
+        self.checkpoints = Checkpoints(self.path, stage.checkpoint_minutes)
         self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
-        self._saved = self._logged = time.perf_counter()
+        self._logged = time.perf_counter()
         self._measured = phase_seconds().get(MEASURING, 0.0)
         kept = self.keep / "progress.json"  # what was kept took its time
         self._go_on_from(*([json.loads(kept.read_text())] if kept.exists() else []))
@@ -190,17 +195,17 @@ class Work:
         return max(self._earlier["peak_memory_gb"], peak_memory_gb())
 
     def steps(self, total: int, accelerator: Accelerator) -> Iterator[int]:
-        """Yield the step numbers still to do, saving the accelerator's state every few minutes.
+        """Yield the step numbers still to do, saving the accelerator's state from time to time.
 
         The state is that of every model, optimizer and scheduler the accelerator has prepared, and
         of all random number generators: a resumed stage ends bit-identical (on CPU).
         """
+        self.checkpoints.check_space(accelerator)
         first = self._restore(accelerator)
         self._logged, self._measured = time.perf_counter(), phase_seconds().get(MEASURING, 0.0)
         for step in progress(range(first, total), self.stage.name, total=total, done=first):
             yield step
-            due = time.perf_counter() - self._saved >= 60 * self.stage.checkpoint_minutes
-            if due and step + 1 < total:
+            if self.checkpoints.due and step + 1 < total:
                 self._save(accelerator, step + 1)
 
     def log(self, step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
@@ -224,17 +229,7 @@ class Work:
 
     @phase("saving")
     def _save(self, accelerator: Accelerator, step: int) -> None:
-        fresh, old = self.path / "checkpoint.new", self.path / "checkpoint.old"
-        shutil.rmtree(fresh, ignore_errors=True)
-        accelerator.save_state(str(fresh))
-        write_json(fresh / "progress.json", {"step": step, **self._spent()})
-        shutil.rmtree(old, ignore_errors=True)  # left over when the process was killed at the end
-        # two renames, so that at every moment one whole checkpoint stands under one of the names
-        if self._checkpoint.exists():
-            self._checkpoint.rename(old)
-        fresh.rename(self._checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
-        self._saved = time.perf_counter()
+        self.checkpoints.save(accelerator, {"step": step, **self._spent()})
 
     def _spent(self) -> dict:
         """What the stage has cost up to now, as results and progress say it."""
@@ -245,18 +240,15 @@ class Work:
         }  # fmt: skip
 
     def _restore(self, accelerator: Accelerator) -> int:
-        old = self.path / "checkpoint.old"
-        if old.exists() and not self._checkpoint.exists():  # killed between the two renames
-            old.rename(self._checkpoint)
         metrics = self.path / "metrics.jsonl"
-        if not self._checkpoint.exists():
+        saved = self.checkpoints.restore(accelerator)
+        if saved is None:
             metrics.unlink(missing_ok=True)
             return 0
-        self._go_on_from(saved := json.loads((self._checkpoint / "progress.json").read_text()))
+        self._go_on_from(saved)
         self.num_tokens, step = saved["num_tokens"], saved["step"]
         lines = metrics.read_text().splitlines(keepends=True)
         replace_text(metrics, "".join(lines[:step]))
-        accelerator.load_state(str(self._checkpoint))
         return step
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -296,18 +288,17 @@ class Work:
 
     def leave(self) -> None:
         """Take away what a stage that failed has left, unless it can go on from there."""
-        if not (self._checkpoint.exists() or self.keep.exists()):
-            shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # of a drive that has dropped
+            if not (self.checkpoints.exist or self.keep.exists()):
+                shutil.rmtree(self.path)
 
     def publish(self, result: dict) -> None:
-        """Write the result, drop the checkpoint, and rename the folder to its final name."""
+        """Write the result, drop the saved states, and rename the folder to its final name."""
         write_json(self.path / "result.json", {**result, **self._spent()})
-        for name in ("checkpoint", "checkpoint.old", "checkpoint.new", "kept"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.checkpoints.discard()
+        files.discard(self.keep)
         (self.path / "DONE").write_text(self.stage.hash + "\n")
-        if self.stage.path.exists():  # a folder that lost its DONE: whatever it holds is not whole
-            shutil.rmtree(self.stage.path)
-        self.path.rename(self.stage.path)
+        files.publish(self.path, self.stage.path, last="DONE")
 
 
 def _since(start: Mapping, now: Mapping, earlier: Mapping) -> dict[str, float]:
@@ -316,135 +307,3 @@ def _since(start: Mapping, now: Mapping, earlier: Mapping) -> dict[str, float]:
     added.subtract(start)
     added.update(earlier)
     return {name: amount for name, amount in added.items() if amount > 0}
-
-
-# ------------------------------------------------------------------------- what a stage runs
-
-
-def source_hash(*modules: str) -> str:
-    """SHA-256 of what `modules` do, and all that they import of this library or of the user's own.
-
-    A module is named as Python names it, or by the path of its file. Comments, docstrings and
-    layout do not count, nor do imports that are written as no import statement. Raises
-    SettingsError for a file of the user's that is not there, not what this process has run, or one
-    of two under one name.
-    """
-    seen: dict[str, str] = {}
-    files: dict[str, Path] = {}
-    waiting = [(name, source_file(name)) for name in modules]
-    while waiting:
-        name, path = waiting.pop()
-        if path is None or name in BY_VALUE:
-            continue
-        key = path.stem if name.endswith(".py") else name  # wherever the file lies
-        if files.setdefault(key, path) != path:
-            raise SettingsError(f"{path} and {files[key]} have one name: rename one of them")
-        if key in seen:
-            continue
-        own = user_code.is_own(path)
-        text = user_code.IMPORTED.get(path, path.read_bytes()) if own else _library_text(path)
-        if own and text != path.read_bytes():
-            raise SettingsError(f"{path} has been edited: start Python anew to run it as it is now")
-        seen[key], imported = _read_source(path, name, text)
-        for other in imported:
-            if not own and other.partition(".")[0] != PACKAGE.name:
-                continue  # the library imports nothing of the user's
-            beside = _root(name, path).joinpath(*other.split("."))
-            found = [p for p in (beside.with_suffix(".py"), beside / "__init__.py") if p.is_file()]
-            waiting.append((other, found[0] if own and found else source_file(other)))
-    return content_hash(seen)
-
-
-def _root(name: str, path: Path) -> Path:
-    """The folder that a module was found from."""
-    depth = 0 if name.endswith(".py") else name.count(".") + (path.name == "__init__.py")
-    return path.parents[depth]
-
-
-def source_file(name: str) -> Path | None:
-    """The file of a module, or of `FILE.py`; None for one that is not there, or not ours to follow.
-
-    Followed are this library and what is the user's: no installed package, nothing of Python.
-    """
-    if name.endswith(".py"):
-        return user_code.user_file(name)
-    root = name.partition(".")[0]
-    if root == PACKAGE.name:  # found without importing what is above it
-        path = PACKAGE.parent.joinpath(*name.split("."))
-        found = [p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()]
-        return found[0] if found else None
-    try:
-        spec = importlib.util.find_spec(root)
-        places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-        if not any(place and user_code.is_own(Path(place)) for place in places):
-            return None
-        spec = importlib.util.find_spec(name)
-    except (ImportError, AttributeError, ValueError):  # `from module import name`: no such module
-        return None
-    origin = spec.origin if spec else None
-    return Path(origin) if origin and origin.endswith(".py") else None
-
-
-@cache
-def _library_text(path: Path) -> bytes:
-    """Kept for as long as Python keeps a module that it has imported."""
-    return path.read_bytes()
-
-
-@cache
-def _read_source(path: Path, name: str, text: bytes) -> tuple[str, list[str]]:
-    """Hash of a file's code, and every module that it may import, anywhere in it."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError as error:
-        raise SettingsError(f"{path}, line {error.lineno}: {error.msg}") from error
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    imported = imported_modules(tree, package)
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
-
-
-def imported_modules(tree: ast.AST, package: str) -> list[str]:
-    """Modules that a module of `package` imports, wherever in it; names of them that may be one."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            dots = "." * node.level + (node.module or "")
-            base = importlib.util.resolve_name(dots, package) if node.level else dots
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return sorted(found)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Raises UserError for what JSON cannot hold, numbers that are not finite among it."""
-    replace_text(path, _json(path, value, indent=2))
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
-    replace_text(path, "".join(_json(path, row) for row in rows))
-
-
-def _json(path: Path, value: object, indent: int | None = None) -> str:
-    try:
-        # a number of numpy or torch is a number
-        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=float)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path.parent.name}/{path.name} cannot hold this: {error}") from error
-    return text + "\n"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: nobody ever sees half a file."""
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]

@@ -263,7 +263,9 @@ class EndpointConfig:
 
 @dataclass(frozen=True)
 class Profile:
-    """A full set of stage settings. `checkpoint_minutes`: how often a stage saves its state."""
+    """A full set of stage settings. `checkpoint_minutes`: how often a stage saves its state, at most:
+    saving keeps to 5 % of its time. 0: after every step.
+    """
 
     name: str
     seeds: int = 1

@@ -16,11 +16,12 @@ from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.truth import truth_of
+from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure.attribution import DOSED
 from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.results import summary
-from rlhf_lib.runs import Run, Stage, write_jsonl
+from rlhf_lib.runs import Run, Stage
 from rlhf_lib.runtime import count, phase
 from rlhf_lib.settings import load_profile
 from rlhf_lib.world.grammar import sample_reply, sample_request, write_prompt

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lib.runs import imported_modules
+from rlhf_lib.code_hash import imported_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "rlhf_lib"
@@ -22,8 +22,11 @@ ORDER = (
     "settings",
     "user_code",
     "catalogue",
+    "files",
+    "code_hash",
     "runtime",
     "flops",
+    "checkpoints",
     "runs",
     "objectives",
     "world",

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from rlhf_lib import lesson
-from rlhf_lib.runs import imported_modules
+from rlhf_lib.code_hash import imported_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"

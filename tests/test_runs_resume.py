@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_lib.checkpoints import Checkpoints
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
@@ -83,31 +84,56 @@ def test_without_a_checkpoint_a_killed_run_starts_again(make_model: Callable, ru
 
 def test_seconds_and_memory_of_earlier_attempts_count(make_model: Callable, eager: Stage) -> None:
     train_a_little(make_model, eager, die_at=2)
-    (saved,) = eager.path.parent.glob("*.partial/checkpoint/progress.json")
-    saved.write_text(
-        json.dumps(json.loads(saved.read_text()) | {"seconds": 1e6, "peak_memory_gb": 99})
-    )
+    for saved in eager.path.parent.glob("*.partial/checkpoint-?/progress.json"):
+        saved.write_text(
+            json.dumps(json.loads(saved.read_text()) | {"seconds": 1e6, "peak_memory_gb": 99})
+        )
     train_a_little(make_model, eager)
     assert eager.result()["seconds"] > 1e6
     assert eager.result()["peak_memory_gb"] == 99
 
 
-@pytest.mark.parametrize(
-    "moment", ["between the renames", "before the old one is gone", "half saved"]
-)
-def test_killed_while_saving(moment: str, make_model: Callable, eager: Stage, run: Run) -> None:
+def newest(stage: Stage) -> Path:
+    """The slot of the last state that was saved."""
+    slots = stage.path.parent.glob("*.partial/checkpoint-?")
+    return max(slots, key=lambda slot: json.loads((slot / "progress.json").read_text())["step"])
+
+
+@pytest.mark.parametrize("damage", ["half a file", "another file", "no file", "no record"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(
+    damage: str,
+    make_model: Callable,
+    eager: Stage,
+    run: Run,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Killed while saving, or what a drive made of it: the other slot is whole."""
+    whole = train_a_little(make_model, stage_of(run))
+    train_a_little(make_model, eager, die_at=2)  # has saved states after steps 1 and 2
+    slot = newest(eager)
+    file = slot / ("progress.json" if damage == "no record" else "random_states_0.pkl")
+    if damage == "half a file":
+        os.truncate(file, file.stat().st_size // 2)
+    elif damage == "another file":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    assert train_a_little(make_model, eager) == whole[1:], "goes on from the state before"
+    assert (f"{slot} is damaged (random_states_0.pkl)" in caplog.text) is (damage != "no record")
+    assert [row["loss"] for row in eager.metrics()] == whole
+    assert not list(eager.path.glob("checkpoint*"))
+
+
+def test_with_no_whole_state_a_run_starts_again(
+    make_model: Callable, eager: Stage, run: Run
+) -> None:
     whole = train_a_little(make_model, stage_of(run))
     train_a_little(make_model, eager, die_at=2)
-    (partial,) = eager.path.parent.glob("*.partial")
-    checkpoint = partial / "checkpoint"
-    if moment == "between the renames":
-        checkpoint.rename(partial / "checkpoint.old")
-    else:
-        name = "old" if moment == "before the old one is gone" else "new"
-        (partial / f"checkpoint.{name}").mkdir()
-        (partial / f"checkpoint.{name}" / "model.safetensors").write_text("half of it")
-    assert train_a_little(make_model, eager) == whole[2:]
-    assert not list(eager.path.glob("checkpoint*"))
+    for weights in eager.path.parent.glob("*.partial/checkpoint-?/model.safetensors"):
+        os.truncate(weights, 100)
+    assert train_a_little(make_model, eager) == whole
 
 
 def test_a_torn_last_line_of_the_metrics_is_cut(
@@ -125,8 +151,8 @@ def test_the_state_is_saved_at_most_as_often_as_asked(
     make_model: Callable, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
-    save = Work._save
-    monkeypatch.setattr(Work, "_save", lambda *a: (saved.append(a[2]), save(*a)))
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda *a: (saved.append(a[2]["step"]), save(*a)))
     train_a_little(make_model, stage_of(run))
     assert saved == []
     run = Run.open("smoke", 5, run.root, "checkpoint_minutes=0")

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_lib.files import write_json
 from rlhf_lib.measure.statistics import SHARE, estimate
-from rlhf_lib.runs import write_json
 from rlhf_lib.settings import EndpointConfig, SettingsError, UserError, content_hash
 
 KEY = "OPENAI_API_KEY"

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.pairs import PreferenceData
+from rlhf_lib.files import write_jsonl
 from rlhf_lib.methods.rewards import Reply, Reward, read_replies
 from rlhf_lib.methods.rollout import Rollout, Sampler
 from rlhf_lib.models.load import freeze, load_reference
 from rlhf_lib.models.logprobs import reply_logprobs
 from rlhf_lib.objectives.kl import k3
 from rlhf_lib.objectives.masked import masked_mean
-from rlhf_lib.runs import Work, write_jsonl
+from rlhf_lib.runs import Work
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import EvaluationConfig, content_hash
 

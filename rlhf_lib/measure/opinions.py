@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Encoder, Prompt
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.methods.rewards import Reward, read_replies
-from rlhf_lib.runs import Stage, Work, read_jsonl
+from rlhf_lib.runs import Stage, Work
 
 
 def measure(

@@ -19,10 +19,11 @@ from pathlib import Path
 from rlhf_lib.data.batches import by_length
 from rlhf_lib.data.encoding import Encoder
 from rlhf_lib.data.truth import Truth
+from rlhf_lib.files import read_jsonl, write_jsonl
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.rankings import refuses
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.runs import Work, read_jsonl, write_jsonl
+from rlhf_lib.runs import Work
 from rlhf_lib.runtime import bundled_folder, progress
 from rlhf_lib.settings import EvaluationConfig
 from rlhf_lib.world.rewards import FREE_WORDS, observe

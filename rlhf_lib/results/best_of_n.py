@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from rlhf_lib import catalogue
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.measure.statistics import compare, direction, estimate, minus
 from rlhf_lib.results.policies import Samples
-from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.runs import Stage
 from rlhf_lib.settings import SettingsError
 
 Curves = Sequence[pd.DataFrame]  # of each seed, rows of `best_of_n.jsonl`

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from rlhf_lib import catalogue
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.measure import rankings
 from rlhf_lib.measure.probes import ngrams, repetition
 from rlhf_lib.measure.statistics import (
@@ -26,7 +27,6 @@ from rlhf_lib.measure.statistics import (
     estimate,
     seed_by_seed,
 )
-from rlhf_lib.runs import read_jsonl
 
 MEASURES = ("proxy", "gold", "judge", "kl", "kl_k1", "kl_k3", "entropy", "length", "finished")
 BLOCK = 16  # replies in which distinct n-grams are counted together

@@ -12,11 +12,12 @@ from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 
-from rlhf_lib import catalogue
+from rlhf_lib import catalogue, files
+from rlhf_lib.code_hash import source_hash
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.truth import Truth, unit_of
+from rlhf_lib.files import read_jsonl, write_json, write_jsonl
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results import best_of_n
@@ -25,15 +26,7 @@ from rlhf_lib.results.policies import Samples, needs, overoptimisation, policies
 from rlhf_lib.results.probes import probe_table
 from rlhf_lib.results.rankings import reward_model_summary, second_opinion
 from rlhf_lib.results.requests import attribution, gains_by_request
-from rlhf_lib.runs import (
-    Run,
-    Stage,
-    read_jsonl,
-    source_hash,
-    training_minutes,
-    write_json,
-    write_jsonl,
-)
+from rlhf_lib.runs import Run, Stage, training_minutes
 from rlhf_lib.runtime import environment
 from rlhf_lib.settings import as_dict, content_hash, deciding
 
@@ -48,7 +41,8 @@ def summarise(runs: Sequence[Run], stages: Sequence[Stages], data: PreferenceDat
     # all settings that a reader of results compares: no stage's hash has, for instance, `extras`
     key = content_hash([*hashes, source_hash(__name__), deciding(as_dict(profile))])
     folder = runs[0].root / profile.name / f"evaluation-{key[:12]}"
-    with FileLock(f"{folder}.lock"):  # a second process waits, and takes what the first has made
+    # a second process waits, and takes what the first has made
+    with files.locked(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "DONE").exists():
             _publish(folder, key, runs, stages, data)
         (folder / "DONE").touch()  # now the newest: what was asked for last is what is reported
@@ -69,9 +63,7 @@ def _publish(
     frontier(runs, stages).to_csv(work / "frontier.csv", index=False)
     write_json(work / "results.json", _results(runs, stages, data, samples))
     (work / "DONE").write_text(key + "\n")
-    if folder.exists():  # a folder that lost its DONE: whatever it holds is not whole
-        shutil.rmtree(folder)
-    work.rename(folder)
+    files.publish(work, folder, last="DONE")
 
 
 def load_results(folder: Path) -> dict:

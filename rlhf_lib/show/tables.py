@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import label
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.policies import rewards
 from rlhf_lib.results.verdict import ASKED
-from rlhf_lib.runs import Stage, read_jsonl, training_minutes
+from rlhf_lib.runs import Stage, training_minutes
 from rlhf_lib.world.grammar import last_request
 
 COMPARED = ("null", "baseline", "method", "variant")  # roles of what is compared with SFT

@@ -11,13 +11,13 @@ import nbformat
 import pandas as pd
 
 from rlhf_lib import __version__, catalogue
+from rlhf_lib.files import write_json
 from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters, references
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.review import claims as published
 from rlhf_lib.review import trials
-from rlhf_lib.runs import write_json
 from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure

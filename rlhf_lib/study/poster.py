@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import GREY, color, label
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.results import verdict
-from rlhf_lib.runs import read_jsonl
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import described, figure_bundle, table_bundle
 from rlhf_lib.show.tables import HEADLINE_CAPTION, headline_table

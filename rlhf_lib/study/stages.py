@@ -15,9 +15,10 @@ from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.truth import truth_of
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.results import summary
-from rlhf_lib.runs import Run, Stage, read_jsonl
+from rlhf_lib.runs import Run, Stage
 from rlhf_lib.runtime import set_up_process
 from rlhf_lib.settings import DataConfig, Profile, UserError, of_settings, unknown
 from rlhf_lib.study.training import Offer, check_stage, run_stage, stage_of

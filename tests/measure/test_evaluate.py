@@ -16,10 +16,11 @@ import torch
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.measure import evaluate
 from rlhf_lib.methods.rewards import Reply
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.runs import Stage, read_jsonl
+from rlhf_lib.runs import Stage
 from rlhf_lib.study import training
 
 # ------------------------------------------------------------------------------------ best of n

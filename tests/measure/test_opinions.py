@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlhf_lib import catalogue
+from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure import opinions
-from rlhf_lib.runs import write_jsonl
 from rlhf_lib.study.training import run_stage
 
 

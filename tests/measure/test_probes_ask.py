@@ -15,11 +15,12 @@ from transformers import AutoTokenizer
 
 from rlhf_lib import catalogue
 from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.measure import probes
 from rlhf_lib.measure.probes import PROBES, fails, load_probes
 from rlhf_lib.methods.rewards import Reply, read_replies
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.runs import Run, Stage, read_jsonl
+from rlhf_lib.runs import Run, Stage
 from rlhf_lib.study import training
 
 LIMITS = (

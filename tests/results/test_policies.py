@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from rlhf_lib import catalogue
+from rlhf_lib.files import write_jsonl
 from rlhf_lib.results import policies
 from rlhf_lib.results.policies import Samples, distinct, length_controlled
-from rlhf_lib.runs import write_jsonl
 from tests.made_up_study import sample_rows, strict, summarise
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from rlhf_lib.data.truth import Truth, truth_of
+from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure import statistics
 from rlhf_lib.measure.probes import ORDINARY, PROBES, SCORES, load_probes
 from rlhf_lib.results import probes
-from rlhf_lib.runs import write_jsonl
 
 WORLD = truth_of("bundled")
 PROMPTS = 16  # of each probe, two replies each

@@ -12,8 +12,8 @@ import torch
 
 from rlhf_lib.catalogue import label
 from rlhf_lib.data.encoding import Pair
+from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure.statistics import interval
-from rlhf_lib.runs import write_jsonl
 from rlhf_lib.show import tables
 
 MADE_UP = Path(__file__).parents[1] / "made_up"

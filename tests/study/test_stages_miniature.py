@@ -20,7 +20,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from rlhf_lib import catalogue, runs
+from rlhf_lib import catalogue, code_hash, runs
 from rlhf_lib.__main__ import main
 from rlhf_lib.results import verdict
 from rlhf_lib.settings import as_dict, of_settings
@@ -210,7 +210,7 @@ def test_it_stands_on_the_frontier_with_the_way_there_and_in_the_report(study: A
 def test_its_hash_follows_its_source(tmp_path: Path) -> None:
     def stage_hash(text: str) -> str:
         (tmp_path / "reinforce.py").write_text(text)
-        return runs.source_hash(str(tmp_path / "reinforce.py"), "rlhf_lib.methods.grpo")
+        return code_hash.source_hash(str(tmp_path / "reinforce.py"), "rlhf_lib.methods.grpo")
 
     text = TOY.read_text()
     before = stage_hash(text)

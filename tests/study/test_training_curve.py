@@ -139,7 +139,7 @@ def test_what_a_point_had_cost_before_it_was_killed_counts(
         patch.setattr(Stage, "samples", read)
         with pytest.raises(KeyboardInterrupt):
             train_stage(run, "reward_model_curve", tiny_data, finished)
-    name = "checkpoint/progress.json" if moment == "in a step" else "result.json"
+    name = "checkpoint-a/progress.json" if moment == "in a step" else "result.json"
     (saved,) = tmp_path.glob(f"**/reward_model_8-*/{name}")
     before = json.loads(saved.read_text())
     saved.write_text(json.dumps(before | {"seconds": 1e6, "peak_memory_gb": 99.0}))

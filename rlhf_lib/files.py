@@ -1,0 +1,153 @@
+"""Files of a run: nobody sees half of one, two writers take turns, and a disk's mishaps are said.
+
+Some folders are mounts, such as a cloud drive in a hosted notebook: it may know no locks, rename no
+folder, keep what is deleted (and count it), and drop while it is written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from rlhf_lib.settings import UserError
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+NO_RENAMES = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+GONE = {errno.ENOTCONN, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EROFS}
+PATIENCE = 1.0  # seconds that a lock is waited for in silence
+LEASE = 120.0  # seconds without a sign of life from its holder, then another takes the lock
+
+
+def write_json(path: Path, value: object) -> None:
+    """Raises UserError for what JSON cannot hold, numbers that are not finite among it."""
+    replace_text(path, _json(path, value, indent=2))
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
+    replace_text(path, "".join(_json(path, row) for row in rows))
+
+
+def _json(path: Path, value: object, indent: int | None = None) -> str:
+    try:
+        # a number of numpy or torch is a number
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=float)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path.parent.name}/{path.name} cannot hold this: {error}") from error
+    return text + "\n"
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: nobody ever sees half a file."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def publish(folder: Path, target: Path, last: str) -> None:
+    """Give a finished folder its name: one rename, or a copy in which the file `last` comes last.
+
+    What stands there without that file is no whole folder, and goes.
+    """
+    if target.exists():
+        shutil.rmtree(target)
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in NO_RENAMES:
+            raise
+        shutil.copytree(folder, target, ignore=shutil.ignore_patterns(last))
+        shutil.copy(folder / last, target)
+        discard(folder)
+
+
+def empty(folder: Path) -> None:
+    """Leave the files in a folder without content: a drive that keeps them keeps nothing large."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.truncate(path, 0)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there."""
+    if folder.is_dir():
+        empty(folder)
+        shutil.rmtree(folder)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that may still be written there, what lies in `folder` left as it is."""
+    return shutil.disk_usage(folder).free
+
+
+def mishap(error: OSError, folder: Path) -> str:
+    """What befell the disk that `folder` is on, and the way out; empty where nothing did."""
+    if error.errno in FULL:
+        return f"no space is left where {folder} is written: make room{GOES_ON}"
+    if error.errno in GONE or not _is_there(folder):
+        why = error.strerror or str(error)
+        return f"{folder} can be written no more ({why}): mount its drive again{GOES_ON}"
+    return ""
+
+
+GOES_ON = "; the same command then goes on from the last state that was saved"
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError:  # a mount that has dropped
+        return False
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock `path`. Who has to wait is told for whom, and since when."""
+    holder = path.with_suffix(".holder")
+    lock = _lock(path, holder)
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {since}")
+        yield
+    finally:
+        with suppress(OSError):  # of a drive that has dropped
+            holder.unlink()
+        lock.release()
+
+
+def _lock(path: Path, holder: Path) -> BaseFileLock:
+    """The lock, taken. Where a mount knows none, a file that is renewed for as long as it is held:
+    that of a machine which is gone stands in nobody's way for long.
+    """
+    try:
+        return _take(FileLock(path, fallback_to_soft=False), holder)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return _take(SoftFileLease(path.with_suffix(".lease"), lease_duration=LEASE), holder)
+
+
+def _take(lock: BaseFileLock, holder: Path) -> BaseFileLock:
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        who = "another process"
+        with suppress(OSError):
+            who = holder.read_text() or who
+        print(f"{holder.stem} is worked on by {who}: waiting for its result ...", flush=True)
+        lock.acquire()
+    return lock
