@@ -4,6 +4,7 @@
 #   make test       set up, run the tests
 #   make lint       ruff, notebooks included, and pyright
 #   make proofs     set up, prove the methods by enumeration and print the table
+#   make lab        open the first notebook in JupyterLab
 #   make bench      compare speed and memory with TRL and transformers
 #   make readme     fill the README's numbers from the exported studies
 #   make data       rebuild the bundled world in data/ from its own source
@@ -15,12 +16,16 @@
 # RUN_ARGS  handed to the study                                make report RUN_ARGS="--set ppo.kl_coef=0.02"
 # BENCH_ARGS handed to the benchmark                           make bench BENCH_ARGS="--data path:FILE"
 # BENCH_OUT a path: .json and -one-thread.json are put to it   make bench BENCH_OUT=benchmarks/results/cpu-amx
+# LAB_ARGS  handed to JupyterLab                               make lab LAB_ARGS="--no-browser --port 8890"
+# REPOSITORY the address that the notebooks are opened from    make colab REPOSITORY=https://github.com/me/rlhf
 # TEST_ARGS handed to pytest                                   make test TEST_ARGS="tests/objectives/test_kl.py -x"
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PROFILE ?= laptop
 RUN_ARGS ?=
+LAB_ARGS ?=
+REPOSITORY ?=
 BENCH_ARGS ?=
 TEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -31,8 +36,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell { pwd; cat pyproject.toml requirements.lock; } | cksum | cut -d ' ' -f 1)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 
+# A kernel warns at each start that it talks to its own machine in the clear. papermill prints that.
+KERNEL := {"IPKernelApp": {"log_level": "ERROR"}}
+
 .DEFAULT_GOAL := report
-.PHONY: help setup report test lint format proofs bench readme data offline-model hooks lock clean clean-runs
+.PHONY: help setup report lab colab test lint format proofs bench readme data offline-model hooks lock clean clean-runs
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,11 +55,19 @@ $(STAMP):
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "make: '$(PYTHON)' has no venv module; install your system's python3-venv package" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[dev,parity]"
+	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[report,lab,dev,parity]"
+	@mkdir -p $(VENV)/etc/ipython
+	@echo '$(KERNEL)' > $(VENV)/etc/ipython/ipython_kernel_config.json
 	@touch $@
 
 report: $(STAMP) ## run the study and write its HTML and PDF report
 	$(BIN)/python -m rlhf_lib run --profile $(PROFILE) $(RUN_ARGS)
+
+lab: $(STAMP) ## open the first notebook in JupyterLab
+	$(BIN)/jupyter lab notebooks/01_dataset.ipynb $(LAB_ARGS)
+
+colab: $(STAMP) ## write the badges and first cells of the notebooks for REPOSITORY
+	$(BIN)/python -m tools.colab $(REPOSITORY)
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -105,7 +121,7 @@ hooks: $(STAMP) ## let git run the checks before each commit
 lock: $(STAMP) ## resolve requirements.lock anew
 	$(PIP_INSTALL) --quiet uv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip compile --quiet --universal \
-	  --python-version 3.10 --extra dev --extra parity --no-emit-index-url --annotation-style line --upgrade \
+	  --python-version 3.10 --all-extras --no-emit-index-url --annotation-style line --upgrade \
 	  --upgrade-package torch==2.13.0 pyproject.toml --output-file requirements.lock
 
 clean: ## remove the environment and every cache; runs/ stays

@@ -30,9 +30,9 @@ from rlhf_lib.files import read_jsonl, write_json
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import detectable, estimate, minus
 from rlhf_lib.measure.two_errors import total
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results.policies import Samples, compared
 from rlhf_lib.runtime import environment
-from rlhf_lib.settings import load_profile
 from rlhf_lib.study.stages import Study
 
 PROMPTS, REPLIES = 512, 2  # of the plain way

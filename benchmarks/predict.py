@@ -19,6 +19,7 @@ from rlhf_lib.flops import sizes_of
 from rlhf_lib.measure import opinions
 from rlhf_lib.measure.attribution import CONTROLS
 from rlhf_lib.measure.probes import load_probes
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.settings import (
     DPOConfig,
     GRPOConfig,
@@ -27,7 +28,6 @@ from rlhf_lib.settings import (
     RejectionConfig,
     RewardModelConfig,
     SFTConfig,
-    load_profile,
 )
 from rlhf_lib.study.training import curve_sizes
 

@@ -11,7 +11,8 @@ from typing import Annotated, Optional
 import typer
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import PROFILES, UserError, load_profile, unknown
+from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.settings import UserError, unknown
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -58,7 +59,8 @@ def run(
     for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
     for file in [] if only else ("index.html", "report.pdf"):
-        print(f"report: {(book.report_folder(chosen, run_dir) / file).resolve()}")
+        if (path := book.report_folder(chosen, run_dir) / file).exists():
+            print(f"report: {path.resolve()}")
 
 
 @app.command()

@@ -1,19 +1,19 @@
 """What exists: a record for each stage and each policy, and for whatever else has a name.
 
-Stages are run, policies compared, tables and figures labelled by what stands here, so that adding a
-method is adding a record: here, or in a module of your own that the setting `methods` names.
-The catalogue lies below the methods, so a record names what runs it as `package.module:function`;
-that is found when it is asked for.
+Stages are run, policies compared, tables and figures labelled by what stands here. Adding a method
+is adding a record: here, or in a module of your own that the setting `methods` names. It lies below
+the methods, so a record names what runs it, `package.module:function`, found when asked for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from rlhf_lib.settings import Profile, SettingsError, load_profile, paths, unknown
+from rlhf_lib.profiles import Overrides, load_profile, paths
+from rlhf_lib.settings import Profile, SettingsError, unknown
 from rlhf_lib.user_code import resolve
 
 GREY = "#6b7785"  # of what has no colour of its own
@@ -70,8 +70,8 @@ def add(*records: Record) -> None:
     CATALOGUE.update({record.name: record for record in records})
 
 
-def load(profile: str, overrides: str | Sequence[str] = ()) -> Profile:
-    """`settings.load_profile`, and the records that its setting `methods` names are entered."""
+def load(profile: str, overrides: Overrides = ()) -> Profile:
+    """`profiles.load_profile`, and the records that its setting `methods` names are entered."""
     found = load_profile(profile, overrides)
     extend(found)
     return found

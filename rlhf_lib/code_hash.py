@@ -12,7 +12,8 @@ from rlhf_lib import user_code
 from rlhf_lib.settings import SettingsError, content_hash
 
 PACKAGE = Path(__file__).resolve().parent
-BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.catalogue"}  # what they say enters a hash, not how
+# what they say enters a hash, not how
+BY_VALUE = {"rlhf_lib.settings", "rlhf_lib.profiles", "rlhf_lib.catalogue"}
 
 
 def source_hash(*modules: str) -> str:

@@ -28,6 +28,7 @@ from rlhf_lib import catalogue, files
 from rlhf_lib.checkpoints import Checkpoints
 from rlhf_lib.code_hash import source_hash
 from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
+from rlhf_lib.profiles import Overrides
 from rlhf_lib.runtime import (
     MEASURING,
     choose_precision,
@@ -55,7 +56,7 @@ class Run:
     @classmethod
     def open(
         cls, profile: str, seed: int = 0, root: str | Path = "runs",
-        overrides: str | Sequence[str] = (),
+        overrides: Overrides = (),
     ) -> Run:  # fmt: skip
         return cls(catalogue.load(profile, overrides), seed, Path(root))
 

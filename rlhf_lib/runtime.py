@@ -301,12 +301,19 @@ def unreachable() -> str | None:
     return None
 
 
+def shipped(folder: str) -> Path:
+    """A folder that comes with the library: in a package that was installed, else in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "bundled" / Path(folder).name
+    return inside if inside.is_dir() else package.parent / folder
+
+
 def bundled_folder() -> Path:
-    """The folder `data/` beside the package. Raises FileNotFoundError where it is missing."""
-    folder = Path(__file__).resolve().parents[1] / "data"
+    """The folder `data/`. Raises FileNotFoundError where the bundled world is not in it."""
+    folder = shipped("data")
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(
-            f"the bundled world is not in {folder}: work from a checkout of the repository "
-            "(pip install -e .), or build it there with `python -m tools.build_world`"
+            f"the bundled world is not in {folder}: install the package anew, or build the world "
+            "in a checkout of the repository with `python -m tools.build_world`"
         )
     return folder

@@ -1,8 +1,4 @@
-"""Settings: one frozen dataclass per stage, full sets of them by name, and how one is overridden.
-
-The same way everywhere: `--set ppo.kl_coef=0.02` on the command line, the `OVERRIDES` string of a
-notebook, or `papermill -p OVERRIDES "ppo.kl_coef=0.02"`.
-"""
+"""Settings: one frozen dataclass per stage, and what they say of themselves as JSON values."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import shlex
 import typing
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -263,8 +258,10 @@ class EndpointConfig:
 
 @dataclass(frozen=True)
 class Profile:
-    """A full set of stage settings. `checkpoint_minutes`: how often a stage saves its state, at most:
-    saving keeps to 5 % of its time. 0: after every step.
+    """A full set of stage settings.
+
+    `checkpoint_minutes`: how often a stage saves its state, but for no more than 5 % of its time;
+    0: after every step.
     """
 
     name: str
@@ -324,129 +321,3 @@ def deciding(settings: typing.Mapping) -> dict:
     """Of a profile's settings as JSON values, those that its results depend on."""
     kept = {name: value for name, value in settings.items() if name not in RUNNING}
     return json.loads(json.dumps(kept))
-
-
-def of_settings(name: str, profile: Profile) -> str:
-    """`name`, with a hash behind it where settings are not the profile's own."""
-    mine, own = (deciding(as_dict(p)) for p in (profile, load_profile(profile.name)))
-    return name if mine == own else f"{name}-{content_hash(mine)[:8]}"
-
-
-# A profile is what it changes of the defaults, in the words of any other override. In each of them
-# PPO, GRPO and best-of-n SFT sample the same number of replies.
-REAL_PAIRS = """
-    data.max_prompt_tokens=192 data.max_response_tokens=64
-    reward_model.epochs=1 reward_model.learning_rate=2e-5 reward_model.weight_decay=0.01
-    sft.epochs=1 sft.batch_size=32 sft.learning_rate=2e-5
-    rejection.epochs=1 rejection.learning_rate=1e-5
-    ppo.learning_rate=1e-5 ppo.value_learning_rate=1e-5 ppo.kl_coef=0.05 ppo.low_kl_coef=0
-    grpo.learning_rate=1e-5 grpo.kl_reward_coef=0.05
-    sweep.rloo_learning_rate=1e-5 sweep.rloo_kl_reward_coef=0.05
-    tuning.trials=4 tuning.budget=0.5 dpo.epochs=1 dpo.batch_size=32 dpo.learning_rate=5e-6
-"""
-# the best that `python -m rlhf_lib tune` found for the bundled world: figures/tuning/laptop.json
-TUNED = """
-    rejection.learning_rate=0.0016 rejection.epochs=8 ppo.kl_coef=0.8 ppo.learning_rate=0.00016
-    grpo.kl_reward_coef=0.2 grpo.learning_rate=0.0002
-    dpo.beta=0.025 dpo.learning_rate=0.0001
-    sweep.rloo_kl_reward_coef=0.2 sweep.rloo_learning_rate=0.0001
-"""
-PROFILES = {
-    # a slice of everything, to see that it works
-    "smoke": f"""{TUNED}
-        threads=1 model.precision=fp32
-        data.train_pairs=128 data.validation_pairs=64 data.test_pairs=128
-        data.demonstrations=256 data.rl_prompts=128 data.evaluation_prompts=32
-        reward_model.epochs=1 reward_model.curve_points=2 sft.epochs=1
-        rejection.prompts=24 rejection.samples=4 rejection.epochs=1 tuning.trials=2
-        ppo.updates=3 ppo.batch_size=32 ppo.minibatch_size=16
-        grpo.updates=3 grpo.prompts_per_update=8 grpo.group_size=4
-        dpo.epochs=1 dpo.probes=2 dpo.probe_prompts=16
-        evaluation.best_of_n=8 evaluation.best_of_n_prompts=32 evaluation.heldout_texts=64
-        evaluation.bootstrap_samples=200 evaluation.probe_prompts=8 evaluation.probe_samples=1
-    """,
-    # the tiny model's matrices are too small for two threads, or for bf16, to pay
-    "laptop": f"{TUNED} seeds=5 jobs=3 threads=1 model.precision=fp32",
-    "offline": f"""{REAL_PAIRS}
-        data.source=path:pairs.jsonl.gz model.name=smollm2-135m sweep.stronger=0
-        data.max_prompt_tokens=128 data.train_pairs=1000 data.validation_pairs=100
-        data.test_pairs=500 data.demonstrations=1000 data.rl_prompts=1000
-        data.evaluation_prompts=48 data.judge_pairs=600
-        reward_model.batch_size=16 reward_model.curve_points=1 sft.micro_batch_size=8
-        rejection.prompts=32
-        ppo.updates=8 ppo.batch_size=32 ppo.minibatch_size=16 ppo.micro_batch_size=8
-        grpo.updates=8 grpo.prompts_per_update=4 grpo.group_size=8 grpo.micro_batch_size=8
-        dpo.probes=4 dpo.probe_prompts=16
-        evaluation.batch_size=16 evaluation.best_of_n=8 evaluation.best_of_n_prompts=24
-        evaluation.heldout_texts=96 evaluation.probe_prompts=12 evaluation.probe_samples=1
-    """,
-    "t4": f"""{REAL_PAIRS}
-        data.source=hub:Anthropic/hh-rlhf model.name=gpt2 sweep.stronger=0
-        data.train_pairs=10000 data.test_pairs=2000 data.demonstrations=10000
-        data.evaluation_prompts=128 data.judge_pairs=10000
-        reward_model.micro_batch_size=16 dpo.micro_batch_size=16
-        ppo.updates=60 ppo.minibatch_size=32 grpo.updates=60 rejection.prompts=960
-        evaluation.best_of_n=16 evaluation.best_of_n_prompts=64 evaluation.batch_size=64
-    """,
-    "full": f"""{REAL_PAIRS}
-        data.source=hub:Anthropic/hh-rlhf model.name=gpt2 rejection.prompts=2400
-        data.train_pairs=120000 data.validation_pairs=1000 data.test_pairs=8000
-        data.demonstrations=120000 data.rl_prompts=50000 data.judge_pairs=40000
-        ppo.updates=150 ppo.micro_batch_size=64 grpo.updates=150 grpo.micro_batch_size=64
-    """,
-}
-
-
-def load_profile(name: str, overrides: str | typing.Sequence[str] = ()) -> Profile:
-    """The profile `name` with overrides applied.
-
-    `overrides`: strings like `ppo.kl_coef=0.02`, or one string of them separated by spaces.
-    Raises SettingsError for an unknown profile, section, setting, or a value of the wrong type.
-    """
-    if name not in PROFILES:
-        raise unknown("profile", name, PROFILES)
-    items = shlex.split(overrides) if isinstance(overrides, str) else overrides
-    profile = Profile(name)
-    for item in (*PROFILES[name].split(), *items):
-        profile = _override(profile, item)
-    return profile
-
-
-def _override(profile: Profile, item: str) -> Profile:
-    path, equals, text = item.partition("=")
-    if not equals:
-        raise SettingsError(f"override {item!r} has no '=': write it like ppo.kl_coef=0.02")
-    known = paths()
-    if path.strip() not in known:
-        raise unknown("setting", path, known)
-    value = _parse(known[path.strip()], path, text)
-    section, _, key = path.strip().rpartition(".")
-    if not section:
-        return dataclasses.replace(profile, **{key: value})
-    changed = dataclasses.replace(getattr(profile, section), **{key: value})
-    return dataclasses.replace(profile, **{section: changed})
-
-
-def paths() -> dict[str, typing.Any]:
-    """Every setting, as `section.key`, and its type."""
-    found: dict[str, typing.Any] = {}
-    for name, kind in typing.get_type_hints(Profile).items():
-        if dataclasses.is_dataclass(kind):
-            kinds = typing.get_type_hints(kind)
-            found |= {f"{name}.{f.name}": kinds[f.name] for f in dataclasses.fields(kind)}
-        elif name != "name":
-            found[name] = kind
-    return found
-
-
-def _parse(kind: typing.Any, path: str, text: str) -> object:
-    if typing.get_origin(kind) is typing.Literal:
-        if text.strip() not in typing.get_args(kind):
-            raise unknown(f"{path} =", text.strip(), typing.get_args(kind))
-        return text.strip()
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
-        return kind(text.strip())
-    except (KeyError, ValueError):
-        raise SettingsError(f"{path}={text!r}: expected a value of type {kind.__name__}") from None

@@ -20,10 +20,10 @@ from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure.attribution import DOSED
 from rlhf_lib.measure.opinions import watched
 from rlhf_lib.measure.probes import load_probes
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage
 from rlhf_lib.runtime import count, phase
-from rlhf_lib.settings import load_profile
 from rlhf_lib.world.grammar import sample_reply, sample_request, write_prompt
 
 POLICIES = ("base", "sft", "sft_again", "rejection_sft", "ppo", "ppo_low_kl", "grpo", "dpo")

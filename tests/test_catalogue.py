@@ -9,8 +9,9 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE, ROLES, Record
+from rlhf_lib.profiles import PROFILES, load_profile
 from rlhf_lib.runtime import bundled_folder
-from rlhf_lib.settings import PROFILES, SettingsError, as_dict, load_profile
+from rlhf_lib.settings import SettingsError, as_dict
 from rlhf_lib.user_code import resolve
 from rlhf_lib.world.rewards import DOSES
 

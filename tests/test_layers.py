@@ -20,6 +20,8 @@ MAX_LINES, MAX_MODULES = 450, 8
 # A module may import from its own folder, and from those before it in this list.
 ORDER = (
     "settings",
+    "profiles",
+    "kernel",
     "user_code",
     "catalogue",
     "files",

@@ -4,7 +4,8 @@
     render(paths, out, title="...")                  a study: the same exporters, all its notebooks
 
 pandoc (from `pypandoc-binary`) reads the notebook and writes HTML with MathML, or typst source that
-the `typst` package compiles. Nothing else is needed: no TeX, no browser, no network.
+the `typst` package compiles. Nothing else is needed: no TeX, no browser, no network. These packages
+are in the extra `report`: nothing else wants them, and they are large.
 
 What a notebook may say:
 
@@ -20,6 +21,7 @@ What a notebook may say:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -30,8 +32,6 @@ from typing import Any, ClassVar
 
 import matplotlib
 import nbformat
-import pypandoc
-import typst
 from nbconvert.exporters import Exporter
 from nbformat import NotebookNode
 from traitlets import List
@@ -41,6 +41,7 @@ from rlhf_lib.report import cleaning
 from rlhf_lib.report.cleaning import ReportError, clean_text
 from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
 
+TOOLS = ("pypandoc", "typst", "ziamath", "brotli")  # packages of the extra `report`
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 FILTERS = ("safe.lua", "structure.lua", "tables.lua")  # in this order: only the first sees raw HTML
 # the last one is what papermill puts before its own parameters cell
@@ -50,6 +51,14 @@ MATH_FONT_PLACEHOLDER = "data:,math-font"
 PANDOC_INPUT = (
     "ipynb+raw_tex+markdown_in_html_blocks-implicit_figures-pandoc_title_block-table_captions"
 )
+
+
+def missing_tools() -> str:
+    """Why no report can be rendered here, and the way out; empty where one can."""
+    missing = [name for name in TOOLS if importlib.util.find_spec(name) is None]
+    if not missing:
+        return ""
+    return f"the report needs {', '.join(missing)}: pip install 'rlhf-lib[report]'"
 
 
 class _ReportExporter(Exporter):
@@ -97,6 +106,10 @@ class _ReportExporter(Exporter):
 
         Raises ReportError for any warning of pandoc's: the report would not show what was meant.
         """
+        if missing := missing_tools():
+            raise ReportError(missing)
+        import pypandoc
+
         nbformat.write(nb, folder / "report.ipynb")
         defaults = {
             "from": PANDOC_INPUT,
@@ -182,6 +195,8 @@ def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
 
 def _compile_typst(folder: Path) -> bytes:
     """Compile `folder`/report.typ. Only fonts that come with the packages are used."""
+    import typst
+
     source = folder / "report.typ"
     fonts = [str(Path(matplotlib.get_data_path()) / "fonts" / "ttf"), str(font_path().parent)]
     try:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from rlhf_lib import catalogue
 from rlhf_lib.measure.statistics import POWER, UNCLEAR, direction, interval, listed
-from rlhf_lib.settings import as_dict, load_profile
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.settings import as_dict
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 ASKED = {  # need -> how it reads, its unit, and digits
@@ -28,10 +29,9 @@ MARK = "†"  # of a candidate that was not shown to raise the deciding reward
 def sentences(results: Mapping) -> list[str]:
     """The verdict, one finding a sentence, the most important first."""
     parts = [_gains(results), _null(results), _ranking(results), _against_baseline(results)]
-    parts += [*choices(results), _detectable(results)]
-    parts += [_overoptimisation(results), beside_best_of_n(results)]
-    parts += [_reward_model(results), _repeats(results), _tuning(results), _over(results)]
-    parts.append(_families(results))
+    parts += [*choices(results), _detectable(results), _overoptimisation(results)]
+    parts += [beside_best_of_n(results), _reward_model(results), _repeats(results)]
+    parts += [_tuning(results), _over(results), _families(results)]
     return [part for part in parts if part]
 
 

@@ -12,19 +12,21 @@ import pandas as pd
 
 from rlhf_lib import __version__, catalogue
 from rlhf_lib.files import write_json
+from rlhf_lib.profiles import of_settings
 from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters, references
 from rlhf_lib.report.cleaning import ReportError
 from rlhf_lib.results.summary import FORMAT, load_results
 from rlhf_lib.review import claims as published
 from rlhf_lib.review import trials
-from rlhf_lib.settings import Profile, as_dict, deciding, of_settings
+from rlhf_lib.runtime import shipped
+from rlhf_lib.settings import Profile, as_dict, deciding
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure
 from rlhf_lib.study.poster import again, figure, front_page, notebook, prose, table
 from rlhf_lib.study.stages import StudyError, notebook_path
 
-FIGURES = Path(__file__).resolve().parents[2] / "figures"  # exported studies, trials of tuning
+TUNED = shipped("figures/tuning")  # its trials
 TITLE = "Learning from preferences: PPO, GRPO and DPO, measured"
 
 
@@ -170,7 +172,7 @@ DOTS = (
 
 def _tuning(profile: str) -> list[nbformat.NotebookNode]:
     """The trials of this profile, else of `laptop`, whose values others take over; if there are."""
-    files = [FIGURES / "tuning" / f"{name}.json" for name in (profile, "laptop")]
+    files = [TUNED / f"{name}.json" for name in (profile, "laptop")]
     file = next((file for file in files if file.is_file()), None)
     tried = trials.load(file) if file else []
     if file is None or all(trial["mean"] is None for trial in tried):

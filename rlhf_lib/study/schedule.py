@@ -20,13 +20,15 @@ import torch
 from traitlets.config import Config
 
 from rlhf_lib import catalogue
-from rlhf_lib.runtime import progress
-from rlhf_lib.settings import Profile, load_profile, unknown
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.report import exporters
+from rlhf_lib.runtime import progress, shipped
+from rlhf_lib.settings import Profile, unknown
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import Study, StudyError, notebook_path, read_data, rival
 
 GOES_ON = "What was finished is kept: the same command goes on from here."
-NOTEBOOK_FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOK_FOLDER = shipped("notebooks")
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,19 @@ def run_study(
     if only is not None and only not in catalogue.notebooks():
         raise unknown("notebook", only, catalogue.notebooks())
     jobs = plan(profile) if only is None else [Job("notebook", only)]
+    if only is None and (missing := exporters.missing_tools()):
+        print(f"There will be no report: {missing}", flush=True)
+        jobs = without_reports(jobs)
     with worker_pool(profile) as (pool, workers):
         _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
     notebooks = (job for job in jobs if job.kind == "notebook" and not job.tier)
     return [notebook_path(profile, run_dir, job.name) for job in notebooks]
+
+
+def without_reports(jobs: Sequence[Job]) -> list[Job]:
+    kept = [job for job in jobs if job.kind != "report"]
+    keys = {job.key for job in kept}
+    return [replace(job, needs=tuple(need for need in job.needs if need in keys)) for job in kept]
 
 
 @contextmanager
@@ -220,7 +231,8 @@ def run_notebook(
     try:
         papermill.execute_notebook(
             str(source), str(target), parameters=parameters, progress_bar=False,
-            coalesce_streams=True, cwd=str(NOTEBOOK_FOLDER.parent), execution_timeout=24 * 3600,
+            coalesce_streams=True, cwd=str(Path.cwd()), execution_timeout=24 * 3600,
+            kernel_name="python3",  # this Python, whatever kernel a notebook was last saved with
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from IPython.core.getipython import get_ipython
-
-from rlhf_lib import catalogue
+from rlhf_lib import catalogue, kernel
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.files import read_jsonl
 from rlhf_lib.models.load import load_tokenizer
+from rlhf_lib.profiles import Overrides, check_seed, of_settings
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run, Stage
 from rlhf_lib.runtime import set_up_process
-from rlhf_lib.settings import DataConfig, Profile, UserError, of_settings, unknown
+from rlhf_lib.settings import DataConfig, Profile, UserError, unknown
 from rlhf_lib.study.training import Offer, check_stage, run_stage, stage_of
 from rlhf_lib.world.rewards import DOSES
 
@@ -44,19 +43,6 @@ def read_data(config: DataConfig, model: str) -> PreferenceData:
     return load_data(config, load_tokenizer(model))
 
 
-def in_checkout(folder: Path) -> Path:
-    """A relative folder, below the checkout that the notebook at hand lies in, if it lies in one.
-
-    Jupyter opens a notebook in its own folder: there, "runs" would be another one than that of the
-    study which the command line ran. To a program its folder is where it was started.
-    """
-    if get_ipython() is None:
-        return folder
-    here = Path.cwd()
-    roots = (above for above in (here, *here.parents) if (above / "notebooks").is_dir())
-    return next((r for r in roots if (r / "notebooks/01_dataset.ipynb").is_file()), here) / folder
-
-
 class Study:
     """One seed of a study; a stage is run when it is first asked for, what it needs before it."""
 
@@ -71,10 +57,16 @@ class Study:
         profile: str,
         seed: int = 0,
         run_dir: str | Path = "runs",
-        overrides: str | Sequence[str] = (),
+        overrides: Overrides = (),
     ) -> Study:
-        """A relative `run_dir` is the checkout's, wherever in it a notebook was opened."""
-        return cls(Run.open(profile, seed, in_checkout(Path(run_dir)), overrides))
+        """A relative `run_dir` is the checkout's, wherever in it a notebook was opened.
+
+        Raises SettingsError for an argument of the wrong type, and for a parameter of papermill's
+        that no notebook has.
+        """
+        kernel.check_parameters()
+        root = kernel.in_checkout(kernel.check_folder(run_dir))
+        return cls(Run.open(profile, check_seed(seed), root, overrides))
 
     @cached_property
     def data(self) -> PreferenceData:

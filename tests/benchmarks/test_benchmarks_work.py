@@ -21,7 +21,8 @@ from benchmarks.work import PASSES, Sizes, count
 from rlhf_lib import catalogue
 from rlhf_lib.flops import sizes_of
 from rlhf_lib.models.load import load_tokenizer
-from rlhf_lib.settings import PROFILES, SettingsError, load_profile
+from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.settings import SettingsError
 
 has_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
 

@@ -16,7 +16,7 @@ from rlhf_lib.data.truth import truth_of, unit_of
 from rlhf_lib.measure.statistics import detectable
 from rlhf_lib.measure.two_errors import total
 from rlhf_lib.models.load import load_tokenizer
-from rlhf_lib.settings import load_profile
+from rlhf_lib.profiles import load_profile
 
 RESULTS = Path(noise.__file__).parent / "results" / "noise.json"
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_lib.data.pairs import load_data
 from rlhf_lib.models.load import load_tokenizer
-from rlhf_lib.settings import SettingsError, load_profile
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.settings import SettingsError
 
 
 @pytest.mark.parametrize("judge_pairs", [0, 40])

@@ -8,7 +8,7 @@ from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.sources import read_source
 from rlhf_lib.data.truth import Truth, truth_of
 from rlhf_lib.models.load import load_tokenizer
-from rlhf_lib.settings import load_profile
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.world.grammar import ASSISTANT
 from rlhf_lib.world.rewards import (
     ANNOTATOR,

@@ -14,7 +14,8 @@ import pytest
 
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.endpoint import EndpointError, ask, points, win_rates
-from rlhf_lib.settings import PROFILES, EndpointConfig, SettingsError, load_profile
+from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.settings import EndpointConfig, SettingsError
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from rlhf_lib.catalogue import CATALOGUE, Record
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results import summary
 from rlhf_lib.results.frontier import (
     at_equal_budget,
@@ -22,7 +23,6 @@ from rlhf_lib.results.frontier import (
 )
 from rlhf_lib.runs import Run
 from rlhf_lib.runtime import MEASURING
-from rlhf_lib.settings import load_profile
 from rlhf_lib.show import figures
 from tests.made_up_study import STRONG, stages_of
 

@@ -13,9 +13,9 @@ import pytest
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.rankings import fit_temperature
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results import rankings
 from rlhf_lib.runs import Run, Stage
-from rlhf_lib.settings import load_profile
 
 SIZES = (3, 9, 27)
 

@@ -8,9 +8,9 @@ import pytest
 
 from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure.opinions import watched
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results.rankings import second_opinion
 from rlhf_lib.runs import Run
-from rlhf_lib.settings import load_profile
 from tests.made_up_study import PROMPTS, stages_of
 
 

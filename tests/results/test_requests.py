@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from rlhf_lib.data.truth import truth_of
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results.policies import Samples
 from rlhf_lib.results.requests import attribution, gains_by_request
 from rlhf_lib.runs import Run
-from rlhf_lib.settings import load_profile
 from rlhf_lib.world.grammar import KIND_SHARES, sample_prompts
 from tests.made_up_study import stages_of
 

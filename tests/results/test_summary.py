@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results import summary
 from rlhf_lib.runs import Run
 from rlhf_lib.runtime import MEASURING, count, phase
-from rlhf_lib.settings import load_profile
 from tests.made_up_study import PROMPTS, stages_of, strict, summarise
 
 MADE_UP = Path(__file__).parents[1] / "made_up"

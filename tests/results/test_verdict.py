@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.results import verdict
 from rlhf_lib.results.policies import compared
-from rlhf_lib.settings import as_dict, load_profile
+from rlhf_lib.settings import as_dict
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 METHODS = ("ppo", "grpo", "dpo")

@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import interval
-from rlhf_lib.settings import as_dict, load_profile
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.settings import as_dict
 from rlhf_lib.show.costs import (
     budget_table,
     cost_table,

@@ -13,11 +13,12 @@ import pandas as pd
 import pytest
 
 from rlhf_lib import __version__, catalogue
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.report.exporters import merge
 from rlhf_lib.results import summary
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.runs import Run
-from rlhf_lib.settings import Profile, SettingsError, as_dict, load_profile
+from rlhf_lib.settings import Profile, SettingsError, as_dict
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import StudyError, notebook_path
 from tests.made_up_study import preference_data, stages_of
@@ -241,12 +242,11 @@ def test_the_appendix_shows_what_was_tried_before(monkeypatch: Any, tmp_path: Pa
     assert f"{9 * 5} in all" in text
     assert "ringed: the best" in json.dumps(page)
     assert len(re.findall(r"kl_coef=\S+ learning_rate=\S+ gold", text)) >= 2
-    monkeypatch.setattr(book, "FIGURES", tmp_path)
+    monkeypatch.setattr(book, "TUNED", tmp_path)
     assert "Trials of tuning" not in content(book.appendix_page(made_up("gold")))
-    (tmp_path / "tuning").mkdir()
     values = {"ppo.kl_coef": 0.1, "ppo.learning_rate": 1e-4}
     lost = [{"method": "ppo", "values": values, "mean": None, "diverged": "the loss is nan"}]
-    file = tmp_path / "tuning" / "laptop.json"
+    file = tmp_path / "laptop.json"
     file.write_text(json.dumps({"settings": "", "trials": lost}))
     assert "Trials of tuning" not in content(book.appendix_page(made_up("gold")))
     file.write_text(json.dumps({"settings": "", "trials": None}))

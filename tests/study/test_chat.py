@@ -13,8 +13,9 @@ from rlhf_lib.data.encoding import Encoder
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.load import load_reference, load_tokenizer
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.runtime import make_accelerator
-from rlhf_lib.settings import SettingsError, load_profile
+from rlhf_lib.settings import SettingsError
 from rlhf_lib.study import chat
 
 

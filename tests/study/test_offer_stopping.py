@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from rlhf_lib import catalogue
 from rlhf_lib.methods.learner import DivergedError
-from rlhf_lib.settings import SettingsError, load_profile
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.settings import SettingsError
 from rlhf_lib.study.offer import Best, Offer
 from tests.conftest import train_stage
 

@@ -15,7 +15,8 @@ import nbformat
 import pytest
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import Profile, SettingsError, load_profile
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.study import book, schedule
 from rlhf_lib.study.schedule import Job, plan, run_study
 from rlhf_lib.study.stages import Study, StudyError, notebook_path

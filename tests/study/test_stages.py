@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Run, Stage, Work
-from rlhf_lib.settings import Profile, SettingsError, load_profile
+from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.study import stages
 from rlhf_lib.world.rewards import DOSES
 
@@ -155,27 +156,6 @@ def test_stage_folders_tell_done_from_under_way(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------- a notebook that is opened
-
-
-def test_a_relative_folder_is_the_checkouts_wherever_the_notebook_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    notebooks = tmp_path / "checkout" / "notebooks"
-    notebooks.mkdir(parents=True)
-    (notebooks / "01_dataset.ipynb").write_text("{}")
-    monkeypatch.chdir(notebooks)
-    assert stages.in_checkout(Path("runs")) == Path("runs"), "a program's is its own"
-    monkeypatch.setattr(stages, "get_ipython", object)
-    elsewhere = tmp_path / "elsewhere" / "notebooks"  # somebody's own, of another project
-    elsewhere.mkdir(parents=True)
-    for here, found in (
-        (notebooks, notebooks.parent / "runs"),
-        (notebooks.parent, notebooks.parent / "runs"),
-        (elsewhere, elsewhere / "runs"),
-    ):
-        monkeypatch.chdir(here)
-        assert stages.in_checkout(Path("runs")).resolve() == found.resolve()
-        assert stages.in_checkout(tmp_path / "my") == tmp_path / "my"
 
 
 def test_the_outlook_says_what_is_done_and_what_has_to_be_run(

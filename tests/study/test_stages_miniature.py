@@ -22,8 +22,9 @@ import pytest
 
 from rlhf_lib import catalogue, code_hash, runs
 from rlhf_lib.__main__ import main
+from rlhf_lib.profiles import of_settings
 from rlhf_lib.results import verdict
-from rlhf_lib.settings import as_dict, of_settings
+from rlhf_lib.settings import as_dict
 from rlhf_lib.show import costs, figures, tables
 from rlhf_lib.study import stages
 

@@ -14,8 +14,8 @@ from rlhf_lib.data.pairs import draw_pairs
 from rlhf_lib.methods import reward_model
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models.load import load_reward_model, load_tokenizer
+from rlhf_lib.profiles import PROFILES, load_profile
 from rlhf_lib.runs import Stage, Work
-from rlhf_lib.settings import PROFILES, load_profile
 from rlhf_lib.study.training import curve_sizes
 from tests.conftest import train_stage
 

@@ -15,8 +15,9 @@ import pytest
 
 from rlhf_lib import catalogue
 from rlhf_lib.methods.learner import DivergedError
+from rlhf_lib.profiles import load_profile
 from rlhf_lib.review.trials import as_text, best, load, of, ranked
-from rlhf_lib.settings import Profile, SettingsError, load_profile
+from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.show import figures
 from rlhf_lib.study import tuning
 from rlhf_lib.study.stages import Study

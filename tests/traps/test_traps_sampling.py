@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from rlhf_lib import settings
+from rlhf_lib import profiles
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rollout
 from rlhf_lib.methods.rollout import Rollout
@@ -241,8 +241,8 @@ def a_setting_that_filters(patch: pytest.MonkeyPatch) -> None:
     """PPO is given what every sampler has."""
     config = make_dataclass("Config", [("top_k", int, 50)], bases=(PPOConfig,), frozen=True)
     ppo_with_it = ("ppo", config, field(default_factory=config))
-    profile = make_dataclass("Profile", [ppo_with_it], bases=(settings.Profile,), frozen=True)
-    patch.setattr(settings, "Profile", profile)
+    profile = make_dataclass("Profile", [ppo_with_it], bases=(profiles.Profile,), frozen=True)
+    patch.setattr(profiles, "Profile", profile)
 
 
 @put_back(a_setting_that_filters)
@@ -251,7 +251,7 @@ def test_trap_06_a_setting_that_filters_is_refused(
 ) -> None:
     def answer(setting: str) -> str:
         try:
-            settings.load_profile("smoke", f"{setting}=1")
+            profiles.load_profile("smoke", f"{setting}=1")
         except SettingsError as error:
             return str(error)
         return "taken"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rlhf_lib import catalogue
-from rlhf_lib.settings import PROFILES, SettingsError, as_dict, content_hash, load_profile
+from rlhf_lib.profiles import PROFILES, Overrides, as_overrides, load_profile
+from rlhf_lib.settings import SettingsError, as_dict, content_hash
 
 
 def test_profiles_are_complete_and_differ() -> None:
@@ -133,3 +134,26 @@ def test_a_value_of_the_wrong_type(override: str, kind: str) -> None:
     path, _, value = override.partition("=")
     with pytest.raises(SettingsError, match=f"^{path}='{value}': expected a value of type {kind}$"):
         load_profile("laptop", override)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ppo.kl_coef=0.5 model.gradient_checkpointing=true data.source='path:a b'",
+        ["ppo.kl_coef=0.5", "model.gradient_checkpointing=true", "data.source=path:a b"],
+        {"ppo.kl_coef": 0.5, "model.gradient_checkpointing": True, "data.source": "path:a b"},
+        {
+            "ppo": {"kl_coef": 0.5},
+            "model": {"gradient_checkpointing": True},
+            "data": {"source": "path:a b"},
+        },
+        [{"ppo.kl_coef": 0.5}, "model.gradient_checkpointing=true", {"data.source": "path:a b"}],
+    ],
+)
+def test_a_string_a_list_and_a_mapping_say_the_same(given: Overrides) -> None:
+    """YAML has lists and mappings: `papermill -y` and `-f` hand them over as they are."""
+    profile = load_profile("smoke", given)
+    assert profile.ppo.kl_coef == 0.5
+    assert profile.model.gradient_checkpointing is True
+    assert profile.data.source == "path:a b"
+    assert load_profile("smoke", as_overrides(given)) == profile
