@@ -10,7 +10,7 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.work import Sizes, Work, count
+from rlhf_lib.session.work import Sizes, Work, count
 
 # what is compared with TRL or transformers; with bare torch
 STAGES = ("sft", "reward_model", "dpo", "grpo", "generation", "ppo", "dpo_plain", "grpo_plain")

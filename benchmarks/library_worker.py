@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.job import Job, Row, read_job
 from benchmarks.protocol import Round, serve
-from benchmarks.work import Work
 from rlhf_lib.data.batches import chunks
 from rlhf_lib.data.encoding import Demonstration, Pair, Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, reward_model, rewards, sft
@@ -30,6 +29,7 @@ from rlhf_lib.models.load import (
     load_value_model,
 )
 from rlhf_lib.runtime import make_accelerator, set_up_process
+from rlhf_lib.session.work import Work
 from rlhf_lib.settings import DPOConfig
 
 ENDLESS = 1_000_000  # steps of a schedule that is never seen to end

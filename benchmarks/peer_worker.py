@@ -35,8 +35,8 @@ from benchmarks.plain_peer import load as load_plain
 from benchmarks.plain_peer import sample
 from benchmarks.protocol import Round, serve
 from benchmarks.roof import DTYPES
-from benchmarks.work import Work
 from rlhf_lib.runtime import set_up_process
+from rlhf_lib.session.work import Work
 
 
 def load(stage: str, job: Job) -> Round:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.job import Job
 from benchmarks.protocol import Round
 from benchmarks.roof import DTYPES
-from benchmarks.work import Work
 from rlhf_lib.proofs import plain
+from rlhf_lib.session.work import Work
 
 
 def load(stage: str, job: Job) -> Round:

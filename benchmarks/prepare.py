@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from benchmarks.job import POOL, Job, Row
-from benchmarks.work import Sizes
 from rlhf_lib.data.pairs import load_data
 from rlhf_lib.flops import sizes_of
 from rlhf_lib.models import load
 from rlhf_lib.runtime import choose_precision
+from rlhf_lib.session.work import Sizes
 from rlhf_lib.settings import DataConfig, SettingsError
 
 MAX_PROMPT = MAX_REPLY = 128

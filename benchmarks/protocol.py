@@ -18,7 +18,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from benchmarks.work import Work
+from rlhf_lib.session.work import Work
 
 Round = Callable[[int], Work]  # takes the number of the round, tells what was done
 T = TypeVar("T")

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from rlhf_lib import catalogue
-from rlhf_lib.profiles import PROFILES, load_profile
-from rlhf_lib.settings import UserError, unknown
+from rlhf_lib import __version__, catalogue
+from rlhf_lib.profiles import PROFILES, paths
+from rlhf_lib.settings import Profile, UserError, unknown
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    no_args_is_help=True, pretty_exceptions_enable=False,
     help="Teach, run and compare PPO, GRPO and DPO on small language models.",
 )  # fmt: skip
 
-ProfileOption = Annotated[str, typer.Option("--profile", help=f"one of: {', '.join(PROFILES)}")]
+
+def _among(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What a shell completes a word to."""
+    return lambda begun: sorted(name for name in names() if name.startswith(begun))
+
+
+ProfileOption = Annotated[
+    str,
+    typer.Option(
+        "--profile",
+        help=f"one of: {', '.join(PROFILES)}",
+        autocompletion=_among(lambda: PROFILES),
+    ),
+]
 RunDir = Annotated[Path, typer.Option("--run-dir", help="where everything is written")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
 # typer reads these annotations, and on Python 3.10 wants Optional
@@ -28,8 +43,16 @@ Data = Annotated[str, typer.Option("--data", help="bundled | hub:NAME[:SUBSET] |
 Model = Annotated[str, typer.Option("--model", help="tiny | smollm2-135m | gpt2 | hub id | folder")]
 Set = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", help="override one setting, e.g. ppo.kl_coef=0.02 (repeatable)"),
+    typer.Option(
+        "--set",
+        help="override one setting, e.g. ppo.kl_coef=0.02 (repeatable)",
+        autocompletion=_among(lambda: (f"{path}=" for path in paths())),
+    ),
 ]
+Deliver = Annotated[
+    str, typer.Option("--deliver", help="copy the pages there as well, like s3://bucket/folder")
+]
+Only = typer.Option(help="one notebook, e.g. 04_ppo", autocompletion=_among(catalogue.notebooks))
 
 
 def _overrides(data: str, model: str, settings: list[str] | None, seeds: int | None) -> list[str]:
@@ -40,33 +63,74 @@ def _overrides(data: str, model: str, settings: list[str] | None, seeds: int | N
     return given + list(settings or [])
 
 
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"rlhf_lib {__version__}")
+        raise typer.Exit
+
+
 @app.command()
 def run(
     profile: ProfileOption = "laptop",
     seeds: Seeds = None,
-    only: Annotated[str, typer.Option(help="one notebook, e.g. 04_ppo")] = "",
+    only: Annotated[str, Only] = "",
+    fits: Annotated[str, typer.Option(help="make it fit so long a session: 55m, 1h30m")] = "",
+    dry_run: Annotated[bool, typer.Option(help="say what would be run, and run nothing")] = False,
+    deliver: Deliver = "",
     data: Data = "",
     model: Model = "",
     settings: Set = None,
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
+    from rlhf_lib.session import fits as sizes
+    from rlhf_lib.session import status as standing
     from rlhf_lib.study import book, schedule
 
     overrides = _overrides(data, model, settings, seeds)
     chosen = catalogue.load(profile, overrides)
+    if fits:
+        choice = sizes.fitted(chosen, overrides, sizes.minutes_of(fits), run_dir)
+        overrides += choice["overrides"]
+        chosen = catalogue.load(profile, overrides)
+        print(sizes.as_text(choice), flush=True)
+    if dry_run:
+        for line in standing.outlook(chosen, run_dir):
+            print(line)
+        return
+    began = time.monotonic()
     notebooks = schedule.run_study(chosen, run_dir, overrides, only or None)
+    if fits:
+        print(f"it took {(time.monotonic() - began) / 60:.1f} minutes")
     for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
     for file in [] if only else ("index.html", "report.pdf"):
         if (path := book.report_folder(chosen, run_dir) / file).exists():
             print(f"report: {path.resolve()}")
+    if deliver and not only:
+        _deliver(chosen, run_dir, deliver)
+
+
+def _deliver(profile: Profile, run_dir: Path, address: str) -> None:
+    """The executed notebooks and the report, at an address that fsspec knows."""
+    from rlhf_lib import files
+    from rlhf_lib.study import book
+
+    report, notebooks = book.report_folder(profile, run_dir), book.notebook_folder(profile, run_dir)
+    for folder in (notebooks, report):
+        if folder.is_dir():
+            files.deliver(folder, f"{address.rstrip('/')}/{folder.name}")
+    print(f"delivered: {address}")
 
 
 @app.command()
 def report(
     profile: ProfileOption = "laptop",
     seeds: Seeds = None,
+    deliver: Deliver = "",
     data: Data = "",
     model: Model = "",
     settings: Set = None,
@@ -78,23 +142,42 @@ def report(
     chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
     for path in book.write_report(chosen, run_dir):
         print(f"report: {path.resolve()}")
+    if deliver:
+        _deliver(chosen, run_dir, deliver)
 
 
 @app.command()
 def status(
     profile: ProfileOption = "laptop",
+    seeds: Seeds = None,
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
     run_dir: RunDir = Path("runs"),
 ) -> None:
-    """What has been run: each stage folder of the profile, finished or under way."""
-    from rlhf_lib.study.stages import stage_folders
+    """What of a study is done, running, stopped or missing; what is stale, and why."""
+    from rlhf_lib.session import status as standing
 
-    load_profile(profile)  # an unknown name is an error, not an empty list
-    rows = stage_folders(run_dir / profile)
-    if not rows:
+    chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
+    if not (run_dir / profile).is_dir():
         print(f"nothing has been run in {run_dir / profile}")
-    for row in rows:
-        minutes = "" if row["seconds"] is None else f"{row['seconds'] / 60:7.1f} min"
-        print(f"{row['seed']:<8} {row['stage']:<36} {row['state']:<18} {minutes}")
+        return
+    for row in standing.rows(chosen, run_dir):
+        print(standing.as_text(row))
+
+
+@app.command()
+def matrix(
+    file: Annotated[Path, typer.Argument(help="YAML: methods, coefficients, seeds")],
+    out: Annotated[str, typer.Option(help="deliver it there as well: s3://bucket/folder")] = "",
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Train methods x coefficients x seeds from one file: results in one table and figure."""
+    from rlhf_lib.session import matrix as many
+
+    folder = many.run(file, run_dir, out)
+    for path in sorted(folder.iterdir()):
+        print(path)
 
 
 @app.command()
@@ -224,7 +307,13 @@ def chat(
 
 @app.command("stage")
 def run_stage(
-    name: Annotated[str, typer.Argument(help="any stage, one of your own included")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="any stage, one of your own included",
+            autocompletion=_among(lambda: (r.name for r in catalogue.CATALOGUE.values() if r.runs)),
+        ),
+    ],
     profile: ProfileOption = "laptop",
     seed: Seed = 0,
     data: Data = "",
@@ -268,7 +357,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:  # a file that is not there, a disk that is full
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

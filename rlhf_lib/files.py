@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+from fsspec.core import url_to_fs
 
 from rlhf_lib.settings import UserError
 
@@ -87,6 +88,29 @@ def discard(folder: Path) -> None:
     if folder.is_dir():
         empty(folder)
         shutil.rmtree(folder)
+
+
+def deliver(folder: Path, address: str) -> None:
+    """Copy a folder to an address that fsspec knows, such as s3://bucket/folder.
+
+    Raises UserError where that cannot be written.
+    """
+    try:
+        system, target = url_to_fs(address)
+        system.makedirs(target, exist_ok=True)
+        system.put(f"{folder}/", f"{target}/", recursive=True)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{address} cannot be written: {error}") from error
+
+
+def fetch(address: str, folder: Path) -> None:
+    """What has been delivered there before, if anything has."""
+    try:
+        system, source = url_to_fs(address)
+        if system.exists(source):
+            system.get(f"{source}/", f"{folder}/", recursive=True)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{address} cannot be read: {error}") from error
 
 
 def free_space(folder: Path) -> int:

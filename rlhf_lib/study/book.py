@@ -62,6 +62,11 @@ def report_folder(profile: Profile, run_dir: Path) -> Path:
     return run_dir / profile.name / of_settings("report", profile)
 
 
+def notebook_folder(profile: Profile, run_dir: Path) -> Path:
+    """Where the executed notebooks stand."""
+    return notebook_path(profile, run_dir, "any").parent
+
+
 def write_report(
     profile: Profile, run_dir: Path, whole: Profile | None = None
 ) -> tuple[Path, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,6 @@ from rlhf_lib import catalogue, kernel
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.truth import truth_of
-from rlhf_lib.files import read_jsonl
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.profiles import Overrides, check_seed, of_settings
 from rlhf_lib.results import summary
@@ -95,19 +93,27 @@ class Study:
         """
         if os.environ.get("RLHF_BATCH"):
             return ""
-        seed, profile = self.run.seed, self.run.profile
-        every = notebook == list(catalogue.notebooks())[-1]  # it compares all that there is
-        records = catalogue.stages(profile, seed)
-        own = [record.name for record in records if every or record.notebook == notebook]
-        found: dict[str, Stage] = {}
-        for name in own:
-            self._planned(name, found)
-        missing = [name for name, stage in found.items() if not stage.done]
-        folder = self.run.root.resolve() / profile.name
-        said = f"{folder}, seed {seed}: {len(found) - len(missing)} of {len(found)} stages are done"
+        found, missing = self.planned(notebook), self.missing(notebook)
+        folder = self.run.root.resolve() / self.run.profile.name
+        done = f"{len(found) - len(missing)} of {len(found)} stages are done"
+        said = f"{folder}, seed {self.run.seed}: {done}"
         if missing:
             return f"{said}; to be run first, when they are asked for: {', '.join(missing)}."
         return f"{said}: nothing has to be trained."
+
+    def planned(self, notebook: str = "") -> dict[str, Stage]:
+        """The stages that a notebook reads, done or not; by default all of this seed."""
+        every = notebook in ("", list(catalogue.notebooks())[-1])  # the last compares all there is
+        records = catalogue.stages(self.run.profile, self.run.seed)
+        found: dict[str, Stage] = {}
+        for record in records:
+            if every or record.notebook == notebook:
+                self._planned(record.name, found)
+        return found
+
+    def missing(self, notebook: str = "") -> list[str]:
+        """Those of them that have to be run first."""
+        return [name for name, stage in self.planned(notebook).items() if not stage.done]
 
     def _planned(self, name: str, found: dict[str, Stage]) -> Stage:
         """A stage under its hash, with what it needs, and nothing run; `found` gets all of them."""
@@ -170,20 +176,3 @@ def summarise(profile: Profile, run_dir: Path) -> Path:
     studies = [Study(Run(profile, seed, Path(run_dir))) for seed in range(profile.seeds)]
     stages = [study.stages() for study in studies]
     return summary.summarise([study.run for study in studies], stages, studies[0].data)
-
-
-def stage_folders(folder: Path) -> list[dict]:
-    """Every stage folder of a profile: seed, name with hash, state, and seconds so far."""
-    rows = []
-    for path in sorted(folder.glob("seed-*/*-*")):
-        if not path.is_dir():
-            continue
-        metrics = path / "metrics.jsonl"
-        steps = len(read_jsonl(metrics)) if metrics.exists() else 0
-        done, seconds = (path / "DONE").exists(), None
-        if done:
-            seconds = json.loads((path / "result.json").read_text())["seconds"]
-        state = "done" if done else f"under way: {steps}"
-        name = path.name.removesuffix(".partial")
-        rows.append({"seed": path.parent.name, "stage": name, "state": state, "seconds": seconds})
-    return rows

@@ -67,7 +67,7 @@ def tune(
     bar = progress(range(missing), "tune", total=missing)
     next(bar)
     with worker_pool(profile) as (pool, _):
-        started = [pool.submit(_train, study, name) for name in ("reward_model", "sft", *judge)]
+        started = [pool.submit(train, study, name) for name in ("reward_model", "sft", *judge)]
         for future in started:  # what every trial begins with
             future.result()
         running: dict[Future[Trial], str] = {}
@@ -76,7 +76,7 @@ def tune(
             done = of(trials, method)
             values = next_values(done, settings_of(method, profile))
             if values is not None and len(done) < profile.tuning.trials:
-                running[pool.submit(_try, study, method, values)] = method
+                running[pool.submit(try_values, study, method, values)] = method
 
         for method in methods:  # one trial of each at a time: the next hangs on how it ends
             begin(method)
@@ -135,11 +135,11 @@ def neighbours(values: Values) -> Iterator[dict[str, Any]]:
 Asked = tuple[str, int, str, list[str]]  # profile, seed, run folder, overrides
 
 
-def _train(study: Asked, stage: str) -> None:
+def train(study: Asked, stage: str) -> None:
     Study.open(*study).stage(stage)
 
 
-def _try(study: Asked, method: str, values: Values) -> Trial:
+def try_values(study: Asked, method: str, values: Values) -> Trial:
     """Train a method with these values, and have its replies to validation prompts judged."""
     name, seed, run_dir, overrides = study
     own = [f"{key}={value}" for key, value in values.items()]

@@ -20,7 +20,7 @@ from tools import readme
 FAKE = """
 import os, sys, time
 from benchmarks.protocol import serve
-from benchmarks.work import Work
+from rlhf_lib.session.work import Work
 log = open(sys.argv[1], "a", buffering=1)
 def load():
     print("loading")

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from benchmarks import growth, library_worker, predict, prepare, text
 from benchmarks.job import STAGES, Job, Row, read_job
 from benchmarks.peer_worker import load as load_peer
-from benchmarks.work import PASSES, Sizes, count
 from rlhf_lib import catalogue
 from rlhf_lib.flops import sizes_of
 from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.session.work import PASSES, Sizes, count
 from rlhf_lib.settings import SettingsError
 
 has_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")

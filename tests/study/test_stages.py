@@ -11,7 +11,7 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.profiles import load_profile
-from rlhf_lib.runs import Run, Stage, Work
+from rlhf_lib.runs import Run
 from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.study import stages
 from rlhf_lib.world.rewards import DOSES
@@ -133,26 +133,6 @@ def test_an_unknown_stage_names_the_nearest(
     with pytest.raises(SettingsError, match=f"unknown stage '{name}': did you mean '{nearest}'"):
         opened.stage(name)
     assert not calls
-
-
-def test_stage_folders_tell_done_from_under_way(tmp_path: Path) -> None:
-    run = Run.open("smoke", 3, tmp_path)
-
-    def stage_of(name: str) -> Stage:
-        return run.stage(name, {}, {}, f"rlhf_lib.methods.{name}")
-
-    stage_of("sft").ensure(lambda work: {})
-    work = Work(stage_of("dpo"))
-    work.log(0, 1, {})
-    work.log(1, 1, {})
-    rows = stages.stage_folders(tmp_path / "smoke")
-    assert [(row["stage"].split("-")[0], row["state"]) for row in rows] == [
-        ("dpo", "under way: 2"),
-        ("sft", "done"),
-    ]
-    assert rows[0]["seconds"] is None
-    assert rows[1]["seconds"] >= 0
-    assert {row["seed"] for row in rows} == {"seed-3"}
 
 
 # -------------------------------------------------------------------- a notebook that is opened

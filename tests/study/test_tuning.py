@@ -109,8 +109,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return {"method": method, "values": dict(values)} | found
 
     monkeypatch.setattr(tuning, "worker_pool", threads)
-    monkeypatch.setattr(tuning, "_try", score)
-    monkeypatch.setattr(tuning, "_train", lambda study, name: state.before.append(name))
+    monkeypatch.setattr(tuning, "try_values", score)
+    monkeypatch.setattr(tuning, "train", lambda study, name: state.before.append(name))
     return state
 
 
@@ -211,11 +211,11 @@ def opened(
 
 def test_a_trial_is_judged_on_validation_prompts(opened: Study, finished: Any) -> None:
     asked = ("smoke", 3, "runs", [])
-    found = tuning._try(asked, "ppo", START)
+    found = tuning.try_values(asked, "ppo", START)
     assert (found["rater"], found["seed"], found["values"]) == ("judge", 3, START)
     assert found["low"] < found["mean"] < found["high"]
     assert found["seconds"] > 0
-    again = tuning._try(asked, "ppo", START)
+    again = tuning.try_values(asked, "ppo", START)
     assert again["mean"] == found["mean"], "the same luck each time"
     sft = tuning._judged(opened, "ppo", finished.sft)
     assert sft["mean"] != found["mean"], "PPO has learnt something"
@@ -226,7 +226,7 @@ def test_a_trial_that_diverges_is_a_result(opened: Study, monkeypatch: Any) -> N
         raise DivergedError("the loss is nan")
 
     monkeypatch.setattr(tuning, "run_stage", diverge)
-    found = tuning._try(("smoke", 3, "runs", []), "ppo", START)
+    found = tuning.try_values(("smoke", 3, "runs", []), "ppo", START)
     assert (found["mean"], found["diverged"]) == (None, "the loss is nan")
     assert as_text(found).endswith("diverged")
 

@@ -1,0 +1,219 @@
+"""Many trainings from one file: methods, coefficients and seeds, their results in one table.
+
+    profile: laptop
+    methods: [ppo, grpo, dpo]
+    coefficients: [0.25, 1, 4]     # times each method's own; or a list of values for each method
+    seeds: 3                       # so many, or a list of them
+    set: {ppo.updates: 10}         # what is overridden for all, in any form that OVERRIDES has
+
+A training that has ended stands in `trials.json` at once, and the same command goes on from there.
+The folder may be any address that fsspec knows: s3://bucket/folder, gs://, memory:// and others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+
+from rlhf_lib import catalogue
+from rlhf_lib.files import deliver, fetch, write_json
+from rlhf_lib.measure.statistics import interval, over_seeds
+from rlhf_lib.profiles import as_overrides, check_seed
+from rlhf_lib.review.trials import Trial
+from rlhf_lib.runtime import progress
+from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, deciding, unknown
+from rlhf_lib.show import figures
+from rlhf_lib.show.display import write_figure
+from rlhf_lib.study.schedule import worker_pool
+from rlhf_lib.study.tuning import train, try_values
+
+KEYS = ("profile", "methods", "coefficients", "seeds", "set")
+
+
+class Matrix(NamedTuple):
+    """What a file asks for: every method with each of its coefficients and each seed."""
+
+    profile: Profile
+    overrides: list[str]
+    values: dict[str, list[float]]  # method -> its coefficients
+    seeds: list[int]
+
+    def cells(self) -> Iterator[tuple[str, float, int]]:
+        """In the order of what is compared first: all methods in one seed, then the next seed."""
+        for seed in self.seeds:
+            for method, values in self.values.items():
+                yield from ((method, value, seed) for value in values)
+
+
+def read(path: Path) -> Matrix:
+    """Raises SettingsError, naming the key, for a file that asks for what there is not."""
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(asked, Mapping):
+        raise SettingsError(f"{path} has no keys: give {', '.join(KEYS)}")
+    for key in asked:
+        if key not in KEYS:
+            raise unknown(f"key in {path}", str(key), KEYS)
+    overrides = as_overrides(asked.get("set") or [])
+    profile = catalogue.load(asked.get("profile", "laptop"), overrides)
+    seeds = asked.get("seeds", profile.seeds)
+    seeds = list(range(check_seed(seeds))) if not isinstance(seeds, list) else seeds
+    values = _coefficients(path, profile, asked)
+    if not (seeds and values and all(values.values())):
+        raise SettingsError(f"{path} asks for nothing: methods, coefficients and seeds need one")
+    return Matrix(profile, overrides, values, [check_seed(seed) for seed in seeds])
+
+
+def _coefficients(path: Path, profile: Profile, asked: Mapping) -> dict[str, list[float]]:
+    """Each method's coefficients: what the file lists for it, or its own times each factor."""
+    known = {m for m in catalogue.methods() if catalogue.record(m).coefficient}
+    methods, given = asked.get("methods", sorted(known)), asked.get("coefficients", [1])
+    for method in [*methods, *(given if isinstance(given, Mapping) else [])]:
+        if method not in known:
+            raise unknown(f"method in {path}", str(method), known)
+    found = {}
+    for method in methods:
+        record = catalogue.record(method)
+        own = getattr(record.config(profile), record.coefficient)
+        listed = given.get(method, [own]) if isinstance(given, Mapping) else given
+        factor = 1 if isinstance(given, Mapping) else own
+        try:
+            found[method] = [float(f"{factor * float(value):.6g}") for value in listed]
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"{path}: coefficients: {error}") from error
+    return found
+
+
+def run(path: Path, run_dir: Path, out: str = "") -> Path:
+    """Train and judge every cell that is not done; the folder of trials, table and figure.
+
+    `out`: an address that fsspec knows, where the folder is delivered as it grows.
+    """
+    matrix = read(path)
+    folder = run_dir / matrix.profile.name / f"matrix-{path.stem}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if out and not (folder / "trials.json").exists():
+        fetch(out, folder)
+    trials = _load(folder / "trials.json", matrix)
+    done = {(t["method"], *t["values"].values(), t["seed"]) for t in trials}
+    missing = [cell for cell in matrix.cells() if cell not in done]
+    print(f"{len(trials)} of {len(trials) + len(missing)} trainings are done", flush=True)
+    for trial in _trained(matrix, missing, run_dir):
+        trials.append(trial)
+        _write(folder, matrix, trials)
+        if out:
+            deliver(folder, out)
+    return folder
+
+
+def _trained(
+    matrix: Matrix, cells: Sequence[tuple[str, float, int]], run_dir: Path
+) -> Iterator[Trial]:
+    if not cells:
+        return
+    profile = matrix.profile
+    judge = ["judge"] if profile.data.judge_pairs else []
+    with worker_pool(profile) as (pool, _):
+        studies = {s: (profile.name, s, str(run_dir), matrix.overrides) for _, _, s in cells}
+        before = ("reward_model", "sft", *judge)
+        for future in [pool.submit(train, s, name) for s in studies.values() for name in before]:
+            future.result()
+        running: list[Future[Trial]] = [
+            pool.submit(try_values, studies[seed], method, {_setting(method): value})
+            for method, value, seed in cells
+        ]
+        bar = progress(as_completed(running), "matrix", total=len(running))
+        for number, future in enumerate(bar, start=1):
+            trial = future.result()
+            print(f"{number:3}/{len(cells)}  {_line(trial)}", flush=True)
+            yield trial
+
+
+def _setting(method: str) -> str:
+    record = catalogue.record(method)
+    return f"{record.sections[0]}.{record.coefficient}"
+
+
+def _line(trial: Trial) -> str:
+    ((setting, value),) = trial["values"].items()
+    found = "diverged" if trial["mean"] is None else f"{trial['rater']} {interval(trial, 3)}"
+    return f"seed {trial['seed']}: {setting}={value:g}  {found}"
+
+
+def table(trials: Sequence[Trial]) -> pd.DataFrame:
+    """A row a method and coefficient: the mean over seeds, Student's t interval from two on."""
+    frame = pd.DataFrame([
+        {"method": t["method"], "setting": k, "value": v, "mean": t["mean"]}
+        for t in trials for k, v in t["values"].items()
+    ])  # fmt: skip
+    rows = []
+    for (method, setting, value), part in frame.groupby(["method", "setting", "value"], sort=False):
+        means = part["mean"].dropna().astype(float).tolist()
+        found: dict[str, Any] = over_seeds(means) if means else {}
+        rows.append({
+            "method": method, "setting": setting, "value": value, "seeds": len(part),
+            "diverged": int(part["mean"].isna().sum()),
+            **{key: found.get(key) for key in ("mean", "low", "high")},
+        })  # fmt: skip
+    return pd.DataFrame(rows).sort_values(["method", "value"], kind="stable", ignore_index=True)
+
+
+def figure(frame: pd.DataFrame, rater: str) -> Figure:
+    """One panel a method: reward on validation prompts by its coefficient, means over seeds."""
+    names = list(dict.fromkeys(frame["method"]))
+    drawn = Figure(figsize=(figures.WIDTH, 2.6), layout="constrained")
+    axes = drawn.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    drawn.supylabel(f"{rater} reward", fontsize="medium")
+    for axis, name in zip(axes, names, strict=True):
+        own = frame[(frame["method"] == name) & frame["mean"].notna()].to_dict("records")
+        places = [row["value"] for row in own]
+        color = catalogue.color(name)
+        figures.dots(axis, own, places, color, upright=True, fmt="o-", label=name)
+        setting = frame.loc[frame["method"] == name, "setting"].iloc[0]
+        axis.set(xscale="log", xlabel=setting.rpartition(".")[2], title=catalogue.label(name))
+        axis.set_xticks(places, [f"{value:g}" for value in places])
+        axis.minorticks_off()
+    return drawn
+
+
+def _load(path: Path, matrix: Matrix) -> list[Trial]:
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        trials, settings = found["trials"], found["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} is no file of trials: move it away to begin anew") from error
+    if settings != _fixed(matrix):
+        raise SettingsError(f"{path} was measured with other settings: move it away, or set them")
+    return trials
+
+
+def _fixed(matrix: Matrix) -> str:
+    """A hash of what all cells share."""
+    settings = deciding(as_dict(matrix.profile))
+    for method in matrix.values:
+        section, _, key = _setting(method).partition(".")
+        settings[section].pop(key)
+    return content_hash(settings)[:12]
+
+
+def _write(folder: Path, matrix: Matrix, trials: Sequence[Trial]) -> None:
+    content = {"profile": matrix.profile.name, "settings": _fixed(matrix), "trials": list(trials)}
+    write_json(folder / "trials.json", content)
+    frame = table(trials)
+    frame.to_csv(folder / "table.csv", index=False)
+    judged = [trial["rater"] for trial in trials if trial["mean"] is not None]
+    if judged:
+        write_figure(figure(frame, judged[0]), folder / "figure")

@@ -1,0 +1,194 @@
+"""A probe of about a minute: a miniature of the very study, run, and what each of its stages took.
+
+It has the study's model, lengths and batches, and a few steps of each kind.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from rlhf_lib import catalogue
+from rlhf_lib.files import read_jsonl, write_json
+from rlhf_lib.flops import sizes_of
+from rlhf_lib.models.load import load_policy
+from rlhf_lib.profiles import load_profile
+from rlhf_lib.runs import Stage
+from rlhf_lib.runtime import MEASURING, computed_by, environment
+from rlhf_lib.session.counted import Lengths, draws, lengths_of, measured, parts
+from rlhf_lib.session.forecast import Forecast, Rate
+from rlhf_lib.session.work import Sizes
+from rlhf_lib.settings import Profile, as_dict, content_hash
+from rlhf_lib.study.schedule import worker_pool
+from rlhf_lib.study.stages import Study
+from rlhf_lib.study.training import run_stage
+
+PROBED = ("sft", "reward_model", "ppo", "grpo", "dpo", "evaluate")
+SECONDS, SHARE = 45.0, 0.2  # that a probe may take; of the matrix products' rate, that it reaches
+
+
+def miniature(profile: Profile, sizes: Sizes, lengths: Lengths, roof: float) -> list[str]:
+    """Overrides that leave of a study a few steps of each kind, in its own batches.
+
+    Where these would take longer than a probe may at this `roof` (FLOPs a second of a matrix
+    product), batches shrink, down to one micro-batch.
+    """
+    for shrink in (1, 2, 4, 8, 16, 32):
+        found = _few_steps(profile, shrink)
+        small = load_profile(profile.name, [*_own(profile), *found])
+        work = sum(part.work.flops for part in parts(small, sizes, lengths))
+        if work <= SECONDS * SHARE * roof:
+            break
+    return found
+
+
+def _few_steps(profile: Profile, shrink: int) -> list[str]:
+    def batch(section: str, key: str, least: int) -> int:
+        whole = getattr(getattr(profile, section), key)
+        return max(min(least, whole), whole // shrink)
+
+    data, evaluation = profile.data, profile.evaluation
+    pairs = batch("reward_model", "batch_size", profile.reward_model.micro_batch_size)
+    shown = batch("sft", "batch_size", profile.sft.micro_batch_size)
+    compared = batch("dpo", "batch_size", profile.dpo.micro_batch_size)
+    replies = batch("ppo", "batch_size", profile.ppo.micro_batch_size)
+    prompts = batch("grpo", "prompts_per_update", 1)
+    asked = max(4, 32 // shrink)
+    ratio = evaluation.measured_prompts / max(data.evaluation_prompts, evaluation.measured_prompts)
+    return [
+        "seeds=1", "extras=false", "methods=", "data.judge_pairs=0", "sft.epochs=1",
+        f"data.train_pairs={min(data.train_pairs, 3 * max(pairs, compared, shown))}",
+        f"data.demonstrations={min(data.demonstrations, 3 * shown)}",
+        f"data.validation_pairs={min(data.validation_pairs, 32)}",
+        f"data.test_pairs={min(data.test_pairs, 32)}",
+        f"data.rl_prompts={min(data.rl_prompts, 2 * max(replies, prompts))}",
+        f"data.evaluation_prompts={min(data.evaluation_prompts, asked)}",
+        f"reward_model.batch_size={pairs}", "reward_model.epochs=1", "reward_model.curve_points=0",
+        f"sft.batch_size={shown}", f"dpo.batch_size={compared}", "dpo.epochs=1", "dpo.probes=1",
+        f"dpo.probe_prompts={min(profile.dpo.probe_prompts, 16)}",
+        "ppo.updates=2", f"ppo.batch_size={replies}",
+        f"ppo.minibatch_size={min(profile.ppo.minibatch_size, replies)}",
+        "grpo.updates=2", f"grpo.prompts_per_update={prompts}",
+        f"evaluation.measured_prompts={max(1, round(ratio * asked))}",
+        "evaluation.best_of_n_prompts=2", "evaluation.heldout_texts=8",
+    ]  # fmt: skip
+
+
+def probe(profile: Profile) -> Forecast:
+    """What this machine needs, with as many stages at once as the study will have."""
+    print("a probe of about a minute says what this machine needs ...", flush=True)
+    with worker_pool(profile) as (pool, workers):
+        several = [pool.submit(_probe, profile.name, _own(profile)) for _ in range(workers)]
+        found = [one.result() for one in several]
+    rates = {
+        name: Rate(
+            *(sum(column) / workers for column in zip(*(f.rates[name] for f in found), strict=True))
+        )
+        for name in found[0].rates
+    }
+    chapter = sum(one.chapter for one in found) / workers
+    return found[0]._replace(rates=rates, chapter=chapter, workers=workers)
+
+
+def _own(profile: Profile) -> list[str]:
+    """The overrides that make this profile of the one with its name."""
+    usual, found = load_profile(profile.name), []
+    for section, value in vars(profile).items():
+        before = getattr(usual, section)
+        if value == before:
+            continue
+        if not hasattr(value, "__dataclass_fields__"):
+            found.append(f"{section}={value}")
+            continue
+        changed = {k: v for k, v in vars(value).items() if v != getattr(before, k)}
+        found += [f"{section}.{key}={v}" for key, v in changed.items()]
+    return found
+
+
+def _probe(name: str, overrides: list[str]) -> Forecast:
+    """Run the miniature in a folder of its own."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import rlhf_lib.lesson"], check=True)
+    chapter = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study.open(name, 0, folder, overrides)
+        sizes, lengths = sizes_and_lengths(study)
+        asked = [*overrides, *miniature(study.run.profile, sizes, lengths, _roof())]
+        small = Study.open(name, 0, folder, asked)
+        stages = {stage: small.stage(stage) for stage in PROBED[:-1]}
+        before = {stage: stages[stage] for stage in ("sft", "reward_model")}
+        # an evaluation of the pretrained model and SFT
+        record = catalogue.record("evaluate")
+        stages["evaluate"] = run_stage(small.run, record, small.data, before)
+        rates = rates_of(stages, small.run.profile, sizes, lengths)
+        return Forecast(rates, sizes, lengths, chapter)
+
+
+def rates_of(
+    stages: Mapping[str, Stage], profile: Profile, sizes: Sizes, lengths: Lengths
+) -> dict[str, Rate]:
+    """What each stage of a miniature took, for each FLOP of its work."""
+    work: Counter[str] = Counter()
+    trained = set(catalogue.trained()) & {record.name for record in catalogue.stages(profile)}
+    for part in parts(profile, sizes, lengths):
+        flops = part.work.flops
+        if part.name == "evaluate: answers":  # it asked the pretrained model and SFT, no other
+            every, two = draws(profile.evaluation, len(trained) + 1), draws(profile.evaluation, 2)
+            flops *= two / every
+        work[part.name.partition(":")[0]] += flops
+    found = {}
+    for name, stage in stages.items():
+        result, phases = stage.result(), stage.result()["phases"]
+        start = phases.get("loading models", 0.0) + phases.get("saving", 0.0)
+        seen = phases.get(MEASURING, 0.0)
+        busy = result["seconds"] - start - seen - _warming(stage)
+        kind = "generation" if name == "evaluate" else name
+        each = seen / (measured(catalogue.record(name), profile) or 1)
+        found[kind] = Rate(start, busy / work[name], each)
+    return found
+
+
+def _warming(stage: Stage) -> float:
+    """Seconds by which the first step took longer than those after it."""
+    metrics = stage.path / "metrics.jsonl"
+    times = [row["step_time"] for row in read_jsonl(metrics)] if metrics.exists() else []
+    return max(0.0, times[0] - sum(times[1:]) / len(times[1:])) if len(times) > 1 else 0.0
+
+
+def _roof(size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOPs a second of a matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one = torch.rand(size, size, device=device)
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        float((one @ one)[0, 0])
+        products += 1
+    return 2.0 * size**3 * products / (time.perf_counter() - began)
+
+
+def sizes_and_lengths(study: Study) -> tuple[Sizes, Lengths]:
+    """Of the study's model, and of the first of its pairs."""
+    model = load_policy(study.run.profile.model.name)
+    return Sizes(*sizes_of(model)), lengths_of(study.data)
+
+
+def of_machine(profile: Profile) -> Forecast:
+    """What a probe finds on this machine, or has found before."""
+    key = content_hash([as_dict(profile), computed_by(), environment()])[:12]
+    kept = Path(tempfile.gettempdir()) / f"rlhf-probe-{key}.json"
+    if kept.exists():
+        saved = json.loads(kept.read_text(encoding="utf-8"))
+        rates = {name: Rate(*values) for name, values in saved["rates"].items()}
+        sizes, lengths = Sizes(*saved["sizes"]), Lengths(*saved["lengths"])
+        return Forecast(rates, sizes, lengths, saved["chapter"], saved["workers"])
+    found = probe(profile)
+    write_json(kept, found._asdict())
+    return found

@@ -1,0 +1,147 @@
+"""What of a study is done, running, stopped, stale or missing, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from rlhf_lib.checkpoints import PROGRESS
+from rlhf_lib.runs import Run, Stage
+from rlhf_lib.settings import Profile
+from rlhf_lib.study.schedule import plan
+from rlhf_lib.study.stages import Study
+from rlhf_lib.study.tuning import trial_seed
+
+WORDS = {  # part of a stage's config -> what it means that it differs
+    "source": "its code has changed",
+    "computed_by": "device, torch or transformers have changed",
+    "model": "other settings of the model",
+    "lengths": "other lengths of prompts or replies",
+}
+
+
+class Row(NamedTuple):
+    """One stage folder, or a stage that has none yet."""
+
+    place: str  # seed
+    stage: str
+    state: str  # done, running, stopped, missing, stale
+    why: str
+    seconds: float | None = None
+
+
+def rows(profile: Profile, run_dir: Path) -> list[Row]:
+    """Every stage of the study as it stands, and every folder that belongs to no stage of it."""
+    found: list[Row] = []
+    known: dict[Path, Stage] = {}
+    for seed in range(profile.seeds):
+        for stage in Study(Run(profile, seed, run_dir)).planned().values():
+            known.setdefault(stage.path, stage)
+    found += [_of_stage(stage) for stage in known.values()]
+    wanted = {(stage.path.parent, stage.name): stage for stage in known.values()}
+    for folder in sorted((run_dir / profile.name).glob("seed-*/*-*")):
+        if folder.is_dir() and _whole(folder) not in known:
+            found.append(_stale(folder, wanted, profile))
+    return found
+
+
+def as_text(row: Row) -> str:
+    minutes = "" if row.seconds is None else f"{row.seconds / 60:.1f} min"
+    return f"{row.place:<8} {row.stage:<28} {row.state:<8} {minutes:>9}  {row.why}".rstrip()
+
+
+def outlook(profile: Profile, run_dir: Path) -> list[str]:
+    """What a run of the study would do now: each job of its plan that has not been done."""
+    finished = [row for row in rows(profile, run_dir) if row.state == "done"]
+    done = {f"{row.place.replace('-', ' ')}: {row.stage}" for row in finished}
+    jobs = plan(profile)
+    left = [job for job in jobs if job.key not in done]
+    stages = sum(job.kind == "stage" for job in left)
+    pages = len(left) - stages
+    said = f"{len(jobs) - len(left)} stages are done; to be run: {stages} stages and {pages} pages"
+    return [said, *(f"  {job.key}" for job in left)]
+
+
+def _of_stage(stage: Stage) -> Row:
+    place = stage.path.parent.name
+    if stage.done:
+        return Row(place, stage.name, "done", "", _seconds(stage.path))
+    partial = stage.path.with_name(f"{stage.path.name}.partial")
+    if not partial.is_dir():
+        return Row(place, stage.name, "missing", "")
+    lock = stage.path.with_name(f"{stage.path.name}.lock")
+    step = f"step {_steps(partial)}"
+    if _held(lock):
+        holder = lock.with_suffix(".holder")
+        return Row(place, stage.name, "running", f"{step}, by {_read(holder) or 'a process'}")
+    saved = [_read(slot / PROGRESS) for slot in partial.glob("checkpoint-?")]
+    last = max((json.loads(text)["step"] for text in saved if text.startswith("{")), default=0)
+    goes_on = f"goes on from step {last}" if last else "begins anew"
+    return Row(place, stage.name, "stopped", f"{step}; {goes_on}")
+
+
+def _stale(folder: Path, wanted: Mapping[tuple[Path, str], Stage], profile: Profile) -> Row:
+    """A folder that no stage of these settings has: what makes it another."""
+    name = folder.name.removesuffix(".partial").rpartition("-")[0]
+    place = folder.parent.name
+    if place == f"seed-{trial_seed(profile)}":
+        return Row(place, name, "stale", "a trial of tuning", _seconds(folder))
+    stage = wanted.get((folder.parent, name))
+    if stage is None:
+        return Row(place, name, "stale", "no stage of this study", _seconds(folder))
+    try:
+        config = json.loads(_read(folder / "config.json"))
+    except ValueError:
+        return Row(place, name, "stale", "its config.json cannot be read")
+    why = ", ".join(dict.fromkeys(_differences(config, stage.config)))
+    return Row(place, name, "stale", why or "nothing that its config.json shows", _seconds(folder))
+
+
+def _differences(had: Mapping[str, Any], has: Mapping[str, Any]) -> Iterator[str]:
+    """What of a stage's config is another now."""
+    for part in ("settings", "upstream"):
+        before, now = had.get(part, {}), has[part]
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key):
+                continue
+            if part == "upstream":
+                yield f"another {key}"
+            else:
+                yield f"{key} was {before.get(key)}, is {now.get(key)}"
+    yield from (word for part, word in WORDS.items() if had.get(part) != has[part])
+
+
+def _whole(folder: Path) -> Path:
+    return folder.with_name(folder.name.removesuffix(".partial"))
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process works on it now."""
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _steps(partial: Path) -> int:
+    return len(_read(partial / "metrics.jsonl").splitlines())
+
+
+def _seconds(folder: Path) -> float | None:
+    try:
+        return json.loads(_read(folder / "result.json"))["seconds"]
+    except (ValueError, KeyError):
+        return None
+
+
+def _read(path: Path) -> str:
+    """What a file says; nothing where it is not there, or is taken away just now."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
