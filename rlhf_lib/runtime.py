@@ -59,6 +59,21 @@ def _cpu_flags() -> set[str]:
     return set(flags.split())
 
 
+def no_gpu() -> str:
+    """Why no GPU is seen, and the way out; empty where one is."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return (
+            "No GPU is seen: this torch was built for CPUs. PyTorch's page on installing names the "
+            "build for yours; or take a profile for a CPU, laptop or offline"
+        )
+    return (
+        "No GPU is seen: torch finds none, though it was built for one. Does `nvidia-smi` show it? "
+        "Else take a profile for a CPU, laptop or offline"
+    )
+
+
 def make_accelerator(precision: str = "auto") -> Accelerator:
     """The `accelerate` handle that places models and runs mixed precision.
 

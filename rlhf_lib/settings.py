@@ -289,6 +289,8 @@ def unknown(kind: str, word: str, known: typing.Iterable[str]) -> SettingsError:
     """The error for a name that does not exist; it names the nearest ones that do."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
+    if close == word.strip():
+        return SettingsError(f"unknown {kind} {word!r}: write {close!r}, without the blanks")
     listed = names if len(names) <= 12 else difflib.get_close_matches(word, names, 5, 0.3)
     label = "Known" if listed is names else "Near"
     return SettingsError(

@@ -6,14 +6,18 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 from typer.testing import CliRunner
 
+from rlhf_lib import __version__
 from rlhf_lib.__main__ import app, main
+from rlhf_lib.session import fits, matrix
 from rlhf_lib.study import schedule
 
 MADE_UP = Path(__file__).parent / "made_up"
@@ -29,7 +33,7 @@ STAGES = (
     "evaluate",
 )
 OF_A_STUDY = ("run", "report", "status", "tune", "export", "stage", "chat", *STAGES)
-COMMANDS = ("proofs", "check-claims", "doctor", "compare", *OF_A_STUDY)
+COMMANDS = ("proofs", "check-claims", "doctor", "compare", "matrix", *OF_A_STUDY)
 
 
 @pytest.fixture
@@ -84,6 +88,36 @@ def test_the_overview_lists_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert [name for name in COMMANDS if name not in result.output] == []
+
+
+def test_the_version(cli: Callable) -> None:
+    result = cli("--version")
+    assert (result.code, result.out) == (0, f"rlhf_lib {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("ru", {"run"}),
+        ("run --profile la", {"laptop"}),
+        ("run --only 04", {"04_ppo"}),
+        ("sft --set ppo.kl_c", {"ppo.kl_coef="}),
+        ("stage reward_model_c", {"reward_model_control", "reward_model_curve"}),
+        ("run --dry", {"--dry-run"}),
+    ],
+)
+def test_a_shell_is_told_what_can_follow(
+    words: str, completed: set[str], cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_RLHF_LIB_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"rlhf-lib {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert set(cli().out.split()) == completed
+
+
+def test_an_installed_command_is_this_one() -> None:
+    (script,) = entry_points(group="console_scripts", name="rlhf-lib")
+    assert script.load() is main
 
 
 # -------------------------------------------------------------------------------- mistyped names
@@ -265,8 +299,11 @@ def test_a_stage_is_run_once_and_shown_by_status(cli: Callable, tmp_path: Path) 
     unknown = cli("stage", "dataste", "--profile", "smoke")
     assert unknown.code == 2
     assert "did you mean 'dataset'" in unknown.err
-    shown = cli("status", "--profile", "smoke").out
-    assert re.fullmatch(rf"seed-0 +{stage.name} +done +\d+\.\d min\n", shown)
+    shown = cli("status", "--profile", "smoke", "--data", f"path:{path}").out.splitlines()
+    assert re.fullmatch(r"seed-0 +dataset +done +\d+\.\d min", shown[0])
+    assert all(re.fullmatch(r"seed-0 +\w+ +missing", line) for line in shown[1:])
+    other = cli("status", "--profile", "smoke").out.splitlines()[-1]
+    assert re.fullmatch(r"seed-0 +dataset +stale +\d+\.\d min  another data.*", other)
 
 
 def test_run_hands_its_overrides_on_and_a_set_wins(
@@ -292,6 +329,75 @@ def test_run_hands_its_overrides_on_and_a_set_wins(
     assert re.fullmatch(r"report: /.*/there/smoke/report-\w{8}/index\.html", first)
     assert second.endswith("/report.pdf")
     assert cli("run", "--only", "04_ppo").out == f"executed: {tmp_path}/n.ipynb\n"
+
+
+def test_a_dry_run_runs_nothing(cli: Callable, tmp_path: Path) -> None:
+    result = cli("run", "--profile", "smoke", "--dry-run")
+    first, *jobs = result.out.splitlines()
+    assert (result.code, result.err) == (0, "")
+    assert re.fullmatch(r"0 stages are done; to be run: \d+ stages and 8 pages", first)
+    assert jobs[0] == "  seed 0: dataset"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_made_to_fit_a_session(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    choice = {"overrides": ["seeds=2"], "minutes": 41.3}
+    monkeypatch.setattr(fits, "fitted", lambda *a: seen.append(a) or choice)
+    monkeypatch.setattr(schedule, "run_study", lambda *a: seen.append(a) or [])
+    result = cli("run", "--fits", "45m", "--set", "ppo.kl_coef=0.3")
+    (_, overrides, minutes, _), (profile, _, handed_on, _) = seen
+    assert (minutes, overrides) == (45, handed_on)
+    assert handed_on == ["ppo.kl_coef=0.3", "seeds=2"]
+    assert profile.seeds == 2
+    lines = result.out.splitlines()
+    assert lines[0] == "about 41 minutes are foreseen for this study: seeds=2"
+    assert re.fullmatch(r"it took \d+\.\d minutes", lines[1])
+    wrong = told(cli("run", "--fits", "soon"), tmp_path)
+    assert wrong == "error: 'soon' is no time: write 55m, 1h30m or 90s"
+
+
+def test_pages_are_delivered_to_an_address(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_study(profile: Any, run_dir: Path, *rest: object) -> list[Path]:
+        for page in ("report/index.html", "notebooks/01_dataset.ipynb"):
+            path = run_dir / "smoke" / page
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(page)
+        return []
+
+    monkeypatch.setattr(schedule, "run_study", run_study)
+    result = cli("run", "--profile", "smoke", "--deliver", "memory://pages/")
+    assert result.out.splitlines()[-1] == "delivered: memory://pages/"
+    system = fsspec.filesystem("memory")
+    assert system.cat("/pages/report/index.html") == b"report/index.html"
+    assert system.cat("/pages/notebooks/01_dataset.ipynb") == b"notebooks/01_dataset.ipynb"
+    wrong = cli("run", "--profile", "smoke", "--deliver", "nowhere://x")
+    assert wrong.code == 2
+    assert wrong.err.startswith("error: nowhere://x/")
+
+
+def test_a_matrix_is_run_and_its_files_named(
+    cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "table.csv").write_text("")
+    seen: list[Any] = []
+    monkeypatch.setattr(matrix, "run", lambda *a: seen.append(a) or tmp_path / "made")
+    result = cli("matrix", "grid.yaml", "--out", "memory://x")
+    assert seen == [(Path("grid.yaml"), Path("runs"), "memory://x")]
+    assert result.out == f"{tmp_path}/made/table.csv\n"
+
+
+def test_a_file_error_is_one_sentence(cli: Callable, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder is wanted")
+    result = cli("dataset", "--profile", "smoke", "--data", f"path:{write(tmp_path)}")
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
 
 
 # ---------------------------------------------------------- what others published, and what was run

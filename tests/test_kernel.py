@@ -52,6 +52,7 @@ WRONG = [
     ({"run_dir": 7}, r"RUN_DIR=7: name the folder"),
     ({"run_dir": ""}, r"RUN_DIR='': name the folder"),
     ({"profile": 3}, r"unknown profile '3'"),
+    ({"profile": "smoke "}, r"unknown profile 'smoke ': write 'smoke', without the blanks"),
 ]
 
 

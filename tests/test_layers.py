@@ -43,6 +43,7 @@ ORDER = (
     "review",
     "report",
     "study",
+    "session",
     "lesson",
     "__main__",
 )
@@ -50,7 +51,7 @@ ORDER = (
 ALONE = {"objectives": {"objectives"}, "world": {"world"}, "report": {"report"}}
 SHARED_BY_METHODS = {f"rlhf_lib.methods.{name}" for name in ("learner", "rewards", "rollout")}
 # of the library; tools and benchmarks may as well
-SHOWS = {"show", "course", "study", "lesson", "__main__"}
+SHOWS = {"show", "course", "study", "session", "lesson", "__main__"}
 # The standard library lends the objectives words for types and records, no more.
 PURE = frozenset({"__future__", "collections", "dataclasses", "math", "typing", "torch"})
 

@@ -225,3 +225,17 @@ def test_missing_data_names_the_rebuild_command(
     monkeypatch.setattr(runtime, "__file__", str(tmp_path / "rlhf_lib" / "runtime.py"))
     with pytest.raises(FileNotFoundError, match=r"python -m tools\.build_world"):
         runtime.bundled_folder()
+
+
+@pytest.mark.parametrize(
+    ("built", "said"), [(None, "this torch was built for CPUs"), ("13.0", "`nvidia-smi`")]
+)
+def test_it_is_said_why_no_gpu_is_seen(
+    built: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    assert runtime.no_gpu().startswith("No GPU is seen: ")
+    assert said in runtime.no_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runtime.no_gpu() == ""

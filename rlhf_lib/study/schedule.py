@@ -22,7 +22,7 @@ from traitlets.config import Config
 from rlhf_lib import catalogue
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.report import exporters
-from rlhf_lib.runtime import progress, shipped
+from rlhf_lib.runtime import no_gpu, progress, shipped
 from rlhf_lib.settings import Profile, unknown
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import Study, StudyError, notebook_path, read_data, rival
@@ -121,6 +121,8 @@ def run_study(
     if only is None and (missing := exporters.missing_tools()):
         print(f"There will be no report: {missing}", flush=True)
         jobs = without_reports(jobs)
+    if profile.name in ("t4", "full") and (missing := no_gpu()):
+        print(missing, flush=True)
     with worker_pool(profile) as (pool, workers):
         _run_jobs(pool, workers, jobs, profile.name, run_dir, overrides)
     notebooks = (job for job in jobs if job.kind == "notebook" and not job.tier)

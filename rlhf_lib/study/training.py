@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,6 +36,7 @@ from rlhf_lib.settings import (
     RejectionConfig,
     RewardModelConfig,
     SettingsError,
+    UserError,
 )
 from rlhf_lib.study.offer import Offer
 from rlhf_lib.user_code import resolve
@@ -64,10 +66,27 @@ def run_stage(run: Run, record: Record, data: PreferenceData, needed: Mapping[st
                 )
             offer.save()
             return {**(result or {}), **offer.stopped}
+        except torch.OutOfMemoryError as error:
+            raise UserError(out_of_memory(record, run.profile)) from error
         finally:
             offer.release()
 
     return stage.ensure(build)
+
+
+def out_of_memory(record: Record, profile: Profile) -> str:
+    """That a stage did not fit, and what makes it smaller."""
+    section, config = (*record.sections, "")[0], record.config(profile)
+    ways = []
+    for name in ("micro_batch_size", "batch_size"):
+        if (size := getattr(config, name, 0)) > 1:
+            ways.append(f"{section}.{name}={size // 2} (it is {size})")
+            break
+    if not profile.model.gradient_checkpointing:
+        ways.append("model.gradient_checkpointing=true")
+    if not profile.model.lora_rank:
+        ways.append("model.lora_rank=16, with learning rates ten times up")
+    return f"stage {record.name} ran out of memory; smaller is: {'; '.join(ways)}"
 
 
 def check_stage(record: Record, profile: Profile, truth: Truth | None) -> Callable[..., Any]:

@@ -374,3 +374,22 @@ def test_data_model_and_what_is_needed_are_in_the_hash(
         train_stage(replace(run, seed=4), "ppo", tiny_data, finished).hash,
     ]
     assert len(set(hashes)) == len(hashes)
+
+
+def test_a_stage_out_of_memory_says_what_is_smaller(
+    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def too_much(self: offer.Offer, function: Callable) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(offer.Offer, "call", too_much)
+    run = make_run(tmp_path, "ppo.micro_batch_size=8")
+    said = (
+        r"stage ppo ran out of memory; smaller is: ppo\.micro_batch_size=4 \(it is 8\); "
+        r"model\.gradient_checkpointing=true; model\.lora_rank=16"
+    )
+    with pytest.raises(UserError, match=said):
+        train_stage(run, "ppo", tiny_data, finished)
+    run = make_run(tmp_path, "model.gradient_checkpointing=true", "model.lora_rank=2")
+    with pytest.raises(UserError, match=r"out of memory; smaller is: sft\.micro_batch_size=2 \("):
+        train_stage(run, "sft", tiny_data)

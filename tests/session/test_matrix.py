@@ -1,0 +1,149 @@
+"""A matrix of trainings from one file: read strictly, resumed, told in one table and figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+import pytest
+
+from rlhf_lib.session import matrix
+from rlhf_lib.settings import SettingsError, UserError
+
+FILE = """
+profile: smoke
+methods: [ppo, dpo]
+coefficients: [0.5, 1]
+seeds: [0, 2]
+set: {ppo: {updates: 2}, ppo.kl_coef: 0.4, dpo.beta: 0.1}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "grid.yaml").write_text(text, encoding="utf-8")
+    return folder / "grid.yaml"
+
+
+def test_a_file_is_methods_times_coefficients_times_seeds(tmp_path: Path) -> None:
+    found = matrix.read(write(tmp_path, FILE))
+    assert found.profile.ppo.updates == 2
+    assert list(found.cells()) == [
+        ("ppo", 0.2, 0),
+        ("ppo", 0.4, 0),
+        ("dpo", 0.05, 0),
+        ("dpo", 0.1, 0),
+        ("ppo", 0.2, 2),
+        ("ppo", 0.4, 2),
+        ("dpo", 0.05, 2),
+        ("dpo", 0.1, 2),
+    ]
+
+
+def test_values_of_each_method_its_own_and_all_by_default(tmp_path: Path) -> None:
+    own = matrix.read(write(tmp_path, "profile: smoke\ncoefficients: {dpo: [0.3]}\nseeds: 2\n"))
+    assert own.seeds == [0, 1]
+    assert own.values == {"dpo": [0.3], "grpo": [0.2], "ppo": [0.8]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methodes: [ppo]", r"unknown key in .*grid\.yaml 'methodes': did you mean 'methods'"),
+        ("methods: [pppo]", r"unknown method in .*grid\.yaml 'pppo': did you mean 'ppo'"),
+        ("methods: [sft]", r"unknown method in .*grid\.yaml 'sft'"),
+        ("coefficients: {gpro: [1]}", r"unknown method in .*grid\.yaml 'gpro'"),
+        ("coefficients: [a]", r"grid\.yaml: coefficients: could not convert string to float"),
+        ("coefficients: []", r"asks for nothing"),
+        ("seeds: 0", r"asks for nothing"),
+        ("seeds: [-1]", r"SEED=-1"),
+        ("seeds: two", r"SEED='two'"),
+        ("set: 3", r"OVERRIDES=3 names no setting"),
+        ("profile: smok", r"unknown profile 'smok'"),
+        ("[1, 2]", r"has no keys"),
+        ("a: [", r"is no YAML"),
+        ("", r"has no keys"),
+    ],
+)
+def test_a_file_that_asks_for_what_there_is_not(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=said):
+        matrix.read(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml: No such file"):
+        matrix.read(tmp_path / "none.yaml")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What has been trained; a trial's mean is its coefficient plus its seed."""
+    calls: list[tuple] = []
+
+    def score(study: tuple, method: str, values: Mapping[str, Any]) -> dict:
+        ((setting, value),) = values.items()
+        calls.append((method, setting, value, study[1]))
+        mean = None if value > 10 else value + study[1]
+        edges = {} if mean is None else {"low": mean - 0.1, "high": mean + 0.1}
+        seed = {"seed": study[1], "rater": "gold"}
+        return {"method": method, "values": dict(values), "mean": mean} | edges | seed
+
+    @contextmanager
+    def pool(profile: Any) -> Iterator[tuple]:
+        with ThreadPoolExecutor(1) as threads:
+            yield threads, 1
+
+    monkeypatch.setattr(matrix, "try_values", score)
+    monkeypatch.setattr(matrix, "train", lambda study, name: None)
+    monkeypatch.setattr(matrix, "worker_pool", pool)
+    return calls
+
+
+def test_what_has_ended_is_kept_and_gone_on_from(trained: list, tmp_path: Path) -> None:
+    path = write(tmp_path, FILE)
+    folder = matrix.run(path, tmp_path)
+    assert len(trained) == 8
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"trials.json", "table.csv", "figure.svg", "figure.png"}
+    frame = pd.read_csv(folder / "table.csv")
+    row = frame[(frame["method"] == "ppo") & (frame["value"] == 0.4)].iloc[0]
+    assert (row["seeds"], row["mean"]) == (2, pytest.approx(1.4))
+    assert row["low"] < 1.4 < row["high"], "an interval over two seeds"
+    saved = json.loads((folder / "trials.json").read_text())
+    (folder / "trials.json").write_text(json.dumps(saved | {"trials": saved["trials"][:5]}))
+    trained.clear()
+    matrix.run(path, tmp_path)
+    assert len(trained) == 3, "killed after five"
+    trained.clear()
+    matrix.run(path, tmp_path)
+    assert trained == []
+    with pytest.raises(SettingsError, match="was measured with other settings"):
+        matrix.run(write(tmp_path, FILE.replace("updates: 2", "updates: 3")), tmp_path)
+
+
+def test_one_that_diverged_is_a_row_and_no_number(trained: list, tmp_path: Path) -> None:
+    text = "profile: smoke\nmethods: [dpo]\nseeds: [0]\ncoefficients: {dpo: [0.1, 20]}\n"
+    folder = matrix.run(write(tmp_path, text), tmp_path)
+    frame = pd.read_csv(folder / "table.csv")
+    assert frame["diverged"].tolist() == [0, 1]
+    assert frame["mean"].isna().tolist() == [False, True]
+    assert frame["low"].isna().all(), "one seed has no interval over seeds"
+
+
+def test_results_are_delivered_to_an_address_and_found_there(trained: list, tmp_path: Path) -> None:
+    path = write(tmp_path, FILE)
+    address = "memory://results/grid"
+    matrix.run(path, tmp_path / "one", address)
+    system = fsspec.filesystem("memory")
+    names = {name.rpartition("/")[2] for name in system.ls("/results/grid", detail=False)}
+    assert {"trials.json", "table.csv", "figure.svg"} <= names
+    trained.clear()
+    matrix.run(path, tmp_path / "elsewhere", address)
+    assert trained == [], "another machine goes on from what was delivered"
+    with pytest.raises(UserError, match=r"nowhere://x cannot be read"):
+        matrix.run(path, tmp_path / "third", "nowhere://x")
