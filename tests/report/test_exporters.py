@@ -219,3 +219,12 @@ def test_an_error_that_is_meant_is_shown() -> None:
     assert '<div class="output error">' in body
     assert "AssertionError" in body
     assert "\x1b" not in body
+
+
+def test_without_its_tools_a_report_is_refused_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporters, "TOOLS", ("json", "no_such_package"))
+    with pytest.raises(ReportError, match=r"needs no_such_package: pip install"):
+        render(study(tmp_path), tmp_path / "out", title="New")
+    assert not (tmp_path / "out").exists()

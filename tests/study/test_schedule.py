@@ -239,13 +239,31 @@ def test_each_job_does_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert report == (load_profile("laptop", of_part), tmp_path, whole)
 
 
+def test_without_what_renders_it_a_study_runs_and_says_how_to_get_a_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned: list[list[Job]] = []
+    monkeypatch.setattr(schedule, "_run_jobs", lambda *asked: planned.append(asked[2]))
+    monkeypatch.setattr(schedule.exporters, "TOOLS", ("json", "no_such_package"))
+    run_study(load_profile("laptop"), tmp_path, [])
+    said = capsys.readouterr().out
+    assert "no report: the report needs no_such_package: pip install 'rlhf-lib[report]'" in said
+    (jobs,) = planned
+    assert {job.kind for job in jobs} == {"stage", "notebook"}
+    ended: set[str] = set()
+    for job in jobs:
+        assert set(job.needs) <= ended, job.key
+        ended.add(job.key)
+
+
 # ------------------------------------------------------------------------------------ one notebook
 
 
 def store(folder: Path, parameters: str, *cells: str) -> None:
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     nb = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
-    nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    # saved by somebody whose kernel has another name
+    nb.metadata.kernelspec = {"name": "elsewhere", "display_name": "Mine", "language": "python"}
     folder.mkdir(exist_ok=True)
     nbformat.write(nb, folder / "04_ppo.ipynb")
 
