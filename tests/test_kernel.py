@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nbformat
 import papermill
 import pytest
 from papermill.translators import PythonTranslator
@@ -13,6 +16,8 @@ from papermill.translators import PythonTranslator
 from rlhf_lib import kernel
 from rlhf_lib.settings import SettingsError
 from rlhf_lib.study.stages import Study
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_relative_folder_is_the_checkouts_wherever_the_notebook_lies(
@@ -84,3 +89,47 @@ def test_a_misspelt_parameter_of_papermill_s_is_refused(monkeypatch: pytest.Monk
     said = r"unknown parameter 'OVERIDES': did you mean 'OVERRIDES'\?"
     with pytest.raises(SettingsError, match=said):
         Study.open("smoke")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"SEDE": 1}, "unknown parameter 'SEDE': did you mean 'SEED'?"),
+        ({"SEED": "one"}, "SEED='one': a seed is a whole number, 0 or above"),
+        ({"OVERRIDES": 0.02}, "OVERRIDES=0.02 names no setting"),
+    ],
+)
+def test_papermill_ends_at_the_first_cell_that_would_do_anything(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    asked = {"PROFILE": "smoke", "RUN_DIR": str(tmp_path / "runs")} | given
+    notebook = ROOT / "notebooks" / "01_dataset.ipynb"
+    with pytest.raises(papermill.PapermillExecutionError) as error:
+        papermill.execute_notebook(notebook, tmp_path / "out.ipynb", asked, progress_bar=False)
+    assert error.value.ename == "SettingsError"
+    assert said in error.value.evalue
+    assert not (tmp_path / "runs").exists()
+
+
+QUIET = Path(sys.prefix) / "etc" / "ipython" / "ipython_kernel_config.json"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not QUIET.exists(), reason="an environment that `make setup` has not made")
+def test_papermill_s_own_command_makes_no_noise_and_reads_yaml(tmp_path: Path) -> None:
+    """An OVERRIDES of a YAML file arrives as a mapping; no kernel warns of its own machine."""
+    first = nbformat.v4.new_code_cell("OVERRIDES = ''", metadata={"tags": ["parameters"]})
+    told = nbformat.v4.new_code_cell(
+        "from rlhf_lib.profiles import load_profile\n"
+        "print(load_profile('smoke', OVERRIDES).ppo.kl_coef)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[first, told])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "x", "language": "python"}
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    (tmp_path / "given.yaml").write_text("OVERRIDES: {ppo: {kl_coef: 0.07}}\n")
+    command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-f", "given.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "without encryption" not in done.stderr
+    assert "0.07" in (tmp_path / "out.ipynb").read_text()
