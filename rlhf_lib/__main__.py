@@ -24,7 +24,7 @@ app = typer.Typer(
 
 def _among(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     """What a shell completes a word to."""
-    return lambda begun: sorted(name for name in names() if name.startswith(begun))
+    return lambda incomplete: sorted(n for n in names() if n.startswith(incomplete))
 
 
 ProfileOption = Annotated[
@@ -86,6 +86,7 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
+    from rlhf_lib.report import exporters
     from rlhf_lib.session import fits as sizes
     from rlhf_lib.session import status as standing
     from rlhf_lib.study import book, schedule
@@ -107,9 +108,9 @@ def run(
         print(f"it took {(time.monotonic() - began) / 60:.1f} minutes")
     for notebook in notebooks if only else []:
         print(f"executed: {notebook}")
-    for file in [] if only else ("index.html", "report.pdf"):
-        if (path := book.report_folder(chosen, run_dir) / file).exists():
-            print(f"report: {path.resolve()}")
+    rendered = not (only or exporters.missing_tools())
+    for file in ("index.html", "report.pdf") if rendered else []:
+        print(f"report: {(book.report_folder(chosen, run_dir) / file).resolve()}")
     if deliver and not only:
         _deliver(chosen, run_dir, deliver)
 

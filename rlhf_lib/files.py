@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -114,8 +115,9 @@ def fetch(address: str, folder: Path) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that may still be written there, what lies in `folder` left as it is."""
-    return shutil.disk_usage(folder).free
+    """Bytes that may still be written there; no bound where a mount does not say."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else sys.maxsize
 
 
 def mishap(error: OSError, folder: Path) -> str:

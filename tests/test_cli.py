@@ -303,7 +303,7 @@ def test_a_stage_is_run_once_and_shown_by_status(cli: Callable, tmp_path: Path) 
     assert re.fullmatch(r"seed-0 +dataset +done +\d+\.\d min", shown[0])
     assert all(re.fullmatch(r"seed-0 +\w+ +missing", line) for line in shown[1:])
     other = cli("status", "--profile", "smoke").out.splitlines()[-1]
-    assert re.fullmatch(r"seed-0 +dataset +stale +\d+\.\d min  another data.*", other)
+    assert re.fullmatch(r"seed-0 +dataset +stale +\d+\.\d min  source was path:\S+, is bundled", other)
 
 
 def test_run_hands_its_overrides_on_and_a_set_wins(

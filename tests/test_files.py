@@ -203,3 +203,12 @@ def test_other_errors_of_files_stay_what_they_are(tmp_path: Path) -> None:
 
     with pytest.raises(FileNotFoundError, match="none"):
         stage_of(tmp_path).ensure(reads)
+
+
+def test_a_mount_that_says_nothing_of_its_size_is_no_full_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < files.free_space(tmp_path) < sys.maxsize
+    nothing = shutil._ntuple_diskusage(0, 0, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: nothing)
+    assert files.free_space(tmp_path) == sys.maxsize

@@ -53,7 +53,7 @@ def outlook(study: Study, notebook: str) -> str:
     """What a notebook has to train first, and how long that takes here; probed once a machine."""
     missing = study.missing(notebook)
     if not missing:
-        return ""
+        return "Nothing has to be trained for this chapter."
     profile = study.run.profile
     stages = probe.of_machine(profile).stages(profile, study.run.seed)
     minutes = sum(stages.get(name, 0.0) for name in missing) / 60

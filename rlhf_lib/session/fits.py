@@ -73,7 +73,8 @@ def fitted(profile: Profile, overrides: Sequence[str], minutes: float, run_dir: 
 
 def minutes_of(text: str) -> float:
     """`55m`, `1h30m`, `90s` or a number of minutes. Raises SettingsError for anything else."""
-    units = re.fullmatch(r"(?:(\d+)h)?(?:(\d+(?:\.\d+)?)m?)?(?:(\d+)s)?", text.strip())
+    asked = text.strip() + "m" * text.strip().isdigit()
+    units = re.fullmatch(r"(?:(\d+)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?", asked)
     hours, minutes, seconds = (float(part or 0) for part in units.groups()) if units else (0, 0, 0)
     if (total := 60 * hours + minutes + seconds / 60) <= 0:
         raise SettingsError(f"{text!r} is no time: write 55m, 1h30m or 90s")

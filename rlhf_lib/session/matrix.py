@@ -79,6 +79,7 @@ def _coefficients(path: Path, profile: Profile, asked: Mapping) -> dict[str, lis
     """Each method's coefficients: what the file lists for it, or its own times each factor."""
     known = {m for m in catalogue.methods() if catalogue.record(m).coefficient}
     methods, given = asked.get("methods", sorted(known)), asked.get("coefficients", [1])
+    methods = [methods] if isinstance(methods, str) else methods
     for method in [*methods, *(given if isinstance(given, Mapping) else [])]:
         if method not in known:
             raise unknown(f"method in {path}", str(method), known)
