@@ -163,8 +163,10 @@ def status(
     if not (run_dir / profile).is_dir():
         print(f"nothing has been run in {run_dir / profile}")
         return
-    for row in standing.rows(chosen, run_dir):
+    rows = standing.rows(chosen, run_dir)
+    for row in rows:
         print(standing.as_text(row))
+    print(standing.summary(rows))
 
 
 @app.command()

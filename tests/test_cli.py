@@ -301,9 +301,12 @@ def test_a_stage_is_run_once_and_shown_by_status(cli: Callable, tmp_path: Path) 
     assert "did you mean 'dataset'" in unknown.err
     shown = cli("status", "--profile", "smoke", "--data", f"path:{path}").out.splitlines()
     assert re.fullmatch(r"seed-0 +dataset +done +\d+\.\d min", shown[0])
-    assert all(re.fullmatch(r"seed-0 +\w+ +missing", line) for line in shown[1:])
-    other = cli("status", "--profile", "smoke").out.splitlines()[-1]
-    assert re.fullmatch(r"seed-0 +dataset +stale +\d+\.\d min  source was path:\S+, is bundled", other)
+    assert all(re.fullmatch(r"seed-0 +\w+ +missing", line) for line in shown[1:-1])
+    assert shown[-1] == f"1 done, {len(shown) - 2} missing"
+    other = cli("status", "--profile", "smoke").out.splitlines()[-2]
+    assert re.fullmatch(
+        r"seed-0 +dataset +stale +\d+\.\d min  source was path:\S+, is bundled", other
+    )
 
 
 def test_run_hands_its_overrides_on_and_a_set_wins(
@@ -335,7 +338,8 @@ def test_a_dry_run_runs_nothing(cli: Callable, tmp_path: Path) -> None:
     result = cli("run", "--profile", "smoke", "--dry-run")
     first, *jobs = result.out.splitlines()
     assert (result.code, result.err) == (0, "")
-    assert re.fullmatch(r"0 stages are done; to be run: \d+ stages and 8 pages", first)
+    said = r"done: 0 of (\d+) stages; to be run: \1 stages, 8 notebooks and reports"
+    assert re.fullmatch(said, first)
     assert jobs[0] == "  seed 0: dataset"
     assert not list(tmp_path.iterdir())
 

@@ -152,36 +152,43 @@ def _line(trial: Trial) -> str:
     return f"seed {trial['seed']}: {setting}={value:g}  {found}"
 
 
-def table(trials: Sequence[Trial]) -> pd.DataFrame:
-    """A row a method and coefficient: the mean over seeds, Student's t interval from two on."""
-    frame = pd.DataFrame([
-        {"method": t["method"], "setting": k, "value": v, "mean": t["mean"]}
-        for t in trials for k, v in t["values"].items()
-    ])  # fmt: skip
-    rows = []
-    for (method, setting, value), part in frame.groupby(["method", "setting", "value"], sort=False):
-        means = part["mean"].dropna().astype(float).tolist()
-        found: dict[str, Any] = over_seeds(means) if means else {}
-        rows.append({
-            "method": method, "setting": setting, "value": value, "seeds": len(part),
-            "diverged": int(part["mean"].isna().sum()),
-            **{key: found.get(key) for key in ("mean", "low", "high")},
+def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """One a method and coefficient: the mean over seeds, and an interval.
+
+    From two seeds on it is Student's t over them; one seed's speaks of prompts alone. Seeds that
+    diverged are counted and in no mean.
+    """
+    cells: dict[tuple[str, str, float], list[Trial]] = {}
+    for trial in trials:
+        ((setting, value),) = trial["values"].items()
+        cells.setdefault((trial["method"], setting, value), []).append(trial)
+    found = []
+    for (method, setting, value), own in sorted(cells.items()):
+        ended = [trial for trial in own if trial["mean"] is not None]
+        measured: Mapping[str, Any] = ended[0] if len(ended) == 1 else {}
+        if len(ended) > 1:
+            measured = over_seeds([trial["mean"] for trial in ended])
+        found.append({
+            "method": method, "setting": setting, "value": value, "seeds": len(ended),
+            "diverged": len(own) - len(ended),
+            **{key: measured.get(key) for key in ("mean", "low", "high")},
+            "interval": {0: "", 1: "prompts"}.get(len(ended), "seeds"),
         })  # fmt: skip
-    return pd.DataFrame(rows).sort_values(["method", "value"], kind="stable", ignore_index=True)
+    return found
 
 
-def figure(frame: pd.DataFrame, rater: str) -> Figure:
+def figure(found: Sequence[Mapping[str, Any]], rater: str) -> Figure:
     """One panel a method: reward on validation prompts by its coefficient, means over seeds."""
-    names = list(dict.fromkeys(frame["method"]))
+    names = list(dict.fromkeys(row["method"] for row in found))
     drawn = Figure(figsize=(figures.WIDTH, 2.6), layout="constrained")
     axes = drawn.subplots(1, len(names), squeeze=False, sharey=True)[0]
     drawn.supylabel(f"{rater} reward", fontsize="medium")
     for axis, name in zip(axes, names, strict=True):
-        own = frame[(frame["method"] == name) & frame["mean"].notna()].to_dict("records")
+        own = [row for row in found if row["method"] == name and row["mean"] is not None]
         places = [row["value"] for row in own]
-        color = catalogue.color(name)
-        figures.dots(axis, own, places, color, upright=True, fmt="o-", label=name)
-        setting = frame.loc[frame["method"] == name, "setting"].iloc[0]
+        if own:  # else all of them diverged
+            figures.dots(axis, own, places, catalogue.color(name), upright=True, fmt="o-")
+        (setting,) = {row["setting"] for row in found if row["method"] == name}
         axis.set(xscale="log", xlabel=setting.rpartition(".")[2], title=catalogue.label(name))
         axis.set_xticks(places, [f"{value:g}" for value in places])
         axis.minorticks_off()
@@ -213,8 +220,8 @@ def _fixed(matrix: Matrix) -> str:
 def _write(folder: Path, matrix: Matrix, trials: Sequence[Trial]) -> None:
     content = {"profile": matrix.profile.name, "settings": _fixed(matrix), "trials": list(trials)}
     write_json(folder / "trials.json", content)
-    frame = table(trials)
-    frame.to_csv(folder / "table.csv", index=False)
+    found = rows(trials)
+    pd.DataFrame(found).to_csv(folder / "table.csv", index=False)
     judged = [trial["rater"] for trial in trials if trial["mean"] is not None]
     if judged:
-        write_figure(figure(frame, judged[0]), folder / "figure")
+        write_figure(figure(found, judged[0]), folder / "figure")

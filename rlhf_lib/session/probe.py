@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def rates_of(
     stages: Mapping[str, Stage], profile: Profile, sizes: Sizes, lengths: Lengths
 ) -> dict[str, Rate]:
     """What each stage of a miniature took, for each FLOP of its work."""
-    work: Counter[str] = Counter()
+    work: dict[str, float] = defaultdict(float)
     trained = set(catalogue.trained()) & {record.name for record in catalogue.stages(profile)}
     for part in parts(profile, sizes, lengths):
         flops = part.work.flops

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from rlhf_lib.checkpoints import PROGRESS
+from rlhf_lib.measure.statistics import listed
 from rlhf_lib.runs import Run, Stage
 from rlhf_lib.settings import Profile
 from rlhf_lib.study.schedule import plan
-from rlhf_lib.study.stages import Study
+from rlhf_lib.study.stages import Study, read_data
 from rlhf_lib.study.tuning import trial_seed
 
 WORDS = {  # part of a stage's config -> what it means that it differs
@@ -38,8 +41,11 @@ def rows(profile: Profile, run_dir: Path) -> list[Row]:
     """Every stage of the study as it stands, and every folder that belongs to no stage of it."""
     found: list[Row] = []
     known: dict[Path, Stage] = {}
+    read = cache(read_data)  # all seeds read the same
     for seed in range(profile.seeds):
-        for stage in Study(Run(profile, seed, run_dir)).planned().values():
+        study = Study(Run(profile, seed, run_dir))
+        study.read = read
+        for stage in study.planned().values():
             known.setdefault(stage.path, stage)
     found += [_of_stage(stage) for stage in known.values()]
     wanted = {(stage.path.parent, stage.name): stage for stage in known.values()}
@@ -47,6 +53,12 @@ def rows(profile: Profile, run_dir: Path) -> list[Row]:
         if folder.is_dir() and _whole(folder) not in known:
             found.append(_stale(folder, wanted, profile))
     return found
+
+
+def summary(found: Sequence[Row]) -> str:
+    """How many stand in which state."""
+    states = Counter(row.state for row in found)
+    return ", ".join(f"{count} {state}" for state, count in states.items())
 
 
 def as_text(row: Row) -> str:
@@ -60,10 +72,10 @@ def outlook(profile: Profile, run_dir: Path) -> list[str]:
     done = {f"{row.place.replace('-', ' ')}: {row.stage}" for row in finished}
     jobs = plan(profile)
     left = [job for job in jobs if job.key not in done]
-    stages = sum(job.kind == "stage" for job in left)
-    pages = len(left) - stages
-    said = f"{len(jobs) - len(left)} stages are done; to be run: {stages} stages and {pages} pages"
-    return [said, *(f"  {job.key}" for job in left)]
+    stages, missing = (sum(job.kind == "stage" for job in of) for of in (jobs, left))
+    said = f"done: {stages - missing} of {stages} stages"
+    to_do = f"to be run: {missing} stages, {len(left) - missing} notebooks and reports"
+    return [f"{said}; {to_do}", *(f"  {job.key}" for job in left)]
 
 
 def _of_stage(stage: Stage) -> Row:
@@ -103,16 +115,15 @@ def _stale(folder: Path, wanted: Mapping[tuple[Path, str], Stage], profile: Prof
 
 def _differences(had: Mapping[str, Any], has: Mapping[str, Any]) -> Iterator[str]:
     """What of a stage's config is another now."""
-    for part in ("settings", "upstream"):
-        before, now = had.get(part, {}), has[part]
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key):
-                continue
-            if part == "upstream":
-                yield f"another {key}"
-            else:
-                yield f"{key} was {before.get(key)}, is {now.get(key)}"
+    before, now = had.get("settings", {}), has["settings"]
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield f"{key} was {before.get(key)}, is {now.get(key)}"
     yield from (word for part, word in WORDS.items() if had.get(part) != has[part])
+    read, reads = had.get("upstream", {}), has["upstream"]
+    others = sorted(key for key in read.keys() | reads.keys() if read.get(key) != reads.get(key))
+    if others:
+        yield f"it read another {listed(others)}"
 
 
 def _whole(folder: Path) -> Path:

@@ -113,7 +113,8 @@ def test_what_has_ended_is_kept_and_gone_on_from(trained: list, tmp_path: Path) 
     frame = pd.read_csv(folder / "table.csv")
     row = frame[(frame["method"] == "ppo") & (frame["value"] == 0.4)].iloc[0]
     assert (row["seeds"], row["mean"]) == (2, pytest.approx(1.4))
-    assert row["low"] < 1.4 < row["high"], "an interval over two seeds"
+    assert row["low"] < 1.4 < row["high"]
+    assert row["interval"] == "seeds"
     saved = json.loads((folder / "trials.json").read_text())
     (folder / "trials.json").write_text(json.dumps(saved | {"trials": saved["trials"][:5]}))
     trained.clear()
@@ -127,12 +128,13 @@ def test_what_has_ended_is_kept_and_gone_on_from(trained: list, tmp_path: Path) 
 
 
 def test_one_that_diverged_is_a_row_and_no_number(trained: list, tmp_path: Path) -> None:
-    text = "profile: smoke\nmethods: [dpo]\nseeds: [0]\ncoefficients: {dpo: [0.1, 20]}\n"
+    text = "profile: smoke\nmethods: [dpo, ppo]\nseeds: [0]\ncoefficients: {dpo: [0.1, 20], ppo: [99]}\n"
     folder = matrix.run(write(tmp_path, text), tmp_path)
     frame = pd.read_csv(folder / "table.csv")
-    assert frame["diverged"].tolist() == [0, 1]
-    assert frame["mean"].isna().tolist() == [False, True]
-    assert frame["low"].isna().all(), "one seed has no interval over seeds"
+    assert frame["diverged"].tolist() == [0, 1, 1]
+    assert frame["mean"].isna().tolist() == [False, True, True]
+    assert frame["low"].isna().tolist() == [False, True, True]
+    assert frame["interval"].iloc[0] == "prompts", "one seed's says nothing of others"
 
 
 def test_results_are_delivered_to_an_address_and_found_there(trained: list, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_one_that_runs_says_who_runs_it(
         ("sft.learning_rate=0.1", "learning_rate was 0.1, is "),
         ("data.max_response_tokens=20", "other lengths of prompts or replies"),
         ("model.lora_rank=2", "other settings of the model"),
-        ("data.demonstrations=16", "another data"),
+        ("data.demonstrations=16", "it read another data"),
     ],
 )
 def test_a_stale_folder_says_what_is_another_now(
@@ -109,9 +109,10 @@ def test_a_dry_run_lists_what_is_left(
 ) -> None:
     total = len(stages)
     first, *left = status.outlook(profile, tmp_path)
-    assert first == f"0 stages are done; to be run: {total} stages and 8 pages"
+    pages = "8 notebooks and reports"
+    assert first == f"done: 0 of {total} stages; to be run: {total} stages, {pages}"
     stages["sft"].ensure(lambda work: {})
     first, *fewer = status.outlook(profile, tmp_path)
-    assert first == f"1 stages are done; to be run: {total - 1} stages and 8 pages"
+    assert first == f"done: 1 of {total} stages; to be run: {total - 1} stages, {pages}"
     assert set(left) - set(fewer) == {"  seed 0: sft"}
     assert fewer[-1] == "  whole study: report"
