@@ -128,7 +128,8 @@ def test_what_has_ended_is_kept_and_gone_on_from(trained: list, tmp_path: Path) 
 
 
 def test_one_that_diverged_is_a_row_and_no_number(trained: list, tmp_path: Path) -> None:
-    text = "profile: smoke\nmethods: [dpo, ppo]\nseeds: [0]\ncoefficients: {dpo: [0.1, 20], ppo: [99]}\n"
+    text = "profile: smoke\nmethods: [dpo, ppo]\nseeds: [0]\n"
+    text += "coefficients: {dpo: [0.1, 20], ppo: [99]}\n"
     folder = matrix.run(write(tmp_path, text), tmp_path)
     frame = pd.read_csv(folder / "table.csv")
     assert frame["diverged"].tolist() == [0, 1, 1]
