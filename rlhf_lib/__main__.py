@@ -359,7 +359,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app()
+        app(prog_name="rlhf-lib")
     except (UserError, OSError) as error:  # a file that is not there, a disk that is full
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
