@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -18,6 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from rlhf_lib.models.graphs import record
 from rlhf_lib.models.kernels import added
 
+# what a model calls its cache, given and returned
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
 WARM_UP = 2  # steps before the one that is recorded: libraries set themselves up in the first
 LOOK = 16  # steps between two looks at who has ended: a look waits for the GPU
 MULTIPLE = 8  # places of the cache: attention kernels want rows that are aligned
@@ -127,7 +131,7 @@ def decode_recorded(
         hidden.index_fill_(3, place, 0.0)
         output = model(
             input_ids=tokens, attention_mask=hidden, position_ids=positions,
-            past_key_values=fixed, use_cache=True, logits_to_keep=1,
+            use_cache=True, logits_to_keep=1, **{CACHE: fixed},
         )  # fmt: skip
         step.add_(1)
         tokens.copy_(draw(output.logits[:, -1], luck.index_select(1, step)))

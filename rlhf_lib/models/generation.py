@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lib.data.batches import by_length
 from rlhf_lib.flops import spend
 from rlhf_lib.models import decoding
-from rlhf_lib.models.decoding import RoomyLayer, roomy_cache
+from rlhf_lib.models.decoding import CACHE, RoomyLayer, roomy_cache
 from rlhf_lib.models.load import eos_id
 from rlhf_lib.models.packing import Tokens
 from rlhf_lib.runtime import count, phase
@@ -139,7 +139,7 @@ def _step(
 ) -> Tensor:
     """Logits (B, V) that follow the last of `ids` (B, S), which `cache` takes up."""
     output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-        use_cache=True, logits_to_keep=1,
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        logits_to_keep=1, **{CACHE: cache},
     )  # fmt: skip
     return output.logits[:, -1]

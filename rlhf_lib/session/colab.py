@@ -54,10 +54,13 @@ def outlook(study: Study, notebook: str) -> str:
     missing = study.missing(notebook)
     if not missing:
         return "Nothing has to be trained for this chapter."
+    if missing == ["dataset"]:
+        return "This chapter reads the pairs, and trains nothing."
     profile = study.run.profile
     stages = probe.of_machine(profile).stages(profile, study.run.seed)
     minutes = sum(stages.get(name, 0.0) for name in missing) / 60
-    return f"What this chapter has to train first takes about {minutes:.0f} minutes here."
+    about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else "a minute or less"
+    return f"What this chapter has to train first takes {about} here."
 
 
 def _folder(run_dir: str) -> str:

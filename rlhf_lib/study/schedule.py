@@ -6,9 +6,9 @@ import multiprocessing
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from graphlib import TopologicalSorter
@@ -141,9 +141,12 @@ def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
     cores = psutil.cpu_count(logical=False) or 1
     workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
     # workers and kernels inherit both: no progress bars in there, and where the user's files are
+    before = os.environ.copy()
     os.environ |= {"RLHF_BATCH": "1", "RLHF_FOLDER": str(Path.cwd())}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ExitStack() as stack:
+        stack.callback(_restore, before)  # this may be a notebook, which is live again then
+        pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
         try:
             yield pool, workers
         except BaseException as error:
@@ -151,6 +154,11 @@ def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
             if isinstance(error, KeyboardInterrupt):
                 print(f"Stopping. {GOES_ON}", flush=True)
             raise
+
+
+def _restore(environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _run_jobs(

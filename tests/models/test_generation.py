@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lib.models import generation
+from rlhf_lib.models.decoding import CACHE
 from rlhf_lib.models.generation import draw_tokens, generate
 from rlhf_lib.models.logprobs import response_logprobs
 
@@ -246,7 +247,7 @@ def test_the_cache_has_room_from_the_start_and_grows_in_place(
     seen: list[tuple[int, int, int]] = []
 
     def look(model: PreTrainedModel, args: tuple, kwargs: dict, output: object) -> None:
-        layer = kwargs["past_key_values"].layers[-1]
+        layer = kwargs[CACHE].layers[-1]
         assert layer.keys.data_ptr() == layer.stores[0].data_ptr()
         assert layer.values.data_ptr() == layer.stores[1].data_ptr()
         seen.append((layer.keys.data_ptr(), layer.keys.shape[-2], layer.stores[0].shape[-2]))

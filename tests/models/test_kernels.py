@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from rlhf_lib.models import kernels
+from rlhf_lib.models.decoding import CACHE
 from rlhf_lib.models.load import load_policy
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.models.packing import lay_out
@@ -69,8 +70,8 @@ def test_products_serve_log_probs_in_bf16_on_a_cpu_and_nothing_else(monkeypatch)
             read, _ = response_logprobs(model, PROMPTS, REPLIES)
             assert len(calls) == 2 * layers, "what is read is rounded as what is learnt"
             ids = torch.tensor([[5, 6, 7]])
-            cache = model(ids, use_cache=True).past_key_values
-            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            cache = model(ids, use_cache=True)[CACHE]
+            model(ids[:, :1], use_cache=True, **{CACHE: cache})
             assert len(calls) == 3 * layers, "not the steps of generation"
     exact, _ = response_logprobs(model, PROMPTS, REPLIES)  # fp32
     assert len(calls) == 3 * layers

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rlhf_lib.models import kernels
+from rlhf_lib.models.decoding import CACHE
 from rlhf_lib.models.load import (
     fingerprint,
     freeze,
@@ -246,7 +247,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(base: Path) -> N
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     assert torch.allclose(*gradients, atol=1e-7)
-    assert model.eval()(input_ids=ids, use_cache=True).past_key_values is not None
+    assert model.eval()(input_ids=ids, use_cache=True)[CACHE] is not None
 
 
 # ----------------------------------------------------------------------------------------- names

@@ -51,9 +51,9 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return state
 
 
-def begin(**changes: object) -> tuple[str, str]:
+def begin(notebook: str = "01_dataset", **changes: object) -> tuple[str, str]:
     asked: dict[str, Any] = {"profile": "laptop", "seed": 0, "run_dir": "runs"}
-    return colab.begin("01_dataset", overrides="", **(asked | changes))
+    return colab.begin(notebook, overrides="", **(asked | changes))
 
 
 def test_runs_go_to_drive_if_the_user_wants_it(
@@ -65,9 +65,22 @@ def test_runs_go_to_drive_if_the_user_wants_it(
     said = capsys.readouterr().out
     assert "Runtime, Change runtime type, T4 GPU" in said
     assert f"Runs are kept on your Drive, in {folder}." in said
-    assert "What this chapter has to train first takes about 0 minutes here." in said
+    assert "This chapter reads the pairs, and trains nothing." in said
     begin()
     assert len(session["asked"]) == 1, "a drive that is mounted is not asked for again"
+
+
+def test_what_a_chapter_trains_first_is_told_in_minutes(
+    session: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin("02_reward_model", profile="smoke")
+    assert "has to train first takes a minute or less here." in capsys.readouterr().out
+    rates = {kind: Rate(200.0, 0.0, 0.0) for kind in KINDS}
+    slow = Forecast(rates, Sizes(1, 1), Lengths(1.0, 1.0), 2.0)
+    monkeypatch.setattr(probe, "of_machine", lambda profile: slow)
+    begin("02_reward_model", profile="smoke")
+    # the reward model, that of unbiased labels, and the curve
+    assert "has to train first takes about 10 minutes here." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("answer", ["n", "", EOFError(), StdinNotImplementedError("no stdin")])

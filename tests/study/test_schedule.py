@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -318,3 +319,12 @@ def test_a_worker_reads_the_pairs_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert len(read) == 1
     schedule._run_job(Job("stage", "sft"), "smoke", str(tmp_path), ["data.train_pairs=64"])
     assert len(read) == 2, "other data is other data"
+
+
+def test_a_pool_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe may be asked for in a notebook, whose widgets live on."""
+    monkeypatch.delenv("RLHF_BATCH", raising=False)
+    before = dict(os.environ)
+    with schedule.worker_pool(load_profile("smoke")):
+        assert os.environ["RLHF_BATCH"] == "1"
+    assert dict(os.environ) == before
