@@ -24,7 +24,7 @@ MARKDOWN = (
     "(https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb)"
 )
 SETUP = """\
-# Where the library is installed, and no Colab, this cell does nothing.
+# @title On Colab: get the library, a GPU and a folder. Anywhere else this does nothing.
 import importlib.util
 import subprocess
 import sys
@@ -43,6 +43,10 @@ if "google.colab" in sys.modules:
     from rlhf_lib.session import colab
 
     PROFILE, RUN_DIR = colab.begin("{name}", PROFILE, SEED, RUN_DIR, OVERRIDES)"""
+# folded in Jupyter and on Colab, and no part of the report
+FOLDED = {
+    "cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["remove-cell"],
+}  # fmt: skip
 METADATA = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
 
 
@@ -79,7 +83,7 @@ def write(path: Path, address: str, source: str = "") -> None:
     kept = [cell for cell in notebook.cells if cell.id not in (BADGE, "setup")]
     place = next(i for i, cell in enumerate(kept) if "parameters" in cell.metadata.get("tags", []))
     text = SETUP.format(name=path.stem, source=source or (address and f"git+{address}"))
-    setup = nbformat.v4.new_code_cell(text, id="setup", metadata={"tags": ["remove-cell"]})
+    setup = nbformat.v4.new_code_cell(text, id="setup", metadata=FOLDED)
     kept.insert(place + 1, setup)
     notebook.cells = [*badge(address, path.stem), *kept]
     notebook.metadata |= METADATA
