@@ -14,17 +14,18 @@ from rlhf_lib.session.work import Sizes
 from rlhf_lib.settings import Profile
 from rlhf_lib.study.schedule import Job, plan
 
-# How many times as long a chapter takes as its imports, a seed more in the last one, and a report
+# How many times as long as its imports a chapter of a study of one seed takes, each further seed in
+# the last one, and a report: means of the jobs that `run --profile laptop` told of, on two CPU cores
 CHAPTERS = {
-    "01_dataset": 3.0,
-    "02_reward_model": 4.5,
-    "03_sft": 4.5,
-    "04_ppo": 5.5,
-    "05_grpo": 4.5,
-    "06_dpo": 4.0,
-    "07_evaluation": 6.5,
+    "01_dataset": 4.1,
+    "02_reward_model": 6.0,
+    "03_sft": 6.1,
+    "04_ppo": 7.4,
+    "05_grpo": 6.5,
+    "06_dpo": 5.1,
+    "07_evaluation": 8.3,
 }
-EVALUATION, SEED, REPORT = "07_evaluation", 1.2, 2.2
+EVALUATION, SEED, REPORT = "07_evaluation", 1.4, 2.7
 
 
 class Rate(NamedTuple):

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -31,6 +32,7 @@ from rlhf_lib.study.schedule import worker_pool
 from rlhf_lib.study.stages import Study
 from rlhf_lib.study.training import run_stage
 
+BESIDE = ("loading models", "saving")  # phases of a stage however much it learns
 PROBED = ("sft", "reward_model", "ppo", "grpo", "dpo", "evaluate")
 SECONDS, SHARE = 45.0, 0.2  # that a probe may take; of the matrix products' rate, that it reaches
 
@@ -39,10 +41,10 @@ def miniature(profile: Profile, sizes: Sizes, lengths: Lengths, roof: float) -> 
     """Overrides that leave of a study a few steps of each kind, in its own batches.
 
     Where these would take longer than a probe may at this `roof` (FLOPs a second of a matrix
-    product), batches shrink, down to one micro-batch.
+    product) there are fewer steps, then smaller batches, down to one micro-batch.
     """
-    for shrink in (1, 2, 4, 8, 16, 32):
-        found = _few_steps(profile, shrink)
+    for steps, shrink in ((12, 1), (6, 1), (3, 1), (3, 2), (2, 4), (2, 8), (2, 16), (2, 32)):
+        found = _few_steps(profile, steps, shrink)
         small = load_profile(profile.name, [*_own(profile), *found])
         work = sum(part.work.flops for part in parts(small, sizes, lengths))
         if work <= SECONDS * SHARE * roof:
@@ -50,7 +52,7 @@ def miniature(profile: Profile, sizes: Sizes, lengths: Lengths, roof: float) -> 
     return found
 
 
-def _few_steps(profile: Profile, shrink: int) -> list[str]:
+def _few_steps(profile: Profile, steps: int, shrink: int) -> list[str]:
     def batch(section: str, key: str, least: int) -> int:
         whole = getattr(getattr(profile, section), key)
         return max(min(least, whole), whole // shrink)
@@ -61,22 +63,22 @@ def _few_steps(profile: Profile, shrink: int) -> list[str]:
     compared = batch("dpo", "batch_size", profile.dpo.micro_batch_size)
     replies = batch("ppo", "batch_size", profile.ppo.micro_batch_size)
     prompts = batch("grpo", "prompts_per_update", 1)
-    asked = max(4, 32 // shrink)
+    asked, updates = max(4, 12 * steps // shrink), max(2, steps // 4)
     ratio = evaluation.measured_prompts / max(data.evaluation_prompts, evaluation.measured_prompts)
     return [
         "seeds=1", "extras=false", "methods=", "data.judge_pairs=0", "sft.epochs=1",
-        f"data.train_pairs={min(data.train_pairs, 3 * max(pairs, compared, shown))}",
-        f"data.demonstrations={min(data.demonstrations, 3 * shown)}",
+        f"data.train_pairs={min(data.train_pairs, steps * max(pairs, compared, shown))}",
+        f"data.demonstrations={min(data.demonstrations, steps * shown)}",
         f"data.validation_pairs={min(data.validation_pairs, 32)}",
         f"data.test_pairs={min(data.test_pairs, 32)}",
-        f"data.rl_prompts={min(data.rl_prompts, 2 * max(replies, prompts))}",
+        f"data.rl_prompts={min(data.rl_prompts, updates * max(replies, prompts))}",
         f"data.evaluation_prompts={min(data.evaluation_prompts, asked)}",
         f"reward_model.batch_size={pairs}", "reward_model.epochs=1", "reward_model.curve_points=0",
         f"sft.batch_size={shown}", f"dpo.batch_size={compared}", "dpo.epochs=1", "dpo.probes=1",
         f"dpo.probe_prompts={min(profile.dpo.probe_prompts, 16)}",
-        "ppo.updates=2", f"ppo.batch_size={replies}",
+        f"ppo.updates={updates}", f"ppo.batch_size={replies}",
         f"ppo.minibatch_size={min(profile.ppo.minibatch_size, replies)}",
-        "grpo.updates=2", f"grpo.prompts_per_update={prompts}",
+        f"grpo.updates={updates}", f"grpo.prompts_per_update={prompts}",
         f"evaluation.measured_prompts={max(1, round(ratio * asked))}",
         "evaluation.best_of_n_prompts=2", "evaluation.heldout_texts=8",
     ]  # fmt: skip
@@ -147,9 +149,10 @@ def rates_of(
     found = {}
     for name, stage in stages.items():
         result, phases = stage.result(), stage.result()["phases"]
-        start = phases.get("loading models", 0.0) + phases.get("saving", 0.0)
         seen = phases.get(MEASURING, 0.0)
-        busy = result["seconds"] - start - seen - _warming(stage)
+        busy = sum(phases.values()) - sum(phases.get(name, 0.0) for name in BESIDE) - seen
+        start = result["seconds"] - busy - seen  # what a stage begins with, its first step too slow
+        busy -= _warming(stage)
         kind = "generation" if name == "evaluate" else name
         each = seen / (measured(catalogue.record(name), profile) or 1)
         found[kind] = Rate(start, busy / work[name], each)
@@ -157,10 +160,11 @@ def rates_of(
 
 
 def _warming(stage: Stage) -> float:
-    """Seconds by which the first step took longer than those after it."""
+    """Seconds by which the first steps took longer than the others."""
     metrics = stage.path / "metrics.jsonl"
     times = [row["step_time"] for row in read_jsonl(metrics)] if metrics.exists() else []
-    return max(0.0, times[0] - sum(times[1:]) / len(times[1:])) if len(times) > 1 else 0.0
+    usual = median(times[1:]) if len(times) > 1 else 0.0
+    return sum(max(0.0, time - usual) for time in times[:2]) if usual else 0.0
 
 
 def _roof(size: int = 1024, seconds: float = 0.3) -> float:
