@@ -15,7 +15,7 @@ from rlhf_lib.settings import Profile
 from rlhf_lib.study.schedule import Job, plan
 
 # How many times as long as its imports a chapter of a study of one seed takes, each further seed in
-# the last one, and a report: means of the jobs that `run --profile laptop` told of, on two CPU cores
+# the last one, and a report: means of the jobs that `run --profile laptop` told of, on 2 cores
 CHAPTERS = {
     "01_dataset": 4.1,
     "02_reward_model": 6.0,
