@@ -1,10 +1,11 @@
 # docker build -t rlhf-lib .                                   torch's usual build: for a GPU, and it runs on a CPU
 # docker build -t rlhf-lib --build-arg TORCH_INDEX=URL .       a smaller one, for a CPU alone: URL is the index of
 #                                                              CPU builds that PyTorch's page on installing names
+# mkdir -p runs                                                where results go; else Docker makes it root's
 # docker run --rm -v "$PWD/runs:/rlhf/runs" rlhf-lib           the study and its report, into ./runs
-# docker run --rm --gpus all rlhf-lib make report PROFILE=full on a GPU
+# docker run --rm -v "$PWD/runs:/rlhf/runs" --gpus all rlhf-lib make report PROFILE=full       on a GPU
 #
-# It works as a user of its own. For ./runs to be yours: --build-arg UID="$(id -u)".
+# It works as a user of its own. For ./runs to be writable: --build-arg UID="$(id -u)".
 # What PIP_ARGS says (--build-arg PIP_ARGS="...") goes to every pip install.
 FROM python:3.11-slim
 

@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from rlhf_lib import __version__, catalogue
+from rlhf_lib.kernel import check_folder
 from rlhf_lib.profiles import PROFILES, paths
 from rlhf_lib.settings import Profile, UserError, unknown
 
@@ -35,7 +36,15 @@ ProfileOption = Annotated[
         autocompletion=_among(lambda: PROFILES),
     ),
 ]
-RunDir = Annotated[Path, typer.Option("--run-dir", help="where everything is written")]
+
+
+def _folder(value: Path) -> Path:
+    return check_folder(value)
+
+
+RunDir = Annotated[
+    Path, typer.Option("--run-dir", help="where everything is written", callback=_folder)
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
 # typer reads these annotations, and on Python 3.10 wants Optional
 Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many")]  # noqa: UP045
@@ -97,9 +106,13 @@ def run(
         choice = sizes.fitted(chosen, overrides, sizes.minutes_of(fits), run_dir)
         overrides += choice["overrides"]
         chosen = catalogue.load(profile, overrides)
-        print(sizes.as_text(choice), flush=True)
+        print(sizes.as_text(choice, chosen), flush=True)
+    if only and only not in catalogue.notebooks():
+        raise unknown("notebook", only, catalogue.notebooks())
+    if deliver:
+        check_delivery(deliver, only)
     if dry_run:
-        for line in standing.outlook(chosen, run_dir):
+        for line in standing.outlook(chosen, run_dir, only):
             print(line)
         return
     began = time.monotonic()
@@ -111,8 +124,17 @@ def run(
     rendered = not (only or exporters.missing_tools())
     for file in ("index.html", "report.pdf") if rendered else []:
         print(f"report: {(book.report_folder(chosen, run_dir) / file).resolve()}")
-    if deliver and not only:
+    if deliver:
         _deliver(chosen, run_dir, deliver)
+
+
+def check_delivery(address: str, only: str) -> None:
+    """Raises UserError for what could not be delivered in the end."""
+    from rlhf_lib import files
+
+    if only:
+        raise UserError("--deliver copies the pages of a whole study: leave --only out")
+    files.check_address(address)
 
 
 def _deliver(profile: Profile, run_dir: Path, address: str) -> None:
@@ -123,7 +145,7 @@ def _deliver(profile: Profile, run_dir: Path, address: str) -> None:
     report, notebooks = book.report_folder(profile, run_dir), book.notebook_folder(profile, run_dir)
     for folder in (notebooks, report):
         if folder.is_dir():
-            files.deliver(folder, f"{address.rstrip('/')}/{folder.name}")
+            files.deliver(folder, files.below(address, folder.name))
     print(f"delivered: {address}")
 
 

@@ -7,7 +7,6 @@ that keeps what is deleted or replaced would be full of old states in minutes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from rlhf_lib.settings import UserError
 SLOTS = ("checkpoint-a", "checkpoint-b")
 PROGRESS = "progress.json"
 SHARE = 0.05  # of a stage's time that saving its state may take
+TORCH_WRITES = "PytorchStreamWriter"  # what torch says where a file cannot be written
 CHUNK = 1 << 22  # bytes read at once
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Checkpoints:
         self.minutes = minutes
         self.taken = 0.0  # seconds that the last state took
         self._saved = time.perf_counter()
+        self._whole: Path | None = None  # the slot that is gone on from if this process dies now
 
     @property
     def exist(self) -> bool:
@@ -60,17 +61,21 @@ class Checkpoints:
             )
 
     def save(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
-        """Save the state over the older slot; `progress` has its `step`."""
+        """Save the state over the slot that is not gone on from; `progress` has its `step`."""
         began = time.perf_counter()
-        steps = [(_progress(slot) or {"step": -1})["step"] for slot in self.slots]
-        slot = self.slots[steps.index(min(steps))]
+        slot = next(slot for slot in self.slots if slot != self._whole)
         (slot / PROGRESS).unlink(missing_ok=True)  # from here on it does not count
         files.empty(slot)
         try:
             accelerator.save_state(str(slot))
-        except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of disks
-            raise OSError(errno.EIO, f"the state cannot be written: {error}") from error
+        except SafetensorError as error:
+            raise files.unwritten(slot.parent, error) from error
+        except RuntimeError as error:
+            if TORCH_WRITES not in str(error):
+                raise
+            raise files.unwritten(slot.parent, error) from error
         files.write_json(slot / PROGRESS, {**progress, "files": _hashes(slot)})
+        self._whole = slot
         self._saved = time.perf_counter()
         self.taken = self._saved - began
 
@@ -82,6 +87,7 @@ class Checkpoints:
                 log.warning("%s is damaged (%s): it is passed over", slot, ", ".join(damaged))
                 continue
             accelerator.load_state(str(slot))
+            self._whole = slot
             return state
         return None
 
@@ -101,17 +107,19 @@ def _progress(slot: Path) -> dict[str, Any] | None:
     """What a slot was saved with; None for one that never was, or that says nothing readable."""
     try:
         state = json.loads((slot / PROGRESS).read_text(encoding="utf-8"))
-        return state if {"step", "files"} <= state.keys() else None
+        whole = isinstance(state["step"], int) and isinstance(state["files"], dict)
+        return state if whole else None
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, KeyError):
         log.warning("%s cannot be read: this state is passed over", slot / PROGRESS)
         return None
 
 
 def _hashes(slot: Path) -> dict[str, str]:
     """SHA-256 of every file of a state, by its name."""
-    return {path.name: _hash(path) for path in sorted(slot.iterdir()) if path.name != PROGRESS}
+    saved = (path for path in sorted(slot.iterdir()) if not path.name.startswith(PROGRESS))
+    return {path.name: _hash(path) for path in saved}
 
 
 def _hash(path: Path) -> str:

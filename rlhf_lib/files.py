@@ -6,6 +6,7 @@ folder, keep what is deleted (and count it), and drop while it is written to.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import json
 import os
@@ -26,6 +27,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 NO_RENAMES = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 GONE = {errno.ENOTCONN, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EROFS}
+SPARE = 1 << 24  # bytes: a disk with less is full
 PATIENCE = 1.0  # seconds that a lock is waited for in silence
 LEASE = 120.0  # seconds without a sign of life from its holder, then another takes the lock
 
@@ -63,8 +65,12 @@ def read_jsonl(path: Path) -> list[dict]:
 def publish(folder: Path, target: Path, last: str) -> None:
     """Give a finished folder its name: one rename, or a copy in which the file `last` comes last.
 
-    What stands there without that file is no whole folder, and goes.
+    What stands there without that file is no whole folder, and goes; with it, another process has
+    made the same, and `folder` goes.
     """
+    if (target / last).exists():
+        discard(folder)
+        return
     if target.exists():
         shutil.rmtree(target)
     try:
@@ -72,9 +78,19 @@ def publish(folder: Path, target: Path, last: str) -> None:
     except OSError as error:
         if error.errno not in NO_RENAMES:
             raise
-        shutil.copytree(folder, target, ignore=shutil.ignore_patterns(last))
-        shutil.copy(folder / last, target)
+        try:
+            shutil.copytree(folder, target, ignore=shutil.ignore_patterns(last))
+            shutil.copy(folder / last, target)
+        except shutil.Error as problem:  # it has no number: a list of what could not be copied
+            raise unwritten(target.parent, problem) from problem
         discard(folder)
+
+
+def unwritten(folder: Path, why: object) -> OSError:
+    """The error for what could not be written there, as the system would have it."""
+    if free_space(folder) < SPARE:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {why}")
 
 
 def empty(folder: Path) -> None:
@@ -104,14 +120,27 @@ def deliver(folder: Path, address: str) -> None:
         raise UserError(f"{address} cannot be written: {error}") from error
 
 
-def fetch(address: str, folder: Path) -> None:
-    """What has been delivered there before, if anything has."""
+def fetch(address: str, path: Path) -> None:
+    """The file of this name that has been delivered there before, if one has."""
     try:
         system, source = url_to_fs(address)
-        if system.exists(source):
-            system.get(f"{source}/", f"{folder}/", recursive=True)
+        if system.exists(f"{source}/{path.name}"):
+            system.get_file(f"{source}/{path.name}", str(path))
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"{address} cannot be read: {error}") from error
+
+
+def below(address: str, name: str) -> str:
+    """The address of something in a folder."""
+    return address + name if address.endswith("/") else f"{address}/{name}"
+
+
+def check_address(address: str) -> None:
+    """Raises UserError for one that fsspec does not know, before anything is computed for it."""
+    try:
+        url_to_fs(address)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{address} cannot be written: {error}") from error
 
 
 def free_space(folder: Path) -> int:
@@ -164,7 +193,35 @@ def _lock(path: Path, holder: Path) -> BaseFileLock:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-    return _take(SoftFileLease(path.with_suffix(".lease"), lease_duration=LEASE), holder)
+    lease = SoftFileLease(
+        path.with_suffix(".lease"), lease_duration=LEASE, heartbeat_interval=LEASE / 6,
+        on_compromise=lambda _: _give_way(path.stem),
+    )  # fmt: skip
+    return _take(lease, holder)
+
+
+def _give_way(name: str) -> None:
+    """This process was taken for dead, and another does its work: interrupt this one."""
+    print(f"{name} is worked on by another process now: this one gave no sign of life", flush=True)
+    _thread.interrupt_main()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds this lock now."""
+    lease = path.with_suffix(".lease")
+    if lease.exists():
+        return time.time() - lease.stat().st_mtime < LEASE
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
 
 
 def _take(lock: BaseFileLock, holder: Path) -> BaseFileLock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from IPython.core.getipython import get_ipython
@@ -10,7 +11,7 @@ from IPython.core.getipython import get_ipython
 from rlhf_lib.settings import SettingsError, unknown
 
 PARAMETERS = ("PROFILE", "SEED", "RUN_DIR", "OVERRIDES")
-INJECTED = "# Parameters"  # how the cell begins that papermill writes its parameters into
+INJECTED = "# Parameters"  # the first line of the cell that papermill writes its parameters into
 
 
 def in_checkout(folder: Path) -> Path:
@@ -33,17 +34,20 @@ def check_parameters() -> None:
     """
     shell = get_ipython()
     cells = [] if shell is None else shell.user_ns.get("In", [])
-    for cell in cells:
-        if not cell.startswith(INJECTED):
-            continue
-        for node in ast.parse(cell).body:
-            for target in node.targets if isinstance(node, ast.Assign) else ():
-                if (name := ast.unparse(target)) not in PARAMETERS:
-                    raise unknown("parameter", name, PARAMETERS)
+    injected = [cell for cell in cells if cell.splitlines()[:1] == [INJECTED]]
+    for node in ast.parse(injected[-1]).body if injected else ():
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if (name := ast.unparse(target)) not in PARAMETERS:
+                raise unknown("parameter", name, PARAMETERS)
 
 
 def check_folder(folder: object) -> Path:
-    """Raises SettingsError for a RUN_DIR that is no folder's name."""
+    """The folder that runs are written to. Raises SettingsError for what is no folder's name."""
     if not isinstance(folder, str | Path) or not str(folder):
         raise SettingsError(f"RUN_DIR={folder!r}: name the folder that runs are written to")
-    return Path(folder)
+    if re.match(r"\w{2,}:/", str(folder)):
+        raise SettingsError(
+            f"{folder} is an address: trainings are kept in a folder, a mounted one perhaps; pages "
+            "and a matrix's results go to addresses (--deliver, --out)"
+        )
+    return Path(folder).expanduser()

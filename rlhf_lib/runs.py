@@ -3,8 +3,8 @@
     runs/<profile>/seed-<k>/<stage>-<hash12>/   config.json metrics.jsonl result.json ... DONE
 
 While a stage runs, its folder is called `<stage>-<hash12>.partial` and holds its saved states
-(`checkpoints`); when it has ended they go, `DONE` is written last, and one rename publishes the
-folder.
+(`checkpoints`); when it has ended, `DONE` is the last file that is written, they go, and one rename
+publishes the folder: who finds it with `DONE` and not published does that and nothing else.
 """
 
 from __future__ import annotations
@@ -139,12 +139,21 @@ class Stage:
             raise
         return self
 
+    @property
+    def partial(self) -> Path:
+        """Its folder while it runs."""
+        return self.path.with_name(f"{self.path.name}.partial")
+
     def _work(self, build: Callable[[Work], dict]) -> None:
-        work = Work(self)
-        try:
-            work.publish(build(work))
-        finally:
-            work.leave()
+        if not (self.partial / "DONE").exists():  # else it has ended and was not published
+            work = Work(self)
+            try:
+                work.finish(build(work))
+            finally:
+                work.leave()
+        Checkpoints(self.partial, 0).discard()
+        files.discard(self.partial / "kept")
+        files.publish(self.partial, self.path, last="DONE")
 
 
 def training_minutes(result: Mapping) -> float:
@@ -157,20 +166,26 @@ class Work:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.path = stage.path.with_name(stage.path.name + ".partial")
+        self.path = stage.partial
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
         self.checkpoints = Checkpoints(self.path, stage.checkpoint_minutes)
         self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
         self._logged = time.perf_counter()
         self._measured = phase_seconds().get(MEASURING, 0.0)
-        kept = self.keep / "progress.json"  # what was kept took its time
-        self._go_on_from(*([json.loads(kept.read_text())] if kept.exists() else []))
+        self._go_on_from(*self._kept_cost())
         self.num_tokens = 0
         write_json(self.path / "config.json", stage.config)
         write_json(self.path / "env.json", environment())
         reset_peak_memory()
         seed_everything(stage.config["seed"])
+
+    def _kept_cost(self) -> list[dict]:
+        """What was kept took its time; none where it does not say how much."""
+        try:
+            return [json.loads((self.keep / "progress.json").read_text())]
+        except (FileNotFoundError, ValueError):
+            return []
 
     def _go_on_from(self, *earlier: Mapping[str, Any]) -> None:
         """What is spent from now on is added to what was spent earlier."""
@@ -248,8 +263,8 @@ class Work:
             return 0
         self._go_on_from(saved)
         self.num_tokens, step = saved["num_tokens"], saved["step"]
-        lines = metrics.read_text().splitlines(keepends=True)
-        replace_text(metrics, "".join(lines[:step]))
+        rows = map(_row, metrics.read_text().splitlines()) if metrics.exists() else ()
+        write_jsonl(metrics, [row for row in rows if row.get("step", step) < step])
         return step
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -290,16 +305,22 @@ class Work:
     def leave(self) -> None:
         """Take away what a stage that failed has left, unless it can go on from there."""
         with suppress(OSError):  # of a drive that has dropped
-            if not (self.checkpoints.exist or self.keep.exists()):
+            done = (self.path / "DONE").exists()
+            if not (done or self.checkpoints.exist or self.keep.exists()):
                 shutil.rmtree(self.path)
 
-    def publish(self, result: dict) -> None:
-        """Write the result, drop the saved states, and rename the folder to its final name."""
+    def finish(self, result: dict) -> None:
+        """Write the result, and last that it is whole: from here on nothing is computed again."""
         write_json(self.path / "result.json", {**result, **self._spent()})
-        self.checkpoints.discard()
-        files.discard(self.keep)
-        (self.path / "DONE").write_text(self.stage.hash + "\n")
-        files.publish(self.path, self.stage.path, last="DONE")
+        replace_text(self.path / "DONE", self.stage.hash + "\n")
+
+
+def _row(line: str) -> dict:
+    """A line of the metrics; nothing of one that a kill has cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 def _since(start: Mapping, now: Mapping, earlier: Mapping) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -101,8 +102,13 @@ def test_a_state_that_cannot_be_written_is_the_disk_s_fault(
     for step in (1, 2):
         states.save(accelerator, {"step": step})
     monkeypatch.setattr(accelerator, "save_state", fail)
-    with pytest.raises(OSError, match="cannot be written: PytorchStreamWriter"):
+    with pytest.raises(OSError, match="Input/output error: PytorchStreamWriter") as lost:
         states.save(accelerator, {"step": 3})
+    assert lost.value.errno == errno.EIO
+    monkeypatch.setattr(files, "free_space", lambda folder: 100)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        states.save(accelerator, {"step": 3})
+    assert full.value.errno == errno.ENOSPC
     found = states.restore(accelerator)
     assert found is not None
     assert found["step"] == 2, "the newer of the two stays"

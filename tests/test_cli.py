@@ -349,7 +349,7 @@ def test_a_study_is_made_to_fit_a_session(
     cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    choice = {"overrides": ["seeds=2"], "minutes": 41.3}
+    choice = {"overrides": ["seeds=2"], "minutes": 41.34}
     monkeypatch.setattr(fits, "fitted", lambda *a: seen.append(a) or choice)
     monkeypatch.setattr(schedule, "run_study", lambda *a: seen.append(a) or [])
     result = cli("run", "--fits", "45m", "--set", "ppo.kl_coef=0.3")
@@ -358,7 +358,7 @@ def test_a_study_is_made_to_fit_a_session(
     assert handed_on == ["ppo.kl_coef=0.3", "seeds=2"]
     assert profile.seeds == 2
     lines = result.out.splitlines()
-    assert lines[0] == "about 41 minutes are foreseen for this study: seeds=2"
+    assert lines[0] == "41.3 minutes are foreseen for this study: seeds=2"
     assert re.fullmatch(r"it took \d+\.\d minutes", lines[1])
     wrong = told(cli("run", "--fits", "soon"), tmp_path)
     assert wrong == "error: 'soon' is no time: write 55m, 1h30m or 90s"
@@ -380,9 +380,16 @@ def test_pages_are_delivered_to_an_address(
     system = fsspec.filesystem("memory")
     assert system.cat("/pages/report/index.html") == b"report/index.html"
     assert system.cat("/pages/notebooks/01_dataset.ipynb") == b"notebooks/01_dataset.ipynb"
+    cli("run", "--profile", "smoke", "--deliver", "memory://")
+    assert system.exists("/notebooks/01_dataset.ipynb")
+    monkeypatch.setattr(schedule, "run_study", lambda *a: 1 / 0)
     wrong = cli("run", "--profile", "smoke", "--deliver", "nowhere://x")
     assert wrong.code == 2
-    assert wrong.err.startswith("error: nowhere://x/")
+    assert wrong.err.startswith("error: nowhere://x cannot be written"), "before anything is run"
+    part = cli("run", "--profile", "smoke", "--only", "04_ppo", "--deliver", "memory://x")
+    assert part.err == "error: --deliver copies the pages of a whole study: leave --only out\n"
+    bucket = told(cli("run", "--run-dir", "s3://bucket/runs"), tmp_path / "none")
+    assert "is an address: trainings are kept in a folder" in bucket
 
 
 def test_a_matrix_is_run_and_its_files_named(

@@ -56,6 +56,7 @@ WRONG = [
     ({"overrides": "methods='a"}, r"No closing quotation"),
     ({"run_dir": 7}, r"RUN_DIR=7: name the folder"),
     ({"run_dir": ""}, r"RUN_DIR='': name the folder"),
+    ({"run_dir": "s3://bucket/runs"}, r"s3://bucket/runs is an address: trainings are kept in"),
     ({"profile": 3}, r"unknown profile '3'"),
     ({"profile": "smoke "}, r"unknown profile 'smoke ': write 'smoke', without the blanks"),
 ]
@@ -89,6 +90,10 @@ def test_a_misspelt_parameter_of_papermill_s_is_refused(monkeypatch: pytest.Monk
     said = r"unknown parameter 'OVERIDES': did you mean 'OVERRIDES'\?"
     with pytest.raises(SettingsError, match=said):
         Study.open("smoke")
+    session(monkeypatch, own, injected(OVERIDES="x"), injected(OVERRIDES="x"))
+    kernel.check_parameters()  # corrected, and run again
+    session(monkeypatch, "# Parameters of my sweep\nrates = [1, 2]\n%matplotlib inline")
+    kernel.check_parameters()
 
 
 @pytest.mark.slow

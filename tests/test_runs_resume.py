@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from rlhf_lib.checkpoints import Checkpoints
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import make_accelerator
+from rlhf_lib.settings import UserError
 
 
 @pytest.fixture
@@ -183,3 +186,108 @@ def test_what_a_kept_part_cost_counts_after_a_kill(run: Run) -> None:
     stage.ensure(build)
     assert made == [1], "taken over"
     assert 0.3 <= stage.result()["seconds"] < 5
+
+
+@pytest.mark.parametrize("moment", ["the rename fails", "killed before it"])
+def test_a_finished_stage_that_could_not_be_published_is_not_run_again(
+    moment: str, make_model: Callable, eager: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*asked: object, **how: object) -> None:
+        if moment == "killed before it":
+            raise KeyboardInterrupt
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_lib.files.publish", fail)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            eager.ensure(lambda work: {"answer": 42})
+
+    def never(work: Work) -> dict:
+        raise AssertionError("run again")
+
+    assert eager.ensure(never).result()["answer"] == 42
+    assert not list(eager.path.parent.glob("*.partial"))
+
+
+def test_a_copy_that_ends_halfway_is_made_again(
+    eager: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rename, and the disk fills up: the target is half there, and without its DONE."""
+    copytree, copies = shutil.copytree, []
+
+    def full(source: Path, target: Path, **how: object) -> None:
+        copies.append(1)
+        if len(copies) == 1:
+            Path(target).mkdir()
+            (Path(target) / "half").write_text("x")
+            raise shutil.Error([(str(source), str(target), "No space left on device")])
+        copytree(source, target, **how)
+
+    def refuse(*asked: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(UserError, match="can be written no more"):
+        eager.ensure(lambda work: {"answer": 42})
+    assert not eager.done
+    assert eager.ensure(lambda work: {}).result()["answer"] == 42
+    assert not (eager.path / "half").exists()
+
+
+def test_what_a_killed_save_left_is_no_part_of_the_next_state(
+    make_model: Callable, eager: Stage
+) -> None:
+    train_a_little(make_model, eager, die_at=1)
+    for slot in eager.path.parent.glob("*.partial/checkpoint-?"):
+        (slot / "progress.json.new").write_text("half of it")
+    train_a_little(make_model, eager, die_at=3)
+    assert len(train_a_little(make_model, eager)) == 2, "goes on from step 3"
+
+
+def test_the_state_that_was_gone_on_from_is_overwritten_last(
+    make_model: Callable, eager: Stage, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer one is damaged, and the next save is killed: the older one has to be there."""
+    whole = train_a_little(make_model, stage_of(run))
+    train_a_little(make_model, eager, die_at=2)
+    os.truncate(newest(eager) / "model.safetensors", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.save_state", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_a_little(make_model, eager)
+    assert train_a_little(make_model, eager) == whole[1:]
+
+
+def test_metrics_are_cut_by_their_step(eager: Stage) -> None:
+    """A stage of one's own may log now and then, or never."""
+
+    def build(work: Work, die: bool) -> dict:
+        accelerator = make_accelerator("fp32")
+        for step in work.steps(8, accelerator):
+            if step % 2 == 0:
+                work.log(step, 1, {})
+            if die and step == 5:
+                raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        eager.ensure(lambda work: build(work, True))
+    eager.ensure(lambda work: build(work, False))
+    assert [row["step"] for row in eager.metrics()] == [0, 2, 4, 6]
+
+
+def test_a_stage_that_logs_nothing_resumes(eager: Stage) -> None:
+    steps: list[int] = []
+
+    def build(work: Work) -> dict:
+        for step in work.steps(4, make_accelerator("fp32")):
+            steps.append(step)
+            if steps == [0, 1, 2]:
+                raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        eager.ensure(build)
+    eager.ensure(build)
+    assert steps == [0, 1, 2, 2, 3]

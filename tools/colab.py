@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 BADGE = "badge"  # id of its cell, and `setup` that of the cell that installs
 ON_GITHUB = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
-URLS = '\n[project.urls]\nRepository = "{address}"\n'
+TABLE, KEY = "[project.urls]", "Repository"
 MARKDOWN = (
     "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb)"
@@ -63,17 +63,22 @@ def main(arguments: list[str]) -> None:
 
 def stored(root: Path) -> str:
     """The address in pyproject.toml; empty where there is none."""
-    found = re.search(r'^Repository = "(.*)"$', (root / "pyproject.toml").read_text(), re.M)
+    found = re.search(rf'^{KEY} = "(.*)"$', (root / "pyproject.toml").read_text(), re.M)
     return found[1] if found else ""
 
 
 def store(root: Path, address: str) -> None:
     """Write the address into pyproject.toml, in the place of the one before."""
     path = root / "pyproject.toml"
-    text = path.read_text(encoding="utf-8").replace(URLS.format(address=stored(root)), "")
+    text = re.sub(rf'^{KEY} = ".*"\n', "", path.read_text(encoding="utf-8"), flags=re.M)
     if address:
-        before, mark, rest = text.partition("\n[project.scripts]")
-        text = before + URLS.format(address=address) + mark + rest
+        line = f'{KEY} = "{address}"\n'
+        if f"{TABLE}\n" in text:
+            text = text.replace(f"{TABLE}\n", f"{TABLE}\n{line}")
+        else:
+            text = text.replace("[project.scripts]\n", f"{TABLE}\n{line}\n[project.scripts]\n")
+    else:
+        text = text.replace(f"{TABLE}\n\n", "")  # nothing else was in it
     path.write_text(text, encoding="utf-8")
 
 

@@ -65,15 +65,23 @@ def outlook(study: Study, notebook: str) -> str:
 
 def _folder(run_dir: str) -> str:
     """Where runs go: on Drive if the user wants it, or had it mounted before."""
-    if run_dir != RUN_DIR:
+    if run_dir not in (RUN_DIR, str(DRIVE / FOLDER)):
         return run_dir
-    if not (DRIVE / FOLDER.parts[0]).is_dir():
-        if not _wanted():
-            print(LOST)
-            return run_dir
-        importlib.import_module("google.colab.drive").mount(str(DRIVE))
+    if not (DRIVE / FOLDER.parts[0]).is_dir() and not (_wanted() and _mounted()):
+        print(LOST)
+        return RUN_DIR
     print(KEPT.format(folder=DRIVE / FOLDER))
     return str(DRIVE / FOLDER)
+
+
+def _mounted() -> bool:
+    """Mount the drive; what the user or Colab refuses is said."""
+    try:
+        importlib.import_module("google.colab.drive").mount(str(DRIVE))
+    except Exception as error:  # of Colab's own, whatever it is
+        print(f"Drive could not be mounted: {error}")
+        return False
+    return True
 
 
 def _wanted() -> bool:

@@ -22,6 +22,7 @@ from rlhf_lib.settings import (
     RewardModelConfig,
     SFTConfig,
 )
+from rlhf_lib.study.offer import LOOKS
 from rlhf_lib.study.training import curve_sizes
 
 
@@ -36,6 +37,14 @@ class Part(NamedTuple):
 class Lengths(NamedTuple):
     prompt: float  # tokens
     reply: float
+
+
+def held(data: PreferenceData) -> dict[str, int]:
+    """How many rows there are of what settings ask for; a source may have fewer."""
+    sizes = {f"{split}_pairs": len(pairs) for split, pairs in data.pairs.items()}
+    prompts = {"rl_prompts": "train", "evaluation_prompts": "evaluation"}
+    sizes |= {key: len(data.prompts[split]) for key, split in prompts.items()}
+    return sizes | {"demonstrations": len(data.demonstrations)}
 
 
 def lengths_of(data: PreferenceData) -> Lengths:
@@ -103,9 +112,18 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths, seed: int = 0) -> li
         elif stage == "second_opinion":
             scores = 2 * len(opinions.watched()) * data.evaluation_prompts
             add(stage, "scored", scores, scores, scores)
-        elif stage != "dataset":
+        elif stage in catalogue.LIBRARY and stage != "dataset":
             raise ValueError(f"stage {stage!r} is not counted: say in `parts` what it computes")
+        if getattr(config, "patience", 0):
+            add_samples(f"{stage}: looks", data.validation_pairs, LOOKS)
     return found
+
+
+def uncounted(profile: Profile) -> list[str]:
+    """Stages of the user's own: nobody knows what they compute."""
+    known = {part.name.partition(":")[0] for part in parts(profile, Sizes(1, 1), Lengths(1, 1))}
+    stages = (record.name for record in catalogue.stages(profile))
+    return [name for name in stages if name not in known and name != "dataset"]
 
 
 def draws(config: EvaluationConfig, asked: int) -> int:
@@ -117,6 +135,9 @@ def draws(config: EvaluationConfig, asked: int) -> int:
 def measured(record: Record, profile: Profile) -> int:
     """How much a stage measures beside what it learns from: pairs or prompts."""
     config = record.config(profile)
+    if record.name == "reward_model_curve":
+        points = len(curve_sizes(profile.data.train_pairs, config.curve_points))
+        return points * profile.data.test_pairs + profile.data.validation_pairs
     if isinstance(config, RewardModelConfig):
         return profile.data.test_pairs + profile.data.validation_pairs
     return config.probes * config.probe_prompts if isinstance(config, DPOConfig) else 0

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rlhf_lib.files import write_json
+from rlhf_lib.measure.statistics import listed
 from rlhf_lib.profiles import load_profile
+from rlhf_lib.runtime import computed_by, environment
+from rlhf_lib.session.counted import uncounted
 from rlhf_lib.session.forecast import Forecast
 from rlhf_lib.session.probe import probe
 from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, deciding
@@ -32,12 +36,13 @@ def smaller(profile: Profile) -> Iterator[list[str]]:
         yield [*rest, f"seeds={seeds}"]
     rest += [f"seeds={1}"] if profile.seeds > 1 else []
     whole = profile.ppo.updates
-    for updates in range(whole - 1, 0, -1):
+    shares = [updates / whole for updates in range(whole - 1, 0, -1)] or [0.5, 0.25, 0.125]
+    for share in shares:
         kept = []
         for path in SIZES:
             section, _, key = path.partition(".")
             size = getattr(getattr(profile, section), key)
-            kept += [f"{path}={max(1, round(size * updates / whole))}"] if size else []
+            kept += [f"{path}={max(1, round(size * share))}"] if size else []
         yield [*rest, *kept]
 
 
@@ -61,9 +66,10 @@ def fit(
 
 def fitted(profile: Profile, overrides: Sequence[str], minutes: float, run_dir: Path) -> dict:
     """What `fit` has chosen; the choice is kept, so that the same command goes on with it."""
-    asked = content_hash([deciding(as_dict(profile)), minutes])[:8]
+    machine = environment()["cpu"], computed_by(), profile.jobs, profile.threads
+    asked = content_hash([deciding(as_dict(profile)), minutes, machine])[:8]
     kept = run_dir / profile.name / f"fits-{asked}.json"
-    if kept.exists():
+    with suppress(FileNotFoundError, ValueError):  # of one that is damaged the choice is made anew
         return json.loads(kept.read_text(encoding="utf-8"))
     further, foreseen = fit(profile, overrides, minutes, probe(profile))
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -73,15 +79,19 @@ def fitted(profile: Profile, overrides: Sequence[str], minutes: float, run_dir: 
 
 def minutes_of(text: str) -> float:
     """`55m`, `1h30m`, `90s` or a number of minutes. Raises SettingsError for anything else."""
-    asked = text.strip() + "m" * text.strip().isdigit()
-    units = re.fullmatch(r"(?:(\d+)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?", asked)
+    bare = re.fullmatch(r"\d+(\.\d+)?", text.strip())
+    units = re.fullmatch(
+        r"(?:(\d+)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+)s)?", text.strip() + "m" * bool(bare)
+    )
     hours, minutes, seconds = (float(part or 0) for part in units.groups()) if units else (0, 0, 0)
     if (total := 60 * hours + minutes + seconds / 60) <= 0:
         raise SettingsError(f"{text!r} is no time: write 55m, 1h30m or 90s")
     return total
 
 
-def as_text(choice: Mapping) -> str:
+def as_text(choice: Mapping, profile: Profile) -> str:
     """What was chosen, in a line."""
     settings = " ".join(choice["overrides"]) or "as it is"
-    return f"about {choice['minutes']:.0f} minutes are foreseen for this study: {settings}"
+    own = uncounted(profile)
+    without = f" (and what {listed(own)} take, which nobody can foresee)" if own else ""
+    return f"{choice['minutes']:.1f} minutes are foreseen{without} for this study: {settings}"

@@ -6,6 +6,7 @@ The rates come from a probe (`session.probe`), the work from the settings (`sess
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from rlhf_lib import catalogue
@@ -44,9 +45,13 @@ class Forecast(NamedTuple):
     lengths: Lengths
     chapter: float  # seconds that a process takes to import what every chapter does
     workers: int = 1  # jobs at once
+    held: Mapping[str, int] | None = None  # rows that there are of settings in `data`
 
     def stages(self, profile: Profile, seed: int) -> dict[str, float]:
         """Seconds of every stage of a seed."""
+        held = (self.held or {}).items()
+        rows = {name: min(count, getattr(profile.data, name)) for name, count in held}
+        profile = replace(profile, data=replace(profile.data, **rows))
         found = {"dataset": self.chapter / 2}
         for part in parts(profile, self.sizes, self.lengths, seed):
             name, rate = part.name.partition(":")[0], self.rates[part.rate_of]

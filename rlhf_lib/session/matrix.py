@@ -6,13 +6,15 @@
     seeds: 3                       # so many, or a list of them
     set: {ppo.updates: 10}         # what is overridden for all, in any form that OVERRIDES has
 
-A training that has ended stands in `trials.json` at once, and the same command goes on from there.
-The folder may be any address that fsspec knows: s3://bucket/folder, gs://, memory:// and others.
+A training that has ended stands in `trials.json` at once, and the same command goes on from there,
+with more methods, coefficients or seeds as well. What is asked with other settings has a folder of
+its own. A folder is delivered to any address that fsspec knows: s3://bucket/folder, memory:// ...
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from pathlib import Path
@@ -23,7 +25,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue
-from rlhf_lib.files import deliver, fetch, write_json
+from rlhf_lib.files import below, deliver, fetch, locked, write_json
 from rlhf_lib.measure.statistics import interval, over_seeds
 from rlhf_lib.profiles import as_overrides, check_seed
 from rlhf_lib.review.trials import Trial
@@ -32,7 +34,7 @@ from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, dec
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure
 from rlhf_lib.study.schedule import worker_pool
-from rlhf_lib.study.tuning import train, try_values
+from rlhf_lib.study.tuning import judges, train, try_values
 
 KEYS = ("profile", "methods", "coefficients", "seeds", "set")
 
@@ -51,6 +53,20 @@ class Matrix(NamedTuple):
             for method, values in self.values.items():
                 yield from ((method, value, seed) for value in values)
 
+    @property
+    def shared(self) -> str:
+        """A hash of the settings that all trainings share: those of another lie elsewhere."""
+        settings = deciding(as_dict(self.profile)) | {"tuning": as_dict(self.profile.tuning)}
+        for method in _known():
+            section, _, key = _setting(method).partition(".")
+            settings[section].pop(key)
+        return content_hash(settings)[:8]
+
+
+def _known() -> list[str]:
+    """Methods that have a coefficient."""
+    return [name for name in catalogue.methods() if catalogue.record(name).coefficient]
+
 
 def read(path: Path) -> Matrix:
     """Raises SettingsError, naming the key, for a file that asks for what there is not."""
@@ -58,42 +74,54 @@ def read(path: Path) -> Matrix:
         asked = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(asked, Mapping):
         raise SettingsError(f"{path} has no keys: give {', '.join(KEYS)}")
     for key in asked:
         if key not in KEYS:
             raise unknown(f"key in {path}", str(key), KEYS)
-    overrides = as_overrides(asked.get("set") or [])
+    # a cell is a whole training, whatever share of one a trial of the profile's is
+    overrides = ["tuning.budget=1", *as_overrides(asked.get("set") or [])]
     profile = catalogue.load(asked.get("profile", "laptop"), overrides)
+    judges(profile)
     seeds = asked.get("seeds", profile.seeds)
-    seeds = list(range(check_seed(seeds))) if not isinstance(seeds, list) else seeds
+    seeds = seeds if isinstance(seeds, list) else range(check_seed(seeds))
+    seeds = list(dict.fromkeys(map(check_seed, seeds)))
     values = _coefficients(path, profile, asked)
     if not (seeds and values and all(values.values())):
         raise SettingsError(f"{path} asks for nothing: methods, coefficients and seeds need one")
-    return Matrix(profile, overrides, values, [check_seed(seed) for seed in seeds])
+    return Matrix(profile, overrides, values, seeds)
 
 
 def _coefficients(path: Path, profile: Profile, asked: Mapping) -> dict[str, list[float]]:
     """Each method's coefficients: what the file lists for it, or its own times each factor."""
-    known = {m for m in catalogue.methods() if catalogue.record(m).coefficient}
-    methods, given = asked.get("methods", sorted(known)), asked.get("coefficients", [1])
-    methods = [methods] if isinstance(methods, str) else methods
+    methods = _listed(path, "methods", asked.get("methods", sorted(_known())))
+    given = asked.get("coefficients", [1])
     for method in [*methods, *(given if isinstance(given, Mapping) else [])]:
-        if method not in known:
-            raise unknown(f"method in {path}", str(method), known)
+        if method not in _known():
+            raise unknown(f"method in {path}", str(method), _known())
     found = {}
     for method in methods:
         record = catalogue.record(method)
         own = getattr(record.config(profile), record.coefficient)
-        listed = given.get(method, [own]) if isinstance(given, Mapping) else given
+        mine = given.get(method, [own]) if isinstance(given, Mapping) else given
         factor = 1 if isinstance(given, Mapping) else own
-        try:
-            found[method] = [float(f"{factor * float(value):.6g}") for value in listed]
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"{path}: coefficients: {error}") from error
+        numbers = [_number(path, value) for value in _listed(path, "coefficients", mine)]
+        found[method] = list(dict.fromkeys(float(f"{factor * n:.6g}") for n in numbers))
     return found
+
+
+def _listed(path: Path, key: str, given: Any) -> list:
+    if not isinstance(given, list):
+        raise SettingsError(f"{path}: {key}: {given!r} is no list: write [...]")
+    return given
+
+
+def _number(path: Path, value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise SettingsError(f"{path}: coefficients: {value!r} is no number from 0 on")
 
 
 def run(path: Path, run_dir: Path, out: str = "") -> Path:
@@ -102,19 +130,23 @@ def run(path: Path, run_dir: Path, out: str = "") -> Path:
     `out`: an address that fsspec knows, where the folder is delivered as it grows.
     """
     matrix = read(path)
-    folder = run_dir / matrix.profile.name / f"matrix-{path.stem}"
+    folder = run_dir / matrix.profile.name / f"matrix-{path.stem}-{matrix.shared}"
     folder.mkdir(parents=True, exist_ok=True)
-    if out and not (folder / "trials.json").exists():
-        fetch(out, folder)
-    trials = _load(folder / "trials.json", matrix)
-    done = {(t["method"], *t["values"].values(), t["seed"]) for t in trials}
-    missing = [cell for cell in matrix.cells() if cell not in done]
-    print(f"{len(trials)} of {len(trials) + len(missing)} trainings are done", flush=True)
-    for trial in _trained(matrix, missing, run_dir):
-        trials.append(trial)
-        _write(folder, matrix, trials)
-        if out:
-            deliver(folder, out)
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        file = folder / "trials.json"
+        if out and not file.exists():
+            fetch(below(out, folder.name), file)
+        trials, wanted = _load(file), list(matrix.cells())
+        done = {(t["method"], *t["values"].values(), t["seed"]) for t in trials}
+        missing = [cell for cell in wanted if cell not in done]
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} trainings are done", flush=True)
+        for trial in _trained(matrix, missing, run_dir):
+            trials.append(trial)
+            _write(folder, trials)
+            if out:
+                deliver(folder, below(out, folder.name))
+        if out and not missing:
+            deliver(folder, below(out, folder.name))
     return folder
 
 
@@ -124,10 +156,9 @@ def _trained(
     if not cells:
         return
     profile = matrix.profile
-    judge = ["judge"] if profile.data.judge_pairs else []
     with worker_pool(profile) as (pool, _):
         studies = {s: (profile.name, s, str(run_dir), matrix.overrides) for _, _, s in cells}
-        before = ("reward_model", "sft", *judge)
+        before = ("reward_model", "sft", *judges(profile))
         for future in [pool.submit(train, s, name) for s in studies.values() for name in before]:
             future.result()
         running: list[Future[Trial]] = [
@@ -189,37 +220,26 @@ def figure(found: Sequence[Mapping[str, Any]], rater: str) -> Figure:
         if own:  # else all of them diverged
             figures.dots(axis, own, places, catalogue.color(name), upright=True, fmt="o-")
         (setting,) = {row["setting"] for row in found if row["method"] == name}
-        axis.set(xscale="log", xlabel=setting.rpartition(".")[2], title=catalogue.label(name))
+        scale = "log" if min(places, default=0) > 0 else "linear"
+        axis.set(xscale=scale, xlabel=setting.rpartition(".")[2], title=catalogue.label(name))
         axis.set_xticks(places, [f"{value:g}" for value in places])
         axis.minorticks_off()
     return drawn
 
 
-def _load(path: Path, matrix: Matrix) -> list[Trial]:
+def _load(path: Path) -> list[Trial]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        trials, settings = found["trials"], found["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        trials = json.loads(path.read_text(encoding="utf-8"))["trials"]
+        _ = [(t["method"], t["values"].items(), t["mean"], t["seed"]) for t in trials]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{path} is no file of trials: move it away to begin anew") from error
-    if settings != _fixed(matrix):
-        raise SettingsError(f"{path} was measured with other settings: move it away, or set them")
     return trials
 
 
-def _fixed(matrix: Matrix) -> str:
-    """A hash of what all cells share."""
-    settings = deciding(as_dict(matrix.profile))
-    for method in matrix.values:
-        section, _, key = _setting(method).partition(".")
-        settings[section].pop(key)
-    return content_hash(settings)[:12]
-
-
-def _write(folder: Path, matrix: Matrix, trials: Sequence[Trial]) -> None:
-    content = {"profile": matrix.profile.name, "settings": _fixed(matrix), "trials": list(trials)}
-    write_json(folder / "trials.json", content)
+def _write(folder: Path, trials: Sequence[Trial]) -> None:
+    write_json(folder / "trials.json", {"trials": list(trials)})
     found = rows(trials)
     pd.DataFrame(found).to_csv(folder / "table.csv", index=False)
     judged = [trial["rater"] for trial in trials if trial["mean"] is not None]

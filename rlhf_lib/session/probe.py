@@ -24,7 +24,7 @@ from rlhf_lib.models.load import load_policy
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Stage
 from rlhf_lib.runtime import MEASURING, computed_by, environment
-from rlhf_lib.session.counted import Lengths, draws, lengths_of, measured, parts
+from rlhf_lib.session.counted import Lengths, draws, held, lengths_of, measured, parts
 from rlhf_lib.session.forecast import Forecast, Rate
 from rlhf_lib.session.work import Sizes
 from rlhf_lib.settings import Profile, as_dict, content_hash
@@ -67,6 +67,7 @@ def _few_steps(profile: Profile, steps: int, shrink: int) -> list[str]:
     ratio = evaluation.measured_prompts / max(data.evaluation_prompts, evaluation.measured_prompts)
     return [
         "seeds=1", "extras=false", "methods=", "data.judge_pairs=0", "sft.epochs=1",
+        "ppo.patience=0", "grpo.patience=0", "dpo.patience=0",
         f"data.train_pairs={min(data.train_pairs, steps * max(pairs, compared, shown))}",
         f"data.demonstrations={min(data.demonstrations, steps * shown)}",
         f"data.validation_pairs={min(data.validation_pairs, 32)}",
@@ -131,7 +132,7 @@ def _probe(name: str, overrides: list[str]) -> Forecast:
         record = catalogue.record("evaluate")
         stages["evaluate"] = run_stage(small.run, record, small.data, before)
         rates = rates_of(stages, small.run.profile, sizes, lengths)
-        return Forecast(rates, sizes, lengths, chapter)
+        return Forecast(rates, sizes, lengths, chapter, held=held(study.data))
 
 
 def rates_of(
@@ -192,7 +193,8 @@ def of_machine(profile: Profile) -> Forecast:
         saved = json.loads(kept.read_text(encoding="utf-8"))
         rates = {name: Rate(*values) for name, values in saved["rates"].items()}
         sizes, lengths = Sizes(*saved["sizes"]), Lengths(*saved["lengths"])
-        return Forecast(rates, sizes, lengths, saved["chapter"], saved["workers"])
+        known = saved["chapter"], saved["workers"], saved["held"]
+        return Forecast(rates, sizes, lengths, *known)
     found = probe(profile)
     write_json(kept, found._asdict())
     return found

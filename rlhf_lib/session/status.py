@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
+from rlhf_lib import files
 from rlhf_lib.checkpoints import PROGRESS
 from rlhf_lib.measure.statistics import listed
 from rlhf_lib.runs import Run, Stage
@@ -66,8 +65,13 @@ def as_text(row: Row) -> str:
     return f"{row.place:<8} {row.stage:<28} {row.state:<8} {minutes:>9}  {row.why}".rstrip()
 
 
-def outlook(profile: Profile, run_dir: Path) -> list[str]:
-    """What a run of the study would do now: each job of its plan that has not been done."""
+def outlook(profile: Profile, run_dir: Path, only: str = "") -> list[str]:
+    """What a run would do now: each job of its plan that has not been done, or what one notebook
+    lacks.
+    """
+    if only:
+        missing = Study(Run(profile, 0, run_dir)).missing(only)
+        return [f"{only} needs {len(missing)} stages first", *(f"  seed 0: {m}" for m in missing)]
     finished = [row for row in rows(profile, run_dir) if row.state == "done"]
     done = {f"{row.place.replace('-', ' ')}: {row.stage}" for row in finished}
     jobs = plan(profile)
@@ -87,13 +91,14 @@ def _of_stage(stage: Stage) -> Row:
         return Row(place, stage.name, "missing", "")
     lock = stage.path.with_name(f"{stage.path.name}.lock")
     step = f"step {_steps(partial)}"
-    if _held(lock):
+    if (partial / "DONE").exists():
+        return Row(place, stage.name, "stopped", "has ended, and is published by the next run")
+    if files.is_held(lock):
         holder = lock.with_suffix(".holder")
         return Row(place, stage.name, "running", f"{step}, by {_read(holder) or 'a process'}")
-    saved = [_read(slot / PROGRESS) for slot in partial.glob("checkpoint-?")]
-    last = max((json.loads(text)["step"] for text in saved if text.startswith("{")), default=0)
-    goes_on = f"goes on from step {last}" if last else "begins anew"
-    return Row(place, stage.name, "stopped", f"{step}; {goes_on}")
+    saved = [_json(slot / PROGRESS).get("step") for slot in partial.glob("checkpoint-?")]
+    last = max((step for step in saved if isinstance(step, int)), default=0)
+    return Row(place, stage.name, "stopped", f"{step}; its last saved state is of step {last}")
 
 
 def _stale(folder: Path, wanted: Mapping[tuple[Path, str], Stage], profile: Profile) -> Row:
@@ -105,9 +110,8 @@ def _stale(folder: Path, wanted: Mapping[tuple[Path, str], Stage], profile: Prof
     stage = wanted.get((folder.parent, name))
     if stage is None:
         return Row(place, name, "stale", "no stage of this study", _seconds(folder))
-    try:
-        config = json.loads(_read(folder / "config.json"))
-    except ValueError:
+    config = _json(folder / "config.json")
+    if not config:
         return Row(place, name, "stale", "its config.json cannot be read")
     why = ", ".join(dict.fromkeys(_differences(config, stage.config)))
     return Row(place, name, "stale", why or "nothing that its config.json shows", _seconds(folder))
@@ -115,12 +119,12 @@ def _stale(folder: Path, wanted: Mapping[tuple[Path, str], Stage], profile: Prof
 
 def _differences(had: Mapping[str, Any], has: Mapping[str, Any]) -> Iterator[str]:
     """What of a stage's config is another now."""
-    before, now = had.get("settings", {}), has["settings"]
+    before, now = had.get("settings") or {}, has["settings"]
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             yield f"{key} was {before.get(key)}, is {now.get(key)}"
     yield from (word for part, word in WORDS.items() if had.get(part) != has[part])
-    read, reads = had.get("upstream", {}), has["upstream"]
+    read, reads = had.get("upstream") or {}, has["upstream"]
     others = sorted(key for key in read.keys() | reads.keys() if read.get(key) != reads.get(key))
     if others:
         yield f"it read another {listed(others)}"
@@ -130,29 +134,27 @@ def _whole(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix(".partial"))
 
 
-def _held(lock: Path) -> bool:
-    """Whether a process works on it now."""
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def _steps(partial: Path) -> int:
     return len(_read(partial / "metrics.jsonl").splitlines())
 
 
 def _seconds(folder: Path) -> float | None:
+    seconds = _json(folder / "result.json").get("seconds")
+    return seconds if isinstance(seconds, int | float) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where that is no record."""
     try:
-        return json.loads(_read(folder / "result.json"))["seconds"]
-    except (ValueError, KeyError):
-        return None
+        found = json.loads(_read(path))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read(path: Path) -> str:
     """What a file says; nothing where it is not there, or is taken away just now."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

@@ -51,12 +51,7 @@ def tune(
     """
     if profile.tuning.trials < 1:
         raise SettingsError("tuning.trials is the number of values for each method: at least 1")
-    judge = ["judge"] if profile.data.judge_pairs else []
-    if truth_of(profile.data.source) is None and not judge:
-        raise SettingsError(
-            "tuning needs a judge that training has not seen: set data.judge_pairs, the number of "
-            "pairs for a reward model of its own"
-        )
+    judge = judges(profile)
     usual = _fixed(profile) == _fixed(load_profile(profile.name))
     path = folder / f"{profile.name if usual else f'{profile.name}-{_fixed(profile)}'}.json"
     trials = load(path, _fixed(profile))
@@ -91,6 +86,21 @@ def tune(
                 next(bar, None)
                 begin(method)
     return path
+
+
+def judges(profile: Profile) -> list[str]:
+    """The stages that judge a trial, none where the true reward is known.
+
+    Raises SettingsError where nothing that training has not seen can judge.
+    """
+    if profile.data.judge_pairs:
+        return ["judge"]
+    if truth_of(profile.data.source) is None:
+        raise SettingsError(
+            "trials need a judge that training has not seen: set data.judge_pairs, the number of "
+            "pairs for a reward model of its own"
+        )
+    return []
 
 
 # ----------------------------------------------------------------------------------- the rule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +92,27 @@ def test_without_drive_it_says_what_will_be_lost(
     assert begin() == ("laptop", "runs")
     assert not session["mounted"]
     assert "no other chapter finds them" in capsys.readouterr().out
+
+
+def test_a_drive_that_cannot_be_mounted_is_said_and_runs_stay_here(
+    session: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(place: str) -> None:
+        raise ValueError("mount failed")
+
+    monkeypatch.setattr(sys.modules["google.colab.drive"], "mount", refuse)
+    assert begin() == ("laptop", "runs")
+    said = capsys.readouterr().out
+    assert "Drive could not be mounted: mount failed" in said
+    assert "no other chapter finds them" in said
+
+
+def test_a_drive_that_was_unmounted_is_mounted_again(session: dict, tmp_path: Path) -> None:
+    """The cell is run once more: RUN_DIR is what it chose before."""
+    folder = begin()[1]
+    shutil.rmtree(tmp_path / "drive")
+    assert begin(run_dir=folder)[1] == folder
+    assert len(session["mounted"]) == 2
 
 
 def test_a_folder_of_the_user_s_own_is_kept(session: dict, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ FOUND = Forecast(
 
 
 @pytest.mark.parametrize(
-    ("text", "minutes"), [("55m", 55), ("1h30m", 90), ("90s", 1.5), ("2h", 120), ("7", 7)]
+    ("text", "minutes"),
+    [("55m", 55), ("1h30m", 90), ("90s", 1.5), ("2h", 120), ("7", 7), ("7.5", 7.5)],
 )
 def test_times_are_read(text: str, minutes: float) -> None:
     assert fits.minutes_of(text) == minutes
@@ -78,4 +79,10 @@ def test_the_choice_is_kept_for_the_same_command(
     fits.fitted(profile, [], half / 2, tmp_path)
     fits.fitted(load_profile("laptop", "ppo.kl_coef=3"), ["ppo.kl_coef=3"], half, tmp_path)
     assert len(probed) == 3, "another time or study is another choice"
-    assert "extras=false" in fits.as_text(first)
+    assert "extras=false" in fits.as_text(first, profile)
+    for file in (tmp_path / "laptop").glob("fits-*.json"):
+        file.write_text("{")
+    assert fits.fitted(profile, [], half, tmp_path) == first, "a damaged choice is made anew"
+    assert len(probed) == 4
+    fits.fitted(load_profile("laptop", "jobs=1"), ["jobs=1"], half, tmp_path)
+    assert len(probed) == 5, "another number of jobs is another time"

@@ -7,7 +7,7 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.profiles import PROFILES, load_profile
 from rlhf_lib.session import forecast
-from rlhf_lib.session.counted import Lengths, parts
+from rlhf_lib.session.counted import Lengths, parts, uncounted
 from rlhf_lib.session.forecast import Forecast, Rate
 from rlhf_lib.session.work import Sizes
 from rlhf_lib.study.schedule import Job, plan
@@ -41,6 +41,32 @@ def test_seconds_are_work_at_its_rate_and_what_is_measured() -> None:
     assert seen["reward_model"] == profile.data.test_pairs + profile.data.validation_pairs
     assert seen["dpo"] == profile.dpo.probes * profile.dpo.probe_prompts
     assert seen["sft"] == 0
+
+
+def test_rows_that_a_source_does_not_have_take_no_time() -> None:
+    profile = load_profile("laptop")
+    few = of(per_flop=1e-6)._replace(held={"train_pairs": 40, "demonstrations": 40})
+    asked = load_profile("laptop", "data.train_pairs=40 data.demonstrations=40")
+    assert few.stages(profile, 0) == of(per_flop=1e-6).stages(asked, 0)
+
+
+def test_looks_at_validation_take_their_time() -> None:
+    plain, patient = (
+        of(per_flop=1e-6).stages(load_profile("laptop", setting), 0)["grpo"]
+        for setting in ("grpo.patience=0", "grpo.patience=2")
+    )
+    assert patient > plain
+
+
+def test_a_stage_of_the_user_s_own_is_named_and_left_out() -> None:
+    own = "methods=tests/study/own_stage.py:RECORD"
+    profile = catalogue.load("smoke", own)
+    try:
+        assert uncounted(profile) == ["mine"]
+        assert of(1.0).stages(profile, 0).get("mine", 0.0) == 0.0
+        assert of(1.0).minutes(profile) > 0
+    finally:
+        catalogue.load("smoke")
 
 
 def test_jobs_are_laid_out_over_workers() -> None:

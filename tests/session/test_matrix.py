@@ -58,7 +58,13 @@ def test_values_of_each_method_its_own_and_all_by_default(tmp_path: Path) -> Non
         ("methods: [pppo]", r"unknown method in .*grid\.yaml 'pppo': did you mean 'ppo'"),
         ("methods: [sft]", r"unknown method in .*grid\.yaml 'sft'"),
         ("coefficients: {gpro: [1]}", r"unknown method in .*grid\.yaml 'gpro'"),
-        ("coefficients: [a]", r"grid\.yaml: coefficients: could not convert string to float"),
+        ("coefficients: [a]", r"grid\.yaml: coefficients: 'a' is no number from 0 on"),
+        ("coefficients: [.nan]", r"coefficients: nan is no number from 0 on"),
+        ("coefficients: [-1]", r"coefficients: -1 is no number from 0 on"),
+        ("coefficients: '12'", r"coefficients: '12' is no list"),
+        ("methods: 3", r"methods: 3 is no list"),
+        ("methods:", r"methods: None is no list"),
+        ("methods: [[ppo]]", r"unknown method in .*grid\.yaml \"\['ppo'\]\""),
         ("coefficients: []", r"asks for nothing"),
         ("seeds: 0", r"asks for nothing"),
         ("seeds: [-1]", r"SEED=-1"),
@@ -108,6 +114,7 @@ def test_what_has_ended_is_kept_and_gone_on_from(trained: list, tmp_path: Path) 
     path = write(tmp_path, FILE)
     folder = matrix.run(path, tmp_path)
     assert len(trained) == 8
+    assert folder == tmp_path / "smoke" / f"matrix-grid-{matrix.read(path).shared}"
     names = {file.name for file in folder.iterdir()}
     assert names == {"trials.json", "table.csv", "figure.svg", "figure.png"}
     frame = pd.read_csv(folder / "table.csv")
@@ -123,8 +130,23 @@ def test_what_has_ended_is_kept_and_gone_on_from(trained: list, tmp_path: Path) 
     trained.clear()
     matrix.run(path, tmp_path)
     assert trained == []
-    with pytest.raises(SettingsError, match="was measured with other settings"):
-        matrix.run(write(tmp_path, FILE.replace("updates: 2", "updates: 3")), tmp_path)
+    more = FILE.replace("[ppo, dpo]", "[ppo, dpo, grpo]").replace("[0, 2]", "[0, 2, 3]")
+    assert matrix.run(write(tmp_path, more), tmp_path) == folder
+    assert len(trained) == 3 * 2 * 3 - 8, "what is asked besides is added"
+    other = matrix.run(write(tmp_path, FILE.replace("updates: 2", "updates: 3")), tmp_path)
+    assert other != folder, "other settings have a folder of their own"
+    budget = FILE.replace("updates: 2}", "updates: 2}, tuning.budget: 0.5")
+    assert matrix.run(write(tmp_path, budget), tmp_path) not in (folder, other)
+
+
+def test_a_cell_is_a_whole_training_and_counted_once(trained: list, tmp_path: Path) -> None:
+    text = "profile: t4\nmethods: [dpo]\ncoefficients: [1, 1, 1.0]\nseeds: [0, 0]\n"
+    found = matrix.read(write(tmp_path, text))
+    assert found.profile.tuning.budget == 1
+    assert list(found.cells()) == [("dpo", 0.1, 0)]
+    pairs = "profile: smoke\nset: {data.source: path:x}\n"
+    with pytest.raises(SettingsError, match=r"need a judge .* set data\.judge_pairs"):
+        matrix.read(write(tmp_path, pairs))
 
 
 def test_one_that_diverged_is_a_row_and_no_number(trained: list, tmp_path: Path) -> None:
@@ -140,13 +162,17 @@ def test_one_that_diverged_is_a_row_and_no_number(trained: list, tmp_path: Path)
 
 def test_results_are_delivered_to_an_address_and_found_there(trained: list, tmp_path: Path) -> None:
     path = write(tmp_path, FILE)
-    address = "memory://results/grid"
-    matrix.run(path, tmp_path / "one", address)
+    address = "memory://results"
+    folder = matrix.run(path, tmp_path / "one", address)
     system = fsspec.filesystem("memory")
-    names = {name.rpartition("/")[2] for name in system.ls("/results/grid", detail=False)}
+    place = f"/results/{folder.name}"
+    names = {name.rpartition("/")[2] for name in system.ls(place, detail=False)}
     assert {"trials.json", "table.csv", "figure.svg"} <= names
     trained.clear()
     matrix.run(path, tmp_path / "elsewhere", address)
     assert trained == [], "another machine goes on from what was delivered"
-    with pytest.raises(UserError, match=r"nowhere://x cannot be read"):
+    system.rm(place, recursive=True)
+    matrix.run(path, tmp_path / "one", address)
+    assert system.exists(f"{place}/table.csv"), "what is done already is delivered as well"
+    with pytest.raises(UserError, match=r"nowhere://x/matrix-grid-\w+ cannot be read"):
         matrix.run(path, tmp_path / "third", "nowhere://x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,33 @@ def test_done_missing_and_stopped_are_told_apart(
     assert (done.place, done.state, done.why) == ("seed-0", "done", "")
     assert done.seconds is not None
     assert row(profile, tmp_path, "ppo").state == "missing"
-    assert row(profile, tmp_path, "dpo")[2:] == ("stopped", "step 3; begins anew", None)
+    said = "step 3; its last saved state is of step"
+    assert row(profile, tmp_path, "dpo")[2:] == ("stopped", f"{said} 0", None)
     slot = work.path / "checkpoint-b"
     slot.mkdir()
     (slot / "progress.json").write_text(json.dumps({"step": 2, "files": {}}))
-    assert row(profile, tmp_path, "dpo").why == "step 3; goes on from step 2"
+    assert row(profile, tmp_path, "dpo").why == f"{said} 2"
     assert "dpo" in status.as_text(row(profile, tmp_path, "dpo"))
+    for damaged in ("", "[]", '{"step": "x"}', "{"):
+        (slot / "progress.json").write_text(damaged)
+        assert row(profile, tmp_path, "dpo").why == f"{said} 0"
+    (work.path / "DONE").write_text("")
+    assert row(profile, tmp_path, "dpo").why == "has ended, and is published by the next run"
+
+
+def test_whatever_a_damaged_folder_holds_it_is_listed(
+    profile: Profile, stages: dict[str, Stage], tmp_path: Path
+) -> None:
+    stages["sft"].ensure(lambda work: {})
+    other = stages["sft"].path.with_name("sft-000000000000")
+    shutil.copytree(stages["sft"].path, other)
+    for text in ("[]", "null", '{"seconds": "x", "settings": null, "upstream": null}', "\udcff"):
+        for folder in (stages["sft"].path, other):
+            for name in ("result.json", "config.json"):
+                (folder / name).write_text(text, errors="surrogateescape")
+        found = {r.state: r for r in status.rows(profile, tmp_path) if r.stage == "sft"}
+        assert set(found) == {"done", "stale"}
+        assert found["done"].seconds is None
 
 
 def test_one_that_runs_says_who_runs_it(

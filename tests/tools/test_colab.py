@@ -10,6 +10,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from tools import colab
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +63,19 @@ def test_an_address_is_written_into_badge_cell_and_project(name: str, checkout: 
     colab.store(checkout, "")
     colab.main([])
     assert texts(checkout) == before
+
+
+def test_other_addresses_of_the_project_stay(checkout: Path) -> None:
+    path = checkout / "pyproject.toml"
+    before = path.read_text().replace(
+        "[project.scripts]\n", '[project.urls]\nIssues = "https://x.org"\n\n[project.scripts]\n'
+    )
+    path.write_text(before)
+    colab.store(checkout, ADDRESS)
+    urls = tomllib.loads(path.read_text())["project"]["urls"]
+    assert urls == {"Repository": ADDRESS, "Issues": "https://x.org"}
+    colab.store(checkout, "")
+    assert path.read_text() == before
 
 
 def test_another_place_than_github_is_refused(checkout: Path) -> None:
