@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -71,7 +72,10 @@ def fitted(profile: Profile, overrides: Sequence[str], minutes: float, run_dir: 
     kept = run_dir / profile.name / f"fits-{asked}.json"
     with suppress(FileNotFoundError, ValueError):  # of one that is damaged the choice is made anew
         return json.loads(kept.read_text(encoding="utf-8"))
-    further, foreseen = fit(profile, overrides, minutes, probe(profile))
+    began = time.monotonic()
+    found = probe(profile)
+    left = minutes - (time.monotonic() - began) / 60  # of the session
+    further, foreseen = fit(profile, overrides, left, found)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, choice := {"overrides": further, "minutes": foreseen})
     return choice
