@@ -34,6 +34,7 @@ from rlhf_lib.study.training import run_stage
 
 BESIDE = ("loading models", "saving")  # phases of a stage however much it learns
 PROBED = ("sft", "reward_model", "ppo", "grpo", "dpo", "evaluate")
+EVER_LESS = ((24, 1), (12, 1), (6, 1), (3, 1), (3, 2), (2, 4), (2, 8), (2, 16), (2, 32))
 SECONDS, SHARE = 45.0, 0.2  # that a probe may take; of the matrix products' rate, that it reaches
 
 
@@ -43,7 +44,7 @@ def miniature(profile: Profile, sizes: Sizes, lengths: Lengths, roof: float) -> 
     Where these would take longer than a probe may at this `roof` (FLOPs a second of a matrix
     product) there are fewer steps, then smaller batches, down to one micro-batch.
     """
-    for steps, shrink in ((12, 1), (6, 1), (3, 1), (3, 2), (2, 4), (2, 8), (2, 16), (2, 32)):
+    for steps, shrink in EVER_LESS:
         found = _few_steps(profile, steps, shrink)
         small = load_profile(profile.name, [*_own(profile), *found])
         work = sum(part.work.flops for part in parts(small, sizes, lengths))
@@ -118,9 +119,6 @@ def _own(profile: Profile) -> list[str]:
 
 def _probe(name: str, overrides: list[str]) -> Forecast:
     """Run the miniature in a folder of its own."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import rlhf_lib.lesson"], check=True)
-    chapter = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         study = Study.open(name, 0, folder, overrides)
         sizes, lengths = sizes_and_lengths(study)
@@ -131,6 +129,9 @@ def _probe(name: str, overrides: list[str]) -> Forecast:
         # an evaluation of the pretrained model and SFT
         record = catalogue.record("evaluate")
         stages["evaluate"] = run_stage(small.run, record, small.data, before)
+        began = time.perf_counter()  # last: what is imported lies in memory by now
+        subprocess.run([sys.executable, "-c", "import rlhf_lib.lesson"], check=True)
+        chapter = time.perf_counter() - began
         rates = rates_of(stages, small.run.profile, sizes, lengths)
         return Forecast(rates, sizes, lengths, chapter, held=held(study.data))
 
@@ -152,20 +153,19 @@ def rates_of(
         result, phases = stage.result(), stage.result()["phases"]
         seen = phases.get(MEASURING, 0.0)
         busy = sum(phases.values()) - sum(phases.get(name, 0.0) for name in BESIDE) - seen
-        start = result["seconds"] - busy - seen  # what a stage begins with, its first step too slow
-        busy -= _warming(stage)
+        start = result["seconds"] - busy - seen
+        busy -= _held_up(stage)
         kind = "generation" if name == "evaluate" else name
         each = seen / (measured(catalogue.record(name), profile) or 1)
         found[kind] = Rate(start, busy / work[name], each)
     return found
 
 
-def _warming(stage: Stage) -> float:
-    """Seconds by which the first steps took longer than the others."""
+def _held_up(stage: Stage) -> float:
+    """Seconds that steps took beyond the usual one: the first warms up, any may be interrupted."""
     metrics = stage.path / "metrics.jsonl"
     times = [row["step_time"] for row in read_jsonl(metrics)] if metrics.exists() else []
-    usual = median(times[1:]) if len(times) > 1 else 0.0
-    return sum(max(0.0, time - usual) for time in times[:2]) if usual else 0.0
+    return sum(times) - median(times[1:]) * len(times) if len(times) > 1 else 0.0
 
 
 def _roof(size: int = 1024, seconds: float = 0.3) -> float:

@@ -26,13 +26,13 @@ def test_a_miniature_has_the_study_s_lengths_and_a_few_steps(name: str) -> None:
     assert small.model == profile.model
     for key in ("max_prompt_tokens", "max_response_tokens", "source"):
         assert getattr(small.data, key) == getattr(profile.data, key)
-    assert (small.seeds, small.extras, small.ppo.updates, small.grpo.updates) == (1, False, 2, 2)
+    assert (small.seeds, small.extras, small.ppo.updates, small.grpo.updates) == (1, False, 6, 6)
     for section in ("sft", "reward_model", "dpo"):
         config = getattr(small, section)
         assert config.batch_size == getattr(profile, section).batch_size
         assert config.micro_batch_size == getattr(profile, section).micro_batch_size
         rows = small.data.demonstrations if section == "sft" else small.data.train_pairs
-        assert 2 <= config.optimizer_steps(rows) <= 24
+        assert 2 <= config.optimizer_steps(rows) <= 48
     assert small.ppo.batch_size == profile.ppo.batch_size
 
 
@@ -49,7 +49,7 @@ def test_a_miniature_of_what_was_overridden_is_of_that() -> None:
     given = ["ppo.kl_coef=0.3", "data.max_response_tokens=20", "model.gradient_checkpointing=true"]
     profile = load_profile("laptop", given)
     assert load_profile("laptop", probe._own(profile)) == profile
-    again = load_profile("laptop", [*probe._own(profile), *probe._few_steps(profile, 1)])
+    again = load_profile("laptop", [*probe._own(profile), *probe._few_steps(profile, 3, 1)])
     assert again.data.max_response_tokens == 20
     assert again.model.gradient_checkpointing is True
 
@@ -64,18 +64,27 @@ def stage(folder: Path, seconds: float, times: list[float], **phases: float) -> 
     return SimpleNamespace(path=folder, result=lambda: result)
 
 
-def test_rates_leave_out_loading_measuring_and_the_first_steps_warming(tmp_path: Path) -> None:
+def test_rates_leave_out_loading_measuring_and_steps_that_were_held_up(tmp_path: Path) -> None:
     profile, sizes = load_profile("smoke", "extras=false"), Sizes(1000, 100)
     work = {part.name: part.work.flops for part in parts(profile, sizes, LENGTHS)}
     stages = {
-        "sft": stage(tmp_path / "sft", 12.0, [5.0, 2.0, 2.0], loading_models=1.0, saving=0.5),
-        "reward_model": stage(
-            tmp_path / "reward_model", 9.0, [2.0, 2.0], loading_models=1.0, measuring=1.92
+        "sft": stage(
+            tmp_path / "sft",
+            20.0,
+            [5.0, 2.0, 2.0, 4.0, 2.0],
+            loading_models=1.0,
+            saving=0.5,
+            update=15.0,
         ),
-        "evaluate": stage(tmp_path / "evaluate", 8.0, [], loading_models=2.0),
+        "reward_model": stage(
+            tmp_path / "reward_model", 9.0, [2.0, 2.0], update=4.0, scoring=1.0, measuring=1.92
+        ),
+        "evaluate": stage(tmp_path / "evaluate", 8.0, [], loading_models=2.0, generation=6.0),
     }
     found = probe.rates_of(stages, profile, sizes, LENGTHS)
-    assert found["sft"] == Rate(1.5, pytest.approx((12 - 1.5 - 3) / work["sft"]), 0.0)
+    assert found["sft"] == Rate(5.0, pytest.approx(10 / work["sft"]), 0.0), "five steps of two"
+    assert found["reward_model"].per_flop == pytest.approx(5.0 / work["reward_model"])
+    assert found["reward_model"].start == pytest.approx(9 - 5 - 1.92)
     compared = profile.data.test_pairs + profile.data.validation_pairs
     assert found["reward_model"].per_measured == pytest.approx(1.92 / compared)
     # of the policies it asked the pretrained model and SFT alone
