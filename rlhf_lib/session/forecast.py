@@ -16,17 +16,17 @@ from rlhf_lib.settings import Profile
 from rlhf_lib.study.schedule import Job, plan
 
 # How many times as long as its imports a chapter of a study of one seed takes, each further seed in
-# the last one, and a report: means of the jobs that `run --profile laptop` told of, on 2 cores
+# the last one, and a report: of studies that `run --profile laptop` ran on 2 cores
 CHAPTERS = {
-    "01_dataset": 4.1,
-    "02_reward_model": 6.0,
-    "03_sft": 6.1,
-    "04_ppo": 7.4,
-    "05_grpo": 6.5,
-    "06_dpo": 5.1,
-    "07_evaluation": 8.3,
+    "01_dataset": 2.4,
+    "02_reward_model": 4.2,
+    "03_sft": 4.7,
+    "04_ppo": 7.2,
+    "05_grpo": 4.3,
+    "06_dpo": 3.0,
+    "07_evaluation": 5.6,
 }
-EVALUATION, SEED, REPORT = "07_evaluation", 1.4, 2.7
+EVALUATION, SEED, REPORT = "07_evaluation", 0.9, 1.9
 
 
 class Rate(NamedTuple):

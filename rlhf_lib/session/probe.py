@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -33,6 +32,7 @@ from rlhf_lib.study.stages import Study
 from rlhf_lib.study.training import run_stage
 
 BESIDE = ("loading models", "saving")  # phases of a stage however much it learns
+SCALING = ("scoring",)  # of the demonstrations that a reward model's scale comes from: so many
 PROBED = ("sft", "reward_model", "ppo", "grpo", "dpo", "evaluate")
 EVER_LESS = ((24, 1), (12, 1), (6, 1), (3, 1), (3, 2), (2, 4), (2, 8), (2, 16), (2, 32))
 SECONDS, SHARE = 45.0, 0.2  # that a probe may take; of the matrix products' rate, that it reaches
@@ -47,7 +47,7 @@ def miniature(profile: Profile, sizes: Sizes, lengths: Lengths, roof: float) -> 
     for steps, shrink in EVER_LESS:
         found = _few_steps(profile, steps, shrink)
         small = load_profile(profile.name, [*_own(profile), *found])
-        work = sum(part.work.flops for part in parts(small, sizes, lengths))
+        work = sum(_work(name, small, sizes, lengths) for name in PROBED)
         if work <= SECONDS * SHARE * roof:
             break
     return found
@@ -140,25 +140,43 @@ def rates_of(
     stages: Mapping[str, Stage], profile: Profile, sizes: Sizes, lengths: Lengths
 ) -> dict[str, Rate]:
     """What each stage of a miniature took, for each FLOP of its work."""
-    work: dict[str, float] = defaultdict(float)
-    trained = set(catalogue.trained()) & {record.name for record in catalogue.stages(profile)}
-    for part in parts(profile, sizes, lengths):
-        flops = part.work.flops
-        if part.name == "evaluate: answers":  # it asked the pretrained model and SFT, no other
-            every, two = draws(profile.evaluation, len(trained) + 1), draws(profile.evaluation, 2)
-            flops *= two / every
-        work[part.name.partition(":")[0]] += flops
     found = {}
     for name, stage in stages.items():
         result, phases = stage.result(), stage.result()["phases"]
+        beside = BESIDE + (SCALING if name == "reward_model" else ())
         seen = phases.get(MEASURING, 0.0)
-        busy = sum(phases.values()) - sum(phases.get(name, 0.0) for name in BESIDE) - seen
+        busy = sum(phases.values()) - sum(phases.get(phase, 0.0) for phase in beside) - seen
         start = result["seconds"] - busy - seen
         busy -= _held_up(stage)
         kind = "generation" if name == "evaluate" else name
         each = seen / (measured(catalogue.record(name), profile) or 1)
-        found[kind] = Rate(start, busy / work[name], each)
+        spoken = result.get("spent", {}).get("generated", 0.0)  # tokens; hardly trained, it rambles
+        said = lengths._replace(reply=spoken / _replies(name, profile)) if spoken else lengths
+        found[kind] = Rate(start, busy / _work(name, profile, sizes, said), each)
     return found
+
+
+def _work(name: str, profile: Profile, sizes: Sizes, lengths: Lengths) -> float:
+    """FLOPs of a stage of a miniature, whose evaluation asks the pretrained model and SFT alone."""
+    total = 0.0
+    stages = {record.name for record in catalogue.stages(profile)}
+    every = draws(profile.evaluation, len(set(catalogue.trained()) & stages) + 1)
+    for part in parts(profile, sizes, lengths):
+        if part.name.partition(":")[0] == name:
+            few = draws(profile.evaluation, 2) / every if part.name == "evaluate: answers" else 1.0
+            total += few * part.work.flops
+    return total
+
+
+def _replies(name: str, profile: Profile) -> int:
+    """How many replies a stage of a miniature samples."""
+    if name == "ppo":
+        return profile.ppo.updates * profile.ppo.batch_size
+    if name == "grpo":
+        prompts = profile.grpo.prompts_per_update * profile.grpo.dynamic_sampling
+        return profile.grpo.updates * prompts * profile.grpo.group_size
+    asked = profile.data.evaluation_prompts * draws(profile.evaluation, 2)
+    return asked + profile.evaluation.best_of_n_prompts * profile.evaluation.best_of_n
 
 
 def _held_up(stage: Stage) -> float:
