@@ -60,8 +60,8 @@ def fit(
         if foreseen <= minutes:
             return further, foreseen
     raise SettingsError(
-        f"the smallest study of profile {profile.name} takes about {foreseen:.0f} minutes here, "
-        f"and {minutes:g} were asked for: take a smaller profile or model"
+        f"the smallest study of profile {profile.name} takes {foreseen:.1f} minutes here, and "
+        f"{minutes:.1f} are left after the probe: take a smaller profile or model, or more time"
     )
 
 

@@ -62,7 +62,7 @@ def test_the_largest_that_fits_is_taken() -> None:
     assert (further, foreseen) == next(each for each in every if each[1] <= whole / 2)
     given = fits.fit(profile, ["ppo.updates=60"], whole / 2, FOUND)[0]
     assert given != further, "what was overridden counts"
-    with pytest.raises(SettingsError, match="the smallest study of profile laptop takes about"):
+    with pytest.raises(SettingsError, match="the smallest study of profile laptop takes"):
         fits.fit(profile, [], 0.01, FOUND)
 
 
