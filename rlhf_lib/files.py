@@ -112,22 +112,18 @@ def deliver(folder: Path, address: str) -> None:
 
     Raises UserError where that cannot be written.
     """
-    try:
+    with _named(address, "written"):
         system, target = url_to_fs(address)
         system.makedirs(target, exist_ok=True)
         system.put(f"{folder}/", f"{target}/", recursive=True)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{address} cannot be written: {error}") from error
 
 
 def fetch(address: str, path: Path) -> None:
     """The file of this name that has been delivered there before, if one has."""
-    try:
+    with _named(address, "read"):
         system, source = url_to_fs(address)
         if system.exists(f"{source}/{path.name}"):
             system.get_file(f"{source}/{path.name}", str(path))
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{address} cannot be read: {error}") from error
 
 
 def below(address: str, name: str) -> str:
@@ -137,10 +133,17 @@ def below(address: str, name: str) -> str:
 
 def check_address(address: str) -> None:
     """Raises UserError for one that fsspec does not know, before anything is computed for it."""
-    try:
+    with _named(address, "written"):
         url_to_fs(address)
+
+
+@contextmanager
+def _named(address: str, done: str) -> Iterator[None]:
+    """What goes wrong with an address, as one sentence that names it."""
+    try:
+        yield
     except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"{address} cannot be written: {error}") from error
+        raise UserError(f"{address} cannot be {done}: {error}") from error
 
 
 def free_space(folder: Path) -> int:

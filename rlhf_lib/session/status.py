@@ -86,7 +86,7 @@ def _of_stage(stage: Stage) -> Row:
     place = stage.path.parent.name
     if stage.done:
         return Row(place, stage.name, "done", "", _seconds(stage.path))
-    partial = stage.path.with_name(f"{stage.path.name}.partial")
+    partial = stage.partial
     if not partial.is_dir():
         return Row(place, stage.name, "missing", "")
     lock = stage.path.with_name(f"{stage.path.name}.lock")
