@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def in_checkout(folder: Path) -> Path:
     here = Path.cwd()
     roots = (above for above in (here, *here.parents) if (above / "notebooks").is_dir())
     return next((r for r in roots if (r / "notebooks/01_dataset.ipynb").is_file()), here) / folder
+
+
+def users(path: str | Path) -> Path:
+    """A path as its user meant it: a relative one lies where the command was started, or in the
+    checkout that the notebook at hand lies in. `~` is the home folder.
+
+    A study's workers and notebooks compute elsewhere: for them `RLHF_FOLDER` says where it began.
+    """
+    given = Path(path).expanduser()
+    began = os.environ.get("RLHF_FOLDER")
+    return Path(began, given) if began else in_checkout(given)
 
 
 def check_parameters() -> None:

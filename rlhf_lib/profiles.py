@@ -50,7 +50,8 @@ PROFILES = {
     # the tiny model's matrices are too small for two threads, or for bf16, to pay
     "laptop": f"{TUNED} seeds=5 jobs=3 threads=1 model.precision=fp32",
     "offline": f"""{REAL_PAIRS}
-        data.source=path:pairs.jsonl.gz model.name=smollm2-135m sweep.stronger=0
+        data.source=path:pairs.jsonl.gz data.template=hh
+        model.name=smollm2-135m sweep.stronger=0
         data.max_prompt_tokens=128 data.train_pairs=1000 data.validation_pairs=100
         data.test_pairs=500 data.demonstrations=1000 data.rl_prompts=1000
         data.evaluation_prompts=48 data.judge_pairs=600

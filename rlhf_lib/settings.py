@@ -29,7 +29,7 @@ def _in_epochs(config: typing.Any, rows: int) -> int:
 class DataConfig:
     """Where the pairs come from and how they are cut. Lengths are in tokens, sizes in rows."""
 
-    source: str = "bundled"  # bundled | hub:NAME[:SUBSET] | path:FILE_OR_FOLDER
+    source: str = "bundled"  # bundled | hub:NAME[:SUBSET] | path:FILE_OR_FOLDER | path:A,B
     max_prompt_tokens: int = 64  # cut from the left: the latest turns matter most
     max_response_tokens: int = 40  # including the end-of-sequence token
     train_pairs: int = 4000
@@ -40,6 +40,8 @@ class DataConfig:
     evaluation_prompts: int = 1024  # each answered evaluation.samples_per_prompt times
     split_seed: int = 0  # which conversations go to which split; not the seed of a run
     judge_pairs: int = 0  # for a held-out judge, seen by nothing else; the bundled world has gold
+    demonstrations_from: str = ""  # a source of prompts with replies; else the pairs' chosen ones
+    template: Literal["auto", "hh", "chat"] = "auto"  # of dialogues; auto: the model's, else HH's
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhf_lib.kernel import users
 from rlhf_lib.settings import SettingsError
 
 # files of the user's as they were when Python imported them: later edits have not been run
@@ -55,11 +56,8 @@ def resolve(name: str) -> Any:
 
 
 def user_file(name: str) -> Path:
-    """Where `FILE.py` is. Raises SettingsError if it is not there.
-
-    A study's workers and notebooks compute elsewhere: for them `RLHF_FOLDER` says where it began.
-    """
-    path = Path(os.environ.get("RLHF_FOLDER", ""), Path(name).expanduser()).resolve()
+    """Where `FILE.py` is. Raises SettingsError if it is not there."""
+    path = users(name).resolve()
     if not path.is_file():
         raise SettingsError(f"{name}: there is no file {path}")
     return path

@@ -11,6 +11,25 @@ import numpy as np
 from rlhf_lib.data.dialogues import turns
 from rlhf_lib.data.encoding import Pair
 
+SMALLER = "Ask for smaller splits (data.test_pairs ...), or give more pairs"
+# what a reason begins with -> the way out, where all rows fall to it
+ADVICE = {
+    "no assistant": "A whole dialogue has turns that begin with \\n\\nHuman: and \\n\\nAssistant:, "
+    "or is a list of messages; bare replies want a `prompt` column",
+    "no `": "A preference pair has `chosen` and `rejected`, whole dialogues or replies beside a "
+    "`prompt`; or `prompt`, `completion` and `label`. Rename the columns",
+    "role": "Roles are user, assistant and system, or human and gpt",
+    "identical to": "This model cannot tell the replies apart: take another one (model.name)",
+    "identical after": "The replies differ further on: raise data.max_response_tokens",
+    "different prompts": "Both sides of a pair answer the same prompt",
+    "prompt and dialogue": "Where both sides are whole dialogues, `prompt` is how they begin or "
+    "their last question; leave it out",
+    "marker": "Turns are told apart by \\n\\nHuman: and \\n\\nAssistant:, so no text has it inside",
+    "text before": "A whole dialogue begins with \\n\\nHuman:",
+    "no place in the chat template": "Take data.template=hh",
+    "no reply of the other label": "Unpaired replies become pairs where a prompt has good and bad",
+    "row too long": "Leave out of a row what is no dialogue",
+}
 EXAMPLES = 5  # row numbers kept for each reason
 BINS = 24
 SIDES = ("prompt", "chosen", "rejected")
@@ -28,6 +47,19 @@ class Dropped:
         places = self._places.setdefault(reason, [])
         if len(places) < EXAMPLES:
             places.append(place)
+
+    @property
+    def most(self) -> int:
+        """How many rows the commonest reason left out."""
+        return max(self._counts.values(), default=0)
+
+    def advice(self) -> str:
+        """What helps against the commonest reason, with the row that it was first seen in."""
+        if not self._counts:
+            return SMALLER
+        reason = self._counts.most_common(1)[0][0]
+        helps = next((way for start, way in ADVICE.items() if reason.startswith(start)), SMALLER)
+        return f"{helps} (first: {self._places[reason][0]}, {reason})"
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} {n}" for reason, n in self._counts.most_common()) or "none"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -37,13 +39,17 @@ def shuffled_batches(count: int, batch_size: int, epochs: int, seed: int) -> lis
 def prompt_batches(count: int, batch_size: int, updates: int, seed: int) -> list[list[int]]:
     """Indices of `updates` whole batches, each epoch in a fresh order.
 
-    Raises ValueError when there are fewer prompts than one batch needs.
+    Where one batch needs more prompts than there are, it goes on with the next epochs', and says
+    so: a prompt is asked several times in an update then.
     """
-    if count < batch_size:
-        raise ValueError(
-            f"{count} training prompts do not fill a batch of {batch_size}: "
-            "lower the batch size or raise data.rl_prompts"
-        )
-    epochs = -(-updates // (count // batch_size))
-    batches = shuffled_batches(count, batch_size, epochs, seed)
-    return [batch for batch in batches if len(batch) == batch_size][:updates]
+    if count >= batch_size:
+        epochs = -(-updates // (count // batch_size))
+        batches = shuffled_batches(count, batch_size, epochs, seed)
+        return [batch for batch in batches if len(batch) == batch_size][:updates]
+    warnings.warn(
+        f"{count} training prompts for a batch of {batch_size}: each stands in it several times",
+        stacklevel=2,
+    )
+    epochs = -(-updates * batch_size // count)
+    endless = list(chain.from_iterable(shuffled_batches(count, count, epochs, seed)))
+    return list(chunks(endless, batch_size))[:updates]  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """What a row means: prompt, chosen and rejected reply, in HH format, whatever format it came in.
 
 HH format is one text: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:". A prompt here
-ends with the marker of the reply, and a reply begins with a space.
+ends with the marker of the reply, and a reply begins with a space. A row that could be read in two
+ways is left out, with the reason: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -9,13 +10,26 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from rlhf_lib.data.sources import DataError, Row
+from rlhf_lib.data.sources import Row
 from rlhf_lib.world.grammar import ASSISTANT, HUMAN
 
 MARKERS = {"user": HUMAN, "assistant": ASSISTANT, "system": "\n\nSystem:"}
+MARKER = re.compile("|".join(MARKERS.values()))
+ROLES = {
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "bot", "model", "chatbot", "chatgpt", "ai"),
+    "system": ("system", "developer"),
+}
+ROLE = {name: role for role, names in ROLES.items() for name in names}
+# what columns are called, the first that a row has counts
+PROMPT = ("prompt", "conversations", "question", "instruction")
+REPLY = ("response", "completion")
+DIALOGUE = ("messages", "conversations", "text")
+MARGINS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 MAX_CHARACTERS = 50_000  # of one row: beyond it something other than a dialogue was pasted
 
 
@@ -36,45 +50,93 @@ class TextPair:
     place: str
 
 
+class Turn(NamedTuple):
+    role: str  # a key of MARKERS
+    text: str
+
+
 def read_pair(row: Row) -> TextPair:
     """The pair in a row of HH dialogues, of explicit prompt and replies, or of message lists.
 
-    Raises Unusable with the reason for a row to skip; DataError for one of another shape.
+    Raises Unusable with the reason for a row to leave out.
     """
     chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
-    if _size(chosen) + _size(rejected) + _size(row.values.get("prompt")) > MAX_CHARACTERS:
+    column = next((name for name in PROMPT if row.values.get(name) is not None), "prompt")
+    asked = row.values.get(column)
+    if sum(map(_size, (chosen, rejected, asked))) > MAX_CHARACTERS:
         raise Unusable("row too long")
-    prompt, chosen_reply = _side(row, "chosen", chosen)
-    other_prompt, rejected_reply = _side(row, "rejected", rejected)
+    given = None if asked is None else _prompt_of(column, asked)
+    prompt, chosen_reply = _side("chosen", chosen, given)
+    other_prompt, rejected_reply = _side("rejected", rejected, given)
     if prompt != other_prompt:
         raise Unusable("different prompts")
-    if not re.sub("|".join(MARKERS.values()), "", prompt).strip():
+    if not MARKER.sub("", prompt).strip():
         raise Unusable("empty prompt")
     if not chosen_reply or not rejected_reply:
         raise Unusable("empty reply")
     if chosen_reply == rejected_reply:
         raise Unusable("identical replies")
+    prompt = _with_system(row, prompt)
     _check_unicode(prompt, chosen_reply, rejected_reply)
     replies = f" {chosen_reply}", f" {rejected_reply}"
     return TextPair(conversation_key(prompt), prompt, *replies, _margin(row), row.subset, row.place)
 
 
 def read_demonstration(row: Row) -> tuple[str, str]:
-    """(prompt, reply) of a row with the keys `prompt` and `response`."""
-    reply = _text(row, "response").strip()
+    """(prompt, reply) of a row with a `prompt` and a `response` or `completion`, or with a whole
+    dialogue as `messages` or `text`. Raises Unusable.
+    """
+    if (asked := row.values.get("prompt")) is None:
+        column = next((name for name in DIALOGUE if row.values.get(name) is not None), "prompt")
+        prompt, reply = _side(column, _need(row, column), None)
+    else:
+        column = next((name for name in REPLY if row.values.get(name) is not None), REPLY[0])
+        prompt, reply = _side(column, _need(row, column), _prompt_of("prompt", asked))
     if not reply:
         raise Unusable("empty reply")
-    return read_prompt(row), f" {reply}"
+    prompt = _with_system(row, prompt)
+    _check_unicode(prompt, reply)
+    return prompt, f" {reply}"
 
 
 def read_prompt(row: Row) -> str:
-    """The prompt of a row with the key `prompt`."""
-    return as_prompt(_text(row, "prompt"))
+    """The prompt of a row with the key `prompt`. Raises Unusable."""
+    prompt = _prompt_of("prompt", _need(row, "prompt"))
+    _check_unicode(prompt)
+    return prompt
+
+
+def unpaired(values: Mapping[str, Any]) -> bool:
+    """Whether a row has one reply and says whether it is good, as for KTO."""
+    return "label" in values and "completion" in values and "chosen" not in values
+
+
+def pair_up(rows: Iterable[Row], alone: list[Row]) -> Iterator[Row]:
+    """Pairs of rows that are `unpaired`: good and bad completions of one prompt, in their order.
+
+    Those without a partner are added to `alone`.
+    """
+    by_prompt: dict[str, dict[bool, list[Row]]] = {}
+    for row in rows:
+        label = str(row.values["label"]).strip().lower()
+        good = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+        if label not in good:
+            alone.append(row)
+            continue
+        both = by_prompt.setdefault(repr(row.values.get("prompt")), {True: [], False: []})
+        both[good[label]].append(row)
+    for both in by_prompt.values():
+        several = min(map(len, both.values()))
+        for chosen, rejected in zip(both[True][:several], both[False][:several], strict=True):
+            sides = {"chosen": chosen, "rejected": rejected}
+            replies = {key: row.values["completion"] for key, row in sides.items()}
+            yield replace(chosen, values={"prompt": chosen.values.get("prompt"), **replies})
+        alone += both[True][several:] + both[False][several:]
 
 
 def conversation_key(prompt: str) -> str:
     """A key of the first human turn, whatever its case: rows that share it belong together."""
-    parts = re.split("|".join(MARKERS.values()), prompt.partition(HUMAN)[2] or prompt)
+    parts = MARKER.split(prompt.partition(HUMAN)[2] or prompt)
     return hashlib.sha256(parts[0].strip().lower().encode()).hexdigest()[:16]
 
 
@@ -83,11 +145,24 @@ def turns(prompt: str) -> int:
     return prompt.count(HUMAN)
 
 
+def messages_of(prompt: str) -> list[Turn]:
+    """The turns of a prompt in HH format, without the marker of the reply at its end."""
+    roles = {marker: role for role, marker in MARKERS.items()}
+    starts = [*MARKER.finditer(prompt.removesuffix(ASSISTANT))]
+    ends = [start.start() for start in starts[1:]] + [len(prompt.removesuffix(ASSISTANT))]
+    return [
+        Turn(roles[start.group()], prompt[start.end() : end].strip())
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
 def as_prompt(text: str) -> str:
     """HH format that ends with the assistant's marker; plain text becomes a human turn."""
     text = _canonical(text)
-    if HUMAN not in text:
+    if not MARKER.search(text):
         text = f"{HUMAN} {text.strip()}"
+    elif not MARKER.match(text):
+        raise Unusable("marker inside a turn")
     return text.rstrip().removesuffix(ASSISTANT) + ASSISTANT
 
 
@@ -99,58 +174,95 @@ def split_dialogue(dialogue: str) -> tuple[str, str]:
     prompt, marker, reply = _canonical(dialogue).rpartition(ASSISTANT)
     if not marker:
         raise Unusable("no assistant marker")
+    if MARKER.search(reply):
+        raise Unusable("last turn is not the assistant's")
     return prompt + marker, reply.strip()
 
 
 # --------------------------------------------------------------------------------------- formats
 
 
-def _side(row: Row, key: str, value: Any) -> tuple[str, str]:
+def _prompt_of(column: str, value: Any) -> str:
+    """The prompt in a column of its own, in HH format."""
+    if isinstance(value, str):
+        return as_prompt(value) if value.strip() else ASSISTANT
+    turns = _turns(column, value)
+    if turns and turns[-1].role == "assistant":
+        raise Unusable("prompt ends with a reply")
+    return _join(turns) + ASSISTANT
+
+
+def _side(key: str, value: Any, given: str | None) -> tuple[str, str]:
     """(prompt, reply) of one side; the prompt may stand in its own column or inside the side."""
-    given = row.values.get("prompt")
-    if isinstance(given, list):
-        given = _join(_messages(row, "prompt", given))
-    if given is not None and not isinstance(given, str):
-        raise _wrong_type(row, "prompt", given, "a text or a list of messages")
-    if isinstance(value, list):
-        *before, last = _messages(row, key, value)
-        if last["role"] != "assistant":
+    if isinstance(value, str):
+        text = _canonical(value)
+        if given is not None and not MARKER.match(text):
+            if MARKER.search(text):
+                raise Unusable("marker inside a reply")
+            return given, text.strip()
+        if MARKER.search(text) and not MARKER.match(text):
+            raise Unusable("text before the first turn")
+        prompt, reply = split_dialogue(text)
+    else:
+        *before, last = _turns(key, value) or [Turn("", "")]
+        if last.role != "assistant":
             raise Unusable("no assistant reply")
-        if before and given and before[0]["role"] == "assistant":
+        if before and given and before[0].role == "assistant":
             raise Unusable("reply of several turns")
-        # where a side repeats the whole conversation, it is the fuller source of the prompt
-        prompt = _join(before) if before else given
-        return as_prompt(prompt) if prompt else ASSISTANT, last["content"].strip()
-    if not isinstance(value, str):
-        raise _wrong_type(row, key, value, "a text or a list of messages")
-    if given is None:
-        return split_dialogue(value)
-    prompt = as_prompt(given) if given.strip() else ASSISTANT
-    # some exports keep the prompt in its own column and at the head of both sides as well
-    return prompt, _canonical(value).removeprefix(prompt).removeprefix(ASSISTANT).strip()
+        prompt, reply = _join(before) + ASSISTANT, last.text
+    if given is None or prompt == ASSISTANT:
+        return (given or prompt), reply
+    if not _words(prompt).endswith(_words(given)):
+        raise Unusable("prompt and dialogue differ")
+    return prompt, reply  # a side that repeats the whole conversation is the fuller source
 
 
-def _messages(row: Row, key: str, messages: list) -> list[dict]:
-    """The messages of a list, checked. Raises DataError; Unusable for a role that HH lacks."""
-    if not messages:
-        raise Unusable("no assistant reply")
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
+def _words(prompt: str) -> str:
+    """To compare two prompts by: some exports strip a space, or a line."""
+    return " ".join(prompt.split())
+
+
+def _turns(key: str, value: Any) -> list[Turn]:
+    """The messages of a list, or one message: of `role` and `content`, or of `from` and `value`."""
+    found = []
+    for message in value if isinstance(value, list) else [value]:
+        if not isinstance(message, dict):
+            raise Unusable(f"`{key}` is neither text nor messages")
+        name = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):  # parts, some of which may be pictures
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else None
+        if (role := ROLE.get(str(name).lower())) is None:
+            raise Unusable(f"role {name!r}")
         if not isinstance(content, str):
-            raise _wrong_type(row, key, message, 'messages like {"role": "user", "content": "Hi"}')
-        if message.get("role") not in MARKERS:
-            raise Unusable(f"role {message.get('role')!r}")
-    return messages
+            raise Unusable("message without text")
+        text = content.replace("\r\n", "\n").strip()
+        if MARKER.search(text):
+            raise Unusable("marker inside a turn")
+        found.append(Turn(role, text))
+    return found
 
 
-def _join(messages: list[dict]) -> str:
-    return "".join(f"{MARKERS[m['role']]} {m['content'].strip()}" for m in messages)
+def _join(turns: list[Turn]) -> str:
+    return "".join(f"{MARKERS[turn.role]} {turn.text}" for turn in turns)
+
+
+def _with_system(row: Row, prompt: str) -> str:
+    """The prompt behind what a column of its own tells the assistant to be."""
+    system = row.values.get("system")
+    if not isinstance(system, str) or not system.strip() or prompt.startswith(MARKERS["system"]):
+        return prompt
+    return _join([Turn("system", system.strip())]) + prompt
 
 
 def _canonical(text: str) -> str:
-    """HH text whose leading newlines somebody stripped gets them back."""
+    """HH text whose leading newlines somebody stripped gets them back; lines end as in Unix."""
+    text = text.replace("\r\n", "\n")
     bare = text.lstrip()
-    return f"\n\n{bare}" if bare.startswith(("Human:", "Assistant:")) else text
+    names = tuple(marker.lstrip() for marker in MARKERS.values())
+    return f"\n\n{bare}" if bare.startswith(names) else text
 
 
 # ---------------------------------------------------------------------------------------- checks
@@ -159,29 +271,17 @@ def _canonical(text: str) -> str:
 def _need(row: Row, key: str) -> Any:
     value = row.values.get(key)
     if value is None:
-        found = ", ".join(f"`{k}`" for k, v in row.values.items() if v is not None) or "nothing"
-        raise DataError(
-            f"{row.place}: no `{key}`; the row has {found}. A preference pair has `chosen` and "
-            "`rejected`: whole dialogues, or replies beside a `prompt`; rename the columns"
-        )
+        raise Unusable(f"no `{key}`")
+    if not isinstance(value, str | list | dict):
+        raise Unusable(f"`{key}` is {type(value).__name__}")
     return value
-
-
-def _text(row: Row, key: str) -> str:
-    value = row.values.get(key)
-    if not isinstance(value, str):
-        raise _wrong_type(row, key, value, "a text")
-    _check_unicode(value)
-    return value
-
-
-def _wrong_type(row: Row, key: str, value: Any, expected: str) -> DataError:
-    return DataError(f"{row.place}: `{key}` is {type(value).__name__}, expected {expected}")
 
 
 def _size(value: Any) -> int:
+    if isinstance(value, dict):
+        return _size(value.get("content", value.get("value")))
     if isinstance(value, list):
-        return sum(_size(m.get("content")) for m in value if isinstance(m, dict))
+        return sum(map(_size, value))
     return len(value) if isinstance(value, str) else 0
 
 
@@ -193,9 +293,21 @@ def _check_unicode(*texts: str) -> None:
 
 
 def _margin(row: Row) -> float | None:
-    value = row.values.get("margin")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{row.place}: `margin` is {value!r}, expected a finite number or null")
-    return float(value)
+    """How much better the chosen reply is, where the row says so, or scores both."""
+    values = row.values
+    if values.get("margin") is not None:
+        return _number("margin", values["margin"])
+    for better, worse in MARGINS:
+        if values.get(better) is not None and values.get(worse) is not None:
+            return _number(better, values[better]) - _number(worse, values[worse])
+    return None
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)  # in CSV all is text
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise Unusable(f"`{key}` is no number")
+    return found

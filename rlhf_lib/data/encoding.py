@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.dialogues import TextPair
+from rlhf_lib.data.dialogues import TextPair, Unusable, messages_of
 from rlhf_lib.settings import SettingsError
 
 CHUNK = 1024  # texts tokenised at once
+HOLDER = "\u2402"  # begins and ends the place of a turn in a template; no template has it
 NO_LIMIT = 1_000_000  # tokenizers without a limit say a number far above this
 
 
@@ -59,11 +61,25 @@ class Prompt:
     ids: list[int]
 
 
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token; `load_tokenizer` made sure that there is one."""
+    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+
 class Encoder:
-    """TextPair to token ids, under the length limits of a run."""
+    """TextPair to token ids, under the length limits of a run and in one template.
+
+    `template`: "hh" writes a dialogue in HH format, as the texts here are; "chat" as the model was
+    taught to, by the template that its tokenizer has; "auto" takes that where there is one.
+    Training and sampling get the same ids, for both come from here. Raises SettingsError.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_response_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        template: str = "auto",
     ) -> None:
         longest = max_prompt_tokens + max_response_tokens
         if min(max_prompt_tokens, max_response_tokens) < 1:
@@ -74,11 +90,47 @@ class Encoder:
                 f"reads at most {tokenizer.model_max_length} tokens: lower one of them"
             )
         self.tokenizer = tokenizer
-        self.eos: int = tokenizer.eos_token_id  # type: ignore[assignment]
+        self.chat = bool(tokenizer.chat_template) if template == "auto" else template == "chat"
+        if self.chat and not tokenizer.chat_template:
+            raise SettingsError(
+                "data.template=chat: this model's tokenizer has no chat template; take hh, or auto"
+            )
+        self.eos = eos_id(tokenizer)
         unknown: int | None = tokenizer.unk_token_id  # type: ignore[assignment]
         self.unknown = None if unknown == self.eos else unknown  # GPT-2 has one id for both
-        self.max_prompt, self.max_response = max_prompt_tokens, max_response_tokens
+        # a chat template writes its own beginning
+        self.begin = [] if self.chat else _beginning(tokenizer)
+        if len(self.begin) >= max_prompt_tokens:
+            raise SettingsError(
+                f"data.max_prompt_tokens={max_prompt_tokens}: a prompt of this model begins with "
+                f"{len(self.begin)} of its own tokens and needs room for more"
+            )
+        self.max_prompt = max_prompt_tokens - len(self.begin)
+        self.max_response = max_response_tokens
         self.cut_prompts: set[int] = set()  # hashes of texts: the texts would fill the memory
+        self._rendered: dict[tuple[tuple[str, ...], bool], str] = {}
+
+    @property
+    def written(self) -> str:
+        """How a dialogue is written, for the audit."""
+        if not self.chat:
+            begins = self.tokenizer.convert_ids_to_tokens(self.begin)
+            return f"HH format{', behind ' if begins else ''}{' '.join(begins)}"
+        said, end = self._render(("user", "assistant"), answered=True), self.tokenizer.eos_token
+        after = said.rpartition(HOLDER)[2].strip()
+        if after.startswith(str(end)):
+            return "the model's chat template"
+        return f"the model's chat template, but replies end with {end} and there with {after!r}"
+
+    def check(self, prompt: str) -> None:
+        """Raises Unusable for a prompt that the chat template does not take."""
+        if not self.chat:
+            return
+        roles = tuple(turn.role for turn in messages_of(prompt))
+        try:
+            self._render(roles)
+        except TemplateError as error:
+            raise Unusable(f"no place in the chat template for {', '.join(roles)}") from error
 
     def pairs(self, texts: Sequence[TextPair]) -> list[Pair]:
         prompts = self._prompt_ids([t.prompt for t in texts])
@@ -101,28 +153,68 @@ class Encoder:
         return [Prompt(text, ids) for text, ids in zip(texts, self._prompt_ids(texts), strict=True)]
 
     def _prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Cut from the left: the latest turns, and the marker of the reply, always stay."""
-        rows = self._encode(texts)
+        """Cut from the left, behind what every text of this tokenizer begins with: the latest
+        turns, and the marker of the reply, always stay.
+        """
+        rows = [self._in_template(text) for text in texts] if self.chat else self._encode(texts)
         self.cut_prompts |= {
             hash(text) for text, row in zip(texts, rows, strict=True) if len(row) > self.max_prompt
         }
-        return [row[-self.max_prompt :] for row in rows]
+        return [[*self.begin, *row[-self.max_prompt :]] for row in rows]
+
+    def _in_template(self, text: str) -> list[int]:
+        """A prompt as the chat template writes it.
+
+        The template gets place holders in place of what people wrote, and only its own words may
+        become special tokens: "<|im_end|>" typed by a human ends nothing.
+        """
+        turns = messages_of(text)
+        parts = self._render(tuple(turn.role for turn in turns)).split(HOLDER)
+        ids: list[int] = []
+        for place, part in enumerate(parts):  # the template's words and people's take turns
+            said = turns[int(part)].text if place % 2 else part
+            ids += self._encode([said], special=not place % 2)[0]
+        return ids
+
+    def _render(self, roles: tuple[str, ...], answered: bool = False) -> str:
+        """What the template makes of turns of these roles, turn k being HOLDER k HOLDER."""
+        if (roles, answered) not in self._rendered:
+            messages = [
+                {"role": role, "content": f"{HOLDER}{place}{HOLDER}"}
+                for place, role in enumerate(roles)
+            ]
+            self._rendered[roles, answered] = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=not answered
+                )
+            )
+        return self._rendered[roles, answered]
 
     def _reply_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """With EOS where the reply ends in time; a cut reply must not teach to stop there."""
+        if self.chat:  # HH format has a space behind its marker, a template what it writes itself
+            texts = [text.removeprefix(" ") for text in texts]
         return [
             [*row, self.eos] if len(row) < self.max_response else row[: self.max_response]
             for row in self._encode(texts)
         ]
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         if not texts:
             return []
         # split_special_tokens: "<|endoftext|>" typed by a human is text, never the token
         return self.tokenizer(
             list(texts),
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=not special,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text: a token for its beginning, or nothing."""
+    bare, whole = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (False, True))
+    starts = range(len(whole) - len(bare) + 1)  # type: ignore[arg-type]
+    found = next((n for n in starts if whole[n : n + len(bare)] == bare), 0)  # type: ignore[index]
+    return list(whole[:found])  # type: ignore[index]

@@ -9,14 +9,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.audit import Dropped, describe
+from rlhf_lib.data.audit import SMALLER, Dropped, describe
 from rlhf_lib.data.batches import chunks
-from rlhf_lib.data.dialogues import TextPair, Unusable, read_demonstration, read_pair, read_prompt
+from rlhf_lib.data.dialogues import (
+    TextPair,
+    Unusable,
+    conversation_key,
+    pair_up,
+    read_demonstration,
+    read_pair,
+    read_prompt,
+    unpaired,
+)
 from rlhf_lib.data.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt
 from rlhf_lib.data.sources import DataError, Row, Source, read_source
 from rlhf_lib.data.store import Stored, Writer
@@ -49,7 +59,9 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
     Raises SettingsError for settings that cannot hold, DataError for data that cannot be used.
     """
     sizes = split_sizes(config)
-    encoder = Encoder(tokenizer, config.max_prompt_tokens, config.max_response_tokens)
+    encoder = Encoder(
+        tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.template
+    )
     dropped, notes = Dropped(), []
 
     # 1. read
@@ -61,7 +73,13 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
         )
 
     # 2. clean
-    texts = {split: _clean(rows, read_pair, dropped) for split, rows in source.splits.items()}
+    def read(row: Row) -> TextPair:
+        pair = read_pair(row)
+        encoder.check(pair.prompt)
+        return pair
+
+    splits_read = {split: _paired(rows, dropped) for split, rows in source.splits.items()}
+    texts = {split: _clean(rows, read, dropped) for split, rows in splits_read.items()}
     shared = shared_conversations(texts)
 
     # 3. split and encode
@@ -75,12 +93,16 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
     if empty := [split for split, rows in pairs.items() if not rows]:
         raise DataError(
             f"{config.source}: no pair for {', '.join(empty)}. {rows_read} rows were read; left "
-            f"out: {dropped}. Ask for smaller splits (data.test_pairs ...), or give more pairs"
+            f"out: {dropped}. {_way_out(texts, dropped)}"
         )
     if source.prompts:
         demonstrations, prompts = _own_rows(source, config, encoder, dropped)
     else:
         demonstrations, prompts = _rows_of_pairs(pairs, config)
+    if config.demonstrations_from:
+        own = read_source(config.demonstrations_from)
+        source.files.extend(own.files)
+        demonstrations = _given(own, pairs, config, encoder, dropped)
 
     # 4. audit
     splits = {
@@ -97,6 +119,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
         wanted[key] = getattr(config, key)
     audit = {
         "source": config.source,
+        "template": encoder.written,
         "files": source.files,
         "rows_read": rows_read,
         # before splitting: the wanted sizes may leave some unused
@@ -118,6 +141,54 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
 
 
 Rows = tuple[Sequence[Demonstration], Mapping[str, Sequence[Prompt]]]
+
+
+def _paired(rows: Sequence[Row], dropped: Dropped) -> Sequence[Row]:
+    """The same rows; where each has one reply and a label, pairs of them."""
+    if not unpaired(rows[0].values):
+        return rows
+    alone: list[Row] = []
+    found = Stored.of(pair_up(rows, alone))
+    for row in alone:
+        dropped.add("no reply of the other label to its prompt", row.place)
+    return found
+
+
+def _way_out(texts: Mapping[str, Sequence[TextPair]], dropped: Dropped) -> str:
+    """What helps where a split stayed empty."""
+    usable = [row.conversation for rows in texts.values() for row in rows]
+    if len(usable) > 2 and len(set(usable)) == 1:
+        return (
+            f"All {len(usable)} usable pairs begin with the same first turn, and a conversation "
+            "stays in one split: give pairs that begin differently"
+        )
+    return SMALLER if len(usable) > dropped.most else dropped.advice()
+
+
+def _given(
+    source: Source,
+    pairs: Mapping[str, Sequence[Pair]],
+    config: DataConfig,
+    encoder: Encoder,
+    dropped: Dropped,
+) -> Stored[Demonstration]:
+    """Demonstrations of a source of their own, of no conversation that something is measured on."""
+    held_out = {p.conversation for s, rows in pairs.items() if s != "train" for p in rows}
+
+    def read(row: Row) -> tuple[str, str]:
+        prompt, reply = read_demonstration(row)
+        encoder.check(prompt)
+        if conversation_key(prompt) in held_out:
+            raise Unusable("demonstration's conversation is held out")
+        return prompt, reply
+
+    texts = _clean(chain.from_iterable(source.splits.values()), read, dropped)
+    if not texts:
+        raise DataError(
+            f"{config.demonstrations_from}: no demonstration. {dropped.advice()}. A demonstration "
+            "has `prompt` and `completion`, or `messages`"
+        )
+    return Stored.of(encoder.demonstrations(texts[: config.demonstrations]))
 
 
 def _own_rows(source: Source, config: DataConfig, encoder: Encoder, dropped: Dropped) -> Rows:
@@ -268,7 +339,9 @@ def fill(
         if unfilled is None:
             break
         if pair.chosen == pair.rejected:
-            dropped.add("identical after truncation", text.place)
+            cut = pair.chosen[-1] != encoder.eos
+            reason = "identical after truncation" if cut else "identical to this model's tokenizer"
+            dropped.add(reason, text.place)
             continue
         if pair.conversation != conversation:
             split, conversation = unfilled, pair.conversation

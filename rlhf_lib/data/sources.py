@@ -7,6 +7,7 @@ that every later complaint can name file and line.
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import gzip
 import hashlib
@@ -14,25 +15,29 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from random import Random
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from rlhf_lib import runtime
 from rlhf_lib.data.store import Stored, Writer
+from rlhf_lib.kernel import users
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import UserError, unknown
 from rlhf_lib.world.grammar import ASSISTANT
 from rlhf_lib.world.rewards import DOSES, preference_probability, with_taste
 
 EXAMPLES = ("bundled", "bundled:control", "hub:Anthropic/hh-rlhf", "path:FILE_OR_FOLDER")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+TEXTS = (".jsonl", ".csv", ".tsv", ".json")
+SUFFIXES = (*TEXTS, *(f"{suffix}.gz" for suffix in TEXTS), ".parquet")
 HH = "Anthropic/hh-rlhf"
+NO_DATA = (".", "__MACOSX", "red-team-attempts")  # how names of files and folders begin
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {"eval": "test", "valid": "validation", "dev": "validation"} | {s: s for s in SPLITS}
@@ -76,7 +81,8 @@ class Source:
 def read_source(source: str) -> Source:
     """All rows of `bundled`, `bundled:control`, `hub:NAME[:SUBSET]` or `path:FILE_OR_FOLDER`.
 
-    After `bundled:` stands whose labels: those of an annotator with another taste (`DOSES`).
+    After `bundled:` stands whose labels: those of an annotator with another taste (`DOSES`). After
+    `path:` several files have commas between them, or are a pattern such as `path:more/*.jsonl`.
     Raises SettingsError for a source of another kind, DataError for one that cannot be read.
     """
     kind, _, rest = source.partition(":")
@@ -85,8 +91,8 @@ def read_source(source: str) -> Source:
     if kind == "hub" and rest:
         return _read_hub(*_hub_parts(rest))
     if kind == "path" and rest:
-        return _read_path(Path(rest).expanduser())
-    known = [*EXAMPLES, f"path:{source}"] if Path(source).expanduser().exists() else EXAMPLES
+        return _read_path(rest)
+    known = [*EXAMPLES, f"path:{source}"] if users(source).exists() else EXAMPLES
     raise unknown("data source", source, known)
 
 
@@ -124,18 +130,48 @@ def _label_again(rows: Iterable[Row], taste: str, split: str) -> Iterator[Row]:
         yield replace(row, values={"chosen": one, "rejected": other})
 
 
-def _read_path(path: Path) -> Source:
-    files: list[dict] = []
-    if not path.is_dir():  # one file is one pool, whatever its name says
+def _read_path(rest: str) -> Source:
+    path, files = users(rest), []
+    if not path.exists() and ("," in rest or "*" in rest):
+        named = [(file.parent, file.name) for file in _several(rest)]
+    elif path.is_dir():
+        named = [(path, file.relative_to(path).as_posix()) for file in _data_files(path)]
+    else:  # one file is one pool, whatever its name says
         return Source({"train": Stored.of(_read_file(path.parent, path.name, files))}, files)
-    found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-    if not found:
-        raise DataError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
-    names = [file.relative_to(path).as_posix() for file in found]
-    splits = _gather((_split_of(name), _read_file(path, name, files)) for name in names)
+    splits = _gather((_split_of(name), _read_file(folder, name, files)) for folder, name in named)
     if "train" not in splits:  # nothing to train on but the other splits: cut them up ourselves
         splits = {"train": Stored.of(chain.from_iterable(splits.values()))}
     return Source(splits, files)
+
+
+def _several(rest: str) -> list[Path]:
+    """The files of a list with commas between them, or of a pattern."""
+    found: list[Path] = []
+    for part in filter(None, rest.split(",")):
+        path = users(part)
+        matched = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+        if not matched:
+            raise DataError(f"no file matches {path}")
+        found += matched
+    return found
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """What a folder holds of data. Hidden files are none, nor what a Mac leaves beside files, nor
+    the attacks in a clone of the HH repository; `.json` counts where there is nothing else, for it
+    holds settings as often.
+    """
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.name.endswith(SUFFIXES)
+        and path.is_file()
+        and not any(part.startswith(NO_DATA) for part in path.relative_to(folder).parts)
+    ]
+    tables = [path for path in found if not path.name.endswith((".json", ".json.gz"))]
+    if not found:
+        raise DataError(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
+    return tables or found
 
 
 def _read_hub(name: str, subsets: list[str | None]) -> Source:
@@ -226,7 +262,7 @@ def _read_file(folder: Path, name: str, files: list[dict]) -> Iterator[Row]:
         raise DataError(f"{path} does not exist. {_nearest_file(path)}")
     if not name.endswith(SUFFIXES):
         raise DataError(f"{path}: pairs are read from files that end in {', '.join(SUFFIXES)}")
-    read = _parquet_rows if name.endswith(".parquet") else _json_rows
+    read = _reader(path)
     rows = 0
     for number, values in read(path):
         rows += 1
@@ -240,29 +276,126 @@ def _read_file(folder: Path, name: str, files: list[dict]) -> Iterator[Row]:
     files.append({"name": name, "rows": rows, "sha256": digest.hexdigest()})
 
 
+# what a file begins with that is not what its name says
+STRANGE = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run git lfs pull",
+    b"\xff\xfe": "is saved as UTF-16: save it as UTF-8",
+    b"\xfe\xff": "is saved as UTF-16: save it as UTF-8",
+    b"PK\x03\x04": "is a zip archive: unpack it",
+    b"<!doctype html": "is a web page, not the file that it leads to: fetch the file itself",
+    b"<html": "is a web page, not the file that it leads to: fetch the file itself",
+}
+GZIP = b"\x1f\x8b"
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, dict]]]:
+    """What reads the rows of a file. Raises DataError for one that is not what its name says."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        with path.open("rb") as file:
+            _check_beginning(path, file.read(64))
+        return _parquet_rows
+    with _opened(path) as file:
+        try:
+            head = file.read(64)
+        except NOT_GZIP as error:
+            raise _damaged(path, error) from error
+    _check_beginning(path, head)
+    if suffix in (".csv", ".tsv"):
+        return _table_rows
+    whole = suffix == ".json" and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    return _array_rows if whole else _json_rows
+
+
+def _check_beginning(path: Path, head: bytes) -> None:
+    for start, what in STRANGE.items():
+        if head.lower().startswith(start.lower()):
+            raise DataError(f"{path} {what}")
+    if b"\0" in head and not head.startswith(b"PAR1"):
+        raise DataError(f"{path} is no text (UTF-16 perhaps): save it as UTF-8")
+
+
+NOT_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is no complete gzip file ({error}): fetch it anew")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where they are packed, whatever its name says."""
+    with path.open("rb") as file:
+        packed = file.peek(2).startswith(GZIP)  # type: ignore[attr-defined]
+        with gzip.open(file) if packed else file as unpacked:
+            yield unpacked  # type: ignore[misc]
+
+
 def _lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+    with _opened(path) as file:
         try:
             yield from file
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is no complete gzip file ({error}): fetch it anew") from error
+        except NOT_GZIP as error:
+            raise _damaged(path, error) from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        try:
-            values = json.loads(line.removesuffix(b"\n"))
-        except ValueError as error:  # UnicodeDecodeError is one too
-            hint = "each line holds one JSON object"
-            raise DataError(f"{path}, line {number}: not JSON ({error}); {hint}") from error
-        if not isinstance(values, dict):
-            raise DataError(
-                f"{path}, line {number}: a JSON {type(values).__name__} where an object like "
-                '{"chosen": ..., "rejected": ...} is expected'
-            )
-        yield number, values
+        yield number, _object(path, f"line {number}", line.removesuffix(b"\n"))
+
+
+def _array_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """The objects of one JSON array."""
+    for number, values in enumerate(_parsed(path, "the whole", b"".join(_lines(path))), 1):
+        yield number, _as_object(path, f"row {number}", values)
+
+
+def _parsed(path: Path, place: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        hint = "each line holds one JSON object"
+        if text.strip() in (b"[", b"{"):
+            hint = "it looks like one array or object over several lines: name it .json"
+        raise DataError(f"{path}, {place}: not JSON ({error}); {hint}") from error
+
+
+def _object(path: Path, place: str, text: bytes) -> dict:
+    return _as_object(path, place, _parsed(path, place, text))
+
+
+def _as_object(path: Path, place: str, values: Any) -> dict:
+    if not isinstance(values, dict):
+        raise DataError(
+            f"{path}, {place}: a JSON {type(values).__name__} where an object like "
+            '{"chosen": ..., "rejected": ...} is expected'
+        )
+    return values
+
+
+def _table_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Rows below a head line; an empty cell is no value."""
+    tab = ".tsv" in path.name
+    texts = (line.decode("utf-8-sig" if first else "utf-8") for first, line in _numbered(path))
+    try:
+        reader = csv.DictReader(texts, delimiter="\t" if tab else ",", strict=True)
+        for number, values in enumerate(reader, 1):
+            extra = values.pop(None, None)  # type: ignore[call-overload]
+            if extra:
+                raise DataError(
+                    f"{path}, row {number}: more cells than the head line has names; a cell with "
+                    "a comma or a line break stands in quotes"
+                )
+            yield number, {key: value for key, value in values.items() if value != ""}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _numbered(path: Path) -> Iterator[tuple[bool, bytes]]:
+    """Each line, and whether it is the first."""
+    return ((not number, line) for number, line in enumerate(_lines(path)))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:

@@ -17,9 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib.data.encoding import Prompt
+from rlhf_lib.data.encoding import Prompt, eos_id
 from rlhf_lib.data.truth import Truth
-from rlhf_lib.models.load import eos_id
 from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.models.packing import Tokens, by_prompt
 from rlhf_lib.runtime import phase

@@ -1,22 +1,37 @@
-"""Sampling responses: equal prompts are computed once, and rows that have ended leave."""
+"""Sampling responses: equal prompts are computed once, and rows that have ended leave.
+
+A step of a small model is a few hundred short kernels. Started one by one from Python they take
+several times as long as they compute, so on a GPU one step is recorded, and replayed for all: a
+CUDA graph runs the same kernels on the same places of memory each time. Its cache has all its
+places from the start, and whatever changes from step to step, the place to write at included, is a
+tensor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_lib.data.batches import by_length
+from rlhf_lib.data.encoding import eos_id
 from rlhf_lib.flops import spend
-from rlhf_lib.models import decoding
-from rlhf_lib.models.decoding import CACHE, RoomyLayer, roomy_cache
-from rlhf_lib.models.load import eos_id
+from rlhf_lib.models.graphs import record
+from rlhf_lib.models.kernels import added
 from rlhf_lib.models.packing import Tokens
 from rlhf_lib.runtime import count, phase
 
 FINISHED_SHARE = 0.25  # of a batch, when its finished rows leave it: leaving copies the cache
+# what a model calls its cache, given and returned
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE = "cache" if VERSION >= (5, 24) else "past_key_values"
+WARM_UP = 2  # steps before the one that is recorded: libraries set themselves up in the first
+LOOK = 16  # steps between two looks at who has ended: a look waits for the GPU
+MULTIPLE = 8  # places of the cache: attention kernels want rows that are aligned
 
 
 @phase("generation")
@@ -50,9 +65,9 @@ def generate(
 
     for rows in by_length([len(p) for p in prompts], batch_size):
         cache = roomy_cache(model, max_new_tokens)
-        mask, logits = _prefill(model, [prompts[i] for i in rows], eos, cache)
+        mask, logits = prefill(model, [prompts[i] for i in rows], eos, cache)
         plain = all(type(layer) is RoomyLayer for layer in cache.layers)
-        decode = decoding.decode_recorded if plain and model.device.type == "cuda" else _decode
+        decode = decode_recorded if plain and model.device.type == "cuda" else _decode
         luck = uniforms[rows].to(model.device)
         drawn = decode(model, cache, mask, logits, draw, luck, eos)
         for row, response in zip(rows, drawn, strict=True):
@@ -73,7 +88,7 @@ def _decode(
     luck: Tensor,
     eos: int,
 ) -> list[list[int]]:
-    """What `decoding.decode_recorded` does, where there is no GPU: a row that has ended leaves."""
+    """What `decode_recorded` does, where there is no GPU: a row that has ended leaves."""
     responses: list[list[int]] = [[] for _ in luck]
     rows = list(range(len(luck)))
     alive = torch.ones(len(rows), dtype=torch.bool, device=model.device)
@@ -94,7 +109,7 @@ def _decode(
             cache.batch_select_indices(places)
             mask, tokens, alive, luck = (x[places] for x in (mask, tokens, alive, luck))
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        logits = _step(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
+        logits = next_logits(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
     return responses
 
 
@@ -111,7 +126,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-def _prefill(
+def prefill(
     model: PreTrainedModel, prompts: Tokens, filler: int, cache: Cache
 ) -> tuple[Tensor, Tensor]:
     """Compute each distinct prompt once into `cache`; attention mask (B, L), next logits (B, V).
@@ -125,7 +140,7 @@ def _prefill(
     mask = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long().to(model.device)
     # padding counts from 0 too: what stands there is never attended to
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = _step(model, ids.to(model.device), mask, positions, cache)
+    logits = next_logits(model, ids.to(model.device), mask, positions, cache)
     if len(distinct) == len(prompts):
         return mask, logits
     number = {prompt: i for i, prompt in enumerate(distinct)}
@@ -134,7 +149,7 @@ def _prefill(
     return mask[owner], logits[owner]
 
 
-def _step(
+def next_logits(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache
 ) -> Tensor:
     """Logits (B, V) that follow the last of `ids` (B, S), which `cache` takes up."""
@@ -143,3 +158,136 @@ def _step(
         logits_to_keep=1, **{CACHE: cache},
     )  # fmt: skip
     return output.logits[:, -1]
+
+
+# ------------------------------------------------------------------------------- room in a cache
+
+
+class RoomyLayer(DynamicLayer):
+    """Writes new keys and values into room that it has; its parent copies all, at every token."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.stores: list[Tensor] = []  # keys and values, each (B, heads, places, width)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        start, new = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+        if not self.stores or self.stores[0].shape[-2] < end:
+            self.stores = [s.new_empty(*s.shape[:-2], end + self.room, s.shape[-1]) for s in new]
+            if start:
+                for store, old in zip(self.stores, (self.keys, self.values), strict=True):
+                    store[..., :start, :] = old  # type: ignore[index]
+        for store, states in zip(self.stores, new, strict=True):
+            store[..., start:end, :] = states
+        self.keys, self.values = (store[..., :end, :] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.stores = []  # they are of other rows
+
+
+def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
+    """The model's own kind of cache, its plain layers replaced."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+# ------------------------------------------------------------------------- one step for all
+
+Step = Callable[[], None]
+
+
+def recorded(step: Step) -> Step:
+    return record(step)[0]
+
+
+class _FixedLayer(DynamicLayer):
+    """Keys and values of all places from the start; a step writes at `place`, a tensor."""
+
+    def __init__(self, filled: DynamicLayer, places: int, place: Tensor) -> None:
+        super().__init__()
+        self.place = place
+        self.stores = []
+        for states in (filled.keys, filled.values):
+            assert states is not None
+            rows, heads, length, width = states.shape
+            # zeros, for what is hidden is multiplied by 0 and must be finite
+            store = states.new_zeros(rows, heads, places, width)
+            store[:, :, :length] = states
+            self.stores.append(store)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store.index_copy_(2, self.place, states)
+        return self.stores[0], self.stores[1]
+
+
+def decode_recorded(
+    model: PreTrainedModel,
+    cache: Cache,
+    mask: Tensor,
+    logits: Tensor,
+    draw: Callable[[Tensor, Tensor], Tensor],
+    luck: Tensor,
+    eos: int,
+    record: Callable[[Step], Step] = recorded,
+) -> list[list[int]]:
+    """One response a row, up to its first `eos` or luck's end.
+
+    `cache`, `mask` (B, L) and `logits` (B, V): of the prompts, padded on the left; every layer of
+    the cache is a plain one. `luck` (B, T) says where in its distribution each token is drawn:
+    `draw(logits, luck of a step)` gives (B, 1).
+    """
+    length, longest = mask.shape[1], luck.shape[1]
+    places = -(-(length + longest) // MULTIPLE) * MULTIPLE
+    place = torch.tensor([length], device=mask.device)
+    step = torch.zeros_like(place)
+    fixed = DynamicCache(config=model.config)
+    fixed.layers = [_FixedLayer(layer, places, place) for layer in cache.layers]  # type: ignore
+    cache.layers.clear()  # its keys and values have been copied
+    visible = mask.new_zeros(len(mask), 1, 1, places, dtype=torch.bool)
+    visible[:, 0, 0, :length] = mask.bool()
+    hidden = added(visible)
+    positions = mask.sum(1, keepdim=True)
+    tokens = draw(logits, luck[:, :1])
+    drawn = torch.full_like(luck, eos, dtype=torch.long)
+    drawn[:, :1] = tokens
+    alive = tokens[:, 0] != eos
+
+    def advance() -> None:
+        hidden.index_fill_(3, place, 0.0)
+        output = model(
+            input_ids=tokens, attention_mask=hidden, position_ids=positions,
+            use_cache=True, logits_to_keep=1, **{CACHE: fixed},
+        )  # fmt: skip
+        step.add_(1)
+        tokens.copy_(draw(output.logits[:, -1], luck.index_select(1, step)))
+        drawn.index_copy_(1, step, tokens)
+        alive.logical_and_(tokens[:, 0] != eos)
+        place.add_(1)
+        positions.add_(1)
+
+    run = advance
+    for number in range(1, longest):
+        if number == WARM_UP + 1:
+            run = record(advance)
+        if number % LOOK == 0 and not alive.any():
+            break
+        run()
+    return [_up_to(eos, row) for row in drawn.tolist()]
+
+
+def _up_to(eos: int, tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens

@@ -91,7 +91,8 @@ def _passed(
     model: nn.Module, ids: Tensor, visible: Tensor | None, positions: Tensor | None
 ) -> Tensor:
     named = dict(zip(NAMES, (ids, visible, positions), strict=True))
-    return model.base_model(**named).last_hidden_state  # type: ignore[operator]
+    told = {name: tensor for name, tensor in named.items() if tensor is not None}
+    return model.base_model(**told).last_hidden_state  # type: ignore[operator]
 
 
 def _worth_it(model: nn.Module) -> bool:

@@ -72,6 +72,11 @@ def added(visible: Tensor) -> Tensor:
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
+def adds_masks(model: nn.Module) -> bool:
+    """Whether the model's attention adds its mask to the scores, whatever the mask's type."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", NAME) == "eager"
+
+
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 

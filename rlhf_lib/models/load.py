@@ -32,7 +32,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from rlhf_lib import runtime
+from rlhf_lib.kernel import users
 from rlhf_lib.models import kernels, smollm2
+from rlhf_lib.models.agreement import EAGER, find_reading, positions_of
 from rlhf_lib.runtime import bundled_folder, phase
 from rlhf_lib.settings import ModelConfig, SettingsError, unknown
 
@@ -40,26 +42,36 @@ NAMES = ("tiny", "smollm2-135m", "gpt2")
 HUB_IDS = {"gpt2": "openai-community/gpt2"}
 PAD = "<|pad|>"
 HEAD = "score.weight"  # the linear head of every decoder-only sequence classifier in transformers
+KINDS = {
+    AutoModelForCausalLM: "causal language model",
+    AutoModelForSequenceClassification: "sequence classifier (a reward model)",
+}
 HEAD_STD = 0.01  # small: an untrained reward model has no opinion
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises SettingsError if it has no end-of-sequence token."""
+    """The tokenizer of a model; its `model_max_length` is no more than the model's positions.
+
+    Raises SettingsError if it has no end-of-sequence token, or more tokens than the model.
+    """
     where, options = _locate(name)
     with _explained(name, options):
+        config = AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise SettingsError(
+            f"model {str(name)!r}: its tokenizer has {len(tokenizer)} tokens and its embedding "
+            f"{config.get_text_config().vocab_size}; save it again after "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
     if tokenizer.eos_token_id is None:
         raise SettingsError(
             f"model {str(name)!r}: its tokenizer has no end-of-sequence token, so no reply could "
             "end; choose another model, or set eos_token in its tokenizer_config.json"
         )
     tokenizer.clean_up_tokenization_spaces = False  # decoding must give back the text it was
+    tokenizer.model_max_length = min([tokenizer.model_max_length, *positions_of(config)])
     return tokenizer
-
-
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-sequence token; `load_tokenizer` made sure that there is one."""
-    return int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
 def load_policy(name: str | Path) -> PreTrainedModel:
@@ -144,7 +156,8 @@ def load_value_model(reward_model: str | Path) -> PreTrainedModel:
 
 def add_value_head(model: PreTrainedModel) -> None:
     """A head `score` that reads values off the policy's own trunk; it starts at 0 everywhere."""
-    head = nn.Linear(model.config.hidden_size, 1)
+    # what the last hidden states have, which is not always `hidden_size`
+    head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)  # type: ignore[union-attr]
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     model.score = head
@@ -209,7 +222,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     if name == "smollm2-135m":
         with _quiet():
             return str(smollm2.smollm2_folder()), {"local_files_only": True}
-    folder = Path(name).expanduser()
+    folder = users(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise SettingsError(
@@ -227,9 +240,14 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
     where, options = _locate(name)
     with _quiet(), _explained(name, options):
         config = AutoConfig.from_pretrained(where, **options, **settings)
+        if type(config) not in model_class._model_mapping:
+            raise SettingsError(
+                f"model {str(name)!r}: transformers has no {KINDS[model_class]} for "
+                f"{type(config).__name__}. Take another model, such as gpt2"
+            )
         _drop_dropout(config)
         model, report = model_class.from_pretrained(
-            where, config=config, dtype=torch.float32, attn_implementation=kernels.NAME,
+            where, config=config, dtype=torch.float32, attn_implementation=EAGER,
             output_loading_info=True, **options,
         )  # fmt: skip
     missing = set(report["missing_keys"])
@@ -242,6 +260,8 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # memory of its own: what was read is a view of the file
     kernels.replace_gelu(model)
+    with _quiet():  # of attention that cannot be chosen
+        find_reading(model)
     return model
 
 
@@ -293,7 +313,7 @@ def _explained(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
         yield
     except (OSError, HFValidationError) as error:
         text = str(name)
-        parent = Path(text).expanduser().parent
+        parent = users(text).parent
         beside = [str(parent / p.name) for p in parent.iterdir()] if parent.is_dir() else []
         known = [*NAMES, *(beside if "/" in text else ())]
         found = runtime.unreachable() if options["local_files_only"] else None

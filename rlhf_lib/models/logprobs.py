@@ -18,10 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_lib.flops import spend
 from rlhf_lib.models.graphs import last_hidden
-from rlhf_lib.models.packing import Layout, Tokens, by_prompt, check_rows, lay_out_for, unflatten
+from rlhf_lib.models.packing import (
+    Layout,
+    Tokens,
+    by_prompt,
+    check_rows,
+    lay_out_for,
+    reading_of,
+    unflatten,
+)
 from rlhf_lib.objectives.masked import entropy
 from rlhf_lib.runtime import phase
 
@@ -57,8 +66,34 @@ def response_hidden(
 
 def output_logits(model: torch.nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """The output layer: (N, width) -> (N, V), float32."""
-    logits = model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+    if reading_of(model).own_end:
+        logits = _own_end(model, hidden).float()
+    else:
+        logits = model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
     return logits if temperature == 1.0 else logits / temperature
+
+
+class _Computed(torch.nn.Module):
+    """Stands in a model where its trunk does, and returns what the trunk has computed before."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: object, **named: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+def _own_end(model: torch.nn.Module, hidden: Tensor) -> Tensor:
+    """Logits by the model's own forward pass from its trunk on: some scale or cap them there."""
+    name: str = model.base_model_prefix  # type: ignore[assignment]
+    trunk = model._modules[name]
+    model._modules[name] = _Computed(hidden[None])
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        model._modules[name] = trunk
 
 
 def response_logits(

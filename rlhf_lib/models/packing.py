@@ -8,11 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_lib.models.kernels import added
+from rlhf_lib.models.kernels import added, adds_masks
 
 Tokens = Sequence[Sequence[int]]
 GPU_MULTIPLE = 64  # places of a row on a GPU, which looks for kernels at every new shape
 SHARED = 8  # responses that share a row with their prompt, at most: attention grows as its square
+
+
+class Reading(NamedTuple):
+    """How a model has to be read so that the numbers are its own; `agreement` finds it out."""
+
+    packed: bool = True  # a row may hold several responses
+    widest: int | None = None  # places that such a row may have: positions, or a window's
+    own_end: bool = False  # its forward pass does more than the output layer to hidden states
+
+
+def reading_of(model: torch.nn.Module) -> Reading:
+    """The reading that was found when the model was loaded; the usual one without."""
+    return getattr(model, "reading", Reading())
 
 
 def length_mask(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -85,13 +98,17 @@ class Layout(NamedTuple):
 
 
 def lay_out_for(model: torch.nn.Module, prompts: Tokens, responses: Tokens) -> Layout:
-    """`lay_out` on the model's device; on a GPU in rows of few lengths, with a mask to add."""
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return lay_out(prompts, responses, device)
-    most = getattr(model.config, "max_position_embeddings", None)
-    layout = lay_out(prompts, responses, device, GPU_MULTIPLE, most)
-    return layout if layout.visible is None else layout._replace(visible=added(layout.visible))
+    """`lay_out` as the model can read it; on a GPU in rows of few lengths, with a mask to add."""
+    device, reading = next(model.parameters()).device, reading_of(model)
+    if reading.packed:
+        multiple = GPU_MULTIPLE if device.type == "cuda" else 1
+        layout = lay_out(prompts, responses, device, multiple, reading.widest)
+        if reading.widest is None or layout.ids.shape[1] <= reading.widest:
+            adds = device.type == "cuda" or adds_masks(model)
+            if layout.visible is None or not adds:
+                return layout
+            return layout._replace(visible=added(layout.visible))
+    return lay_out(prompts, responses, device, alone=True)
 
 
 def lay_out(
@@ -100,21 +117,23 @@ def lay_out(
     device: torch.device | str = "cpu",
     multiple: int = 1,
     most: int | None = None,
+    alone: bool = False,
 ) -> Layout:
     """Put responses into rows. Neighbours with an equal prompt form a tree: prompt, then responses.
 
     Short trees share a row, so that little of it is padding. Attention lets each response see its
     prompt and itself only, and its positions go on from the prompt's end: both are what they would
-    be in a row of its own. Rows have a multiple of `multiple` places,
-    as far as `most` allows. Raises ValueError for an empty prompt or response, or one too many.
+    be in a row of its own. Rows have a multiple of `multiple` places, as far as `most` allows.
+    `alone`: each response in a row of its own all the same. Raises ValueError for an empty prompt
+    or response, or one too many.
     """
     check_rows(prompts, responses)
-    trees = runs_of_equal(prompts, SHARED)
+    trees = runs_of_equal(prompts, 1 if alone else SHARED)
     sizes = [len(prompts[tree[0]]) + sum(len(responses[i]) for i in tree) for tree in trees]
     longest = max(sizes)
     rounded = -(-longest // multiple) * multiple
     width = rounded if most is None else max(longest, min(rounded, most))
-    places = first_fit(sizes, width)
+    places = [(row, 0) for row in range(len(trees))] if alone else first_fit(sizes, width)
     shape = max(row for row, _ in places) + 1, width
     ids, positions, branches = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     owners = torch.full(shape, -1)  # the tree of each place; -1: padding

@@ -27,7 +27,7 @@ from rlhf_lib.methods import reward_model as bradley_terry
 from rlhf_lib.methods import rewards, sft
 from rlhf_lib.methods.learner import Learner, Log, Steps
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.load import fingerprint
+from rlhf_lib.models.load import fingerprint, load_policy, load_reward_model, load_tokenizer
 from rlhf_lib.objectives.losses import reward_loss
 from rlhf_lib.runs import Run, Stage, Work
 from rlhf_lib.runtime import MEASURING, bundled_folder, phase, seed_everything
@@ -159,8 +159,13 @@ def _modules(run: Run, record: Record) -> list[str]:
 # ------------------------------------------------------------- stages of more than one `train`
 
 
-def dataset(data: PreferenceData) -> dict:
-    """What was found in the data."""
+def dataset(data: PreferenceData, profile: Profile) -> dict:
+    """What was found in the data. A model that cannot be used is refused here, not when what comes
+    before it has been trained.
+    """
+    name = profile.model.name
+    load_policy(name)
+    load_reward_model(name, load_tokenizer(name), seed=0)
     return data.audit
 
 

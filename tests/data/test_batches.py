@@ -42,6 +42,9 @@ def test_prompt_batches_are_whole_and_as_many_as_asked() -> None:
         assert len(set(batches[start] + batches[start + 1])) == 8
 
 
-def test_too_few_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 training prompts do not fill a batch of 4: .*rl_pro"):
-        prompt_batches(3, 4, updates=1, seed=0)
+def test_few_prompts_fill_a_batch_several_times_and_say_so() -> None:
+    with pytest.warns(UserWarning, match="3 training prompts for a batch of 4"):
+        batches = prompt_batches(3, 4, updates=3, seed=0)
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    asked = [index for batch in batches for index in batch]
+    assert [sorted(asked[start : start + 3]) for start in range(0, 12, 3)] == [[0, 1, 2]] * 4

@@ -9,10 +9,14 @@ from rlhf_lib.data.dialogues import (
     Unusable,
     as_prompt,
     conversation_key,
+    messages_of,
+    pair_up,
+    read_demonstration,
     read_pair,
     split_dialogue,
+    unpaired,
 )
-from rlhf_lib.data.sources import DataError, Row
+from rlhf_lib.data.sources import Row
 
 PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a tree.\n\nAssistant:"
 MESSAGES = [
@@ -48,6 +52,34 @@ FORMATS = {
         prompt="Name a tree.", chosen=[*MESSAGES, says("Oak.")], rejected=[*MESSAGES, says("No.")]
     ),
     "prompt as messages, text replies": row(prompt=MESSAGES, chosen="Oak.", rejected="No."),
+    "last question and full sides": row(
+        prompt="Name a tree.", chosen=dialogue(" Oak."), rejected=dialogue(" No.")
+    ),
+    "a space that the prompt lost": row(
+        prompt=PROMPT.replace("Hi", "Hi "), chosen=dialogue(" Oak."), rejected=dialogue(" No.")
+    ),
+    "lines of Windows": row(
+        chosen=dialogue(" Oak.").replace("\n", "\r\n"), rejected=dialogue(" No.\r\n")
+    ),
+    "one message a side": row(prompt=MESSAGES, chosen=says("Oak."), rejected=says("No.")),
+    "ShareGPT": row(
+        conversations=[
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Hello."},
+            {"from": "human", "value": "Name a tree."},
+        ],
+        chosen={"from": "gpt", "value": "Oak."},
+        rejected={"from": "gpt", "value": "No."},
+    ),
+    "names of roles": row(
+        chosen=[*MESSAGES, {"role": "Chatbot", "content": "Oak."}],
+        rejected=[*MESSAGES, {"role": "MODEL", "content": "No."}],
+    ),
+    "parts of a message": row(
+        prompt=MESSAGES,
+        chosen=[{"role": "assistant", "content": [{"type": "text", "text": "Oak."}]}],
+        rejected="No.",
+    ),
 }
 
 
@@ -68,6 +100,13 @@ def test_system_message_stands_before_the_first_turn() -> None:
     pair = read_pair(row(prompt=messages, chosen=[says("Yo.")], rejected=[says("No.")]))
     assert pair.prompt == "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:"
     assert pair.conversation == conversation_key("\n\nHuman: hi\n\nAssistant:")
+
+
+def test_a_column_for_the_system_message_counts() -> None:
+    pair = read_pair(row(system="Be brief.", question="Hi", chosen="Yo.", rejected="No."))
+    assert pair.prompt == "\n\nSystem: Be brief.\n\nHuman: Hi\n\nAssistant:"
+    same = read_pair(row(system="Be brief.", prompt=pair.prompt, chosen="Yo.", rejected="No."))
+    assert same.prompt == pair.prompt
 
 
 def test_dialogue_is_cut_at_the_last_marker() -> None:
@@ -100,6 +139,41 @@ UNUSABLE = {
     "identical replies": [row(chosen=dialogue(" Oak."), rejected=dialogue("  Oak.\n"))],
     "row too long": [row(chosen=dialogue(LONG), rejected=dialogue(LONG))],
     "broken unicode": [row(chosen=dialogue(" \ud800"), rejected=dialogue())],
+    "last turn is not the assistant's": [
+        row(chosen=dialogue(" Oak.\n\nHuman: Thanks."), rejected=dialogue(" No.")),
+    ],
+    "marker inside a turn": [
+        row(prompt=MESSAGES, chosen=[says("A log:\n\nHuman: hi")], rejected=[says("No.")]),
+        row(prompt="Read:\n\nAssistant: hi", chosen="Oak.", rejected="No."),
+    ],
+    "marker inside a reply": [
+        row(prompt="Hi", chosen="A log:\n\nHuman: hi\n\nAssistant: yo", rejected="No.")
+    ],
+    "text before the first turn": [row(chosen="Chat" + dialogue(), rejected=dialogue(" No."))],
+    "prompt and dialogue differ": [
+        row(prompt="Name a bush.", chosen=dialogue(), rejected=dialogue(" No.")),
+        row(prompt="Hi", chosen=[*MESSAGES, says("Oak.")], rejected=[*MESSAGES, says("No.")]),
+    ],
+    "prompt ends with a reply": [
+        row(prompt=MESSAGES[:2], chosen=[says("Oak.")], rejected=[says("No.")])
+    ],
+    "message without text": [
+        row(prompt=[{"role": "user", "content": None}], chosen="Oak.", rejected="No."),
+        row(prompt=[{"role": "user", "content": [{"image": 1}]}], chosen="A.", rejected="No."),
+    ],
+    "no `chosen`": [row(prompt="Hi", good="Oak.")],
+    "no `rejected`": [row(chosen=dialogue(), rejected=None)],
+    "`rejected` is int": [row(chosen=dialogue(), rejected=3)],
+    "`prompt` is neither text nor messages": [row(prompt=3, chosen="Oak.", rejected="No.")],
+    "`chosen` is neither text nor messages": [row(chosen=["Oak."], rejected=["No."])],
+    "`margin` is no number": [
+        row(chosen=dialogue(), rejected=dialogue(" No."), margin="big"),
+        row(chosen=dialogue(), rejected=dialogue(" No."), margin=float("nan")),
+        row(chosen=dialogue(), rejected=dialogue(" No."), margin=True),
+    ],
+    "`score_rejected` is no number": [
+        row(chosen=dialogue(), rejected=dialogue(" No."), score_chosen=1, score_rejected="?")
+    ],
     "no assistant reply": [
         row(chosen=MESSAGES, rejected=MESSAGES),
         row(chosen=[], rejected=[*MESSAGES, says("No.")]),
@@ -125,23 +199,74 @@ def test_a_row_just_short_enough_is_kept() -> None:
         read_pair(row(chosen=dialogue("a" * (room + 1)), rejected=dialogue(" No.")))
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (row(prompt="Hi", good="Oak."), r"pairs.jsonl, row 7: no `chosen`.*`prompt`, `good`"),
-        (row(chosen=dialogue(), rejected=None), "no `rejected`.*the row has `chosen`"),
-        (row(chosen=dialogue(), rejected=3), "`rejected` is int"),
-        (row(prompt=3, chosen="Oak.", rejected="No."), "`prompt` is int"),
-        (row(chosen=["Oak."], rejected=["No."]), "`chosen` is str, expected messages like"),
-        (row(chosen=dialogue(), rejected=dialogue(" No."), margin="big"), "`margin` is 'big'"),
-        (row(chosen=dialogue(), rejected=dialogue(" No."), margin=float("nan")), "margin.*finite"),
-    ],
-)
-def test_row_of_another_shape_is_an_error(bad: Row, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_pair(bad)
-
-
 def test_margin_is_read() -> None:
     assert read_pair(row(chosen=dialogue(), rejected=dialogue(" No."), margin=2)).margin == 2.0
     assert read_pair(row(chosen=dialogue(), rejected=dialogue(" No."), margin=None)).margin is None
+
+
+def test_two_scores_make_a_margin() -> None:
+    sides = {"chosen": dialogue(), "rejected": dialogue(" No.")}
+    assert read_pair(row(**sides, score_chosen=8.5, score_rejected=6)).margin == 2.5
+    assert read_pair(row(**sides, chosen_score="3", rejected_score="4")).margin == -1.0
+    assert read_pair(row(**sides, margin=1, score_chosen=8.5, score_rejected=6)).margin == 1.0
+    assert read_pair(row(**sides, score_chosen=8.5)).margin is None
+
+
+def test_turns_come_back() -> None:
+    text = f"\n\nSystem: Be brief.{PROMPT}"
+    assert [turn.role for turn in messages_of(text)] == ["system", "user", "assistant", "user"]
+    assert [turn.text for turn in messages_of(text)][1:] == ["Hi", "Hello.", "Name a tree."]
+
+
+DEMONSTRATIONS = {
+    "prompt and response": row(prompt="Hi", response=" Yo. "),
+    "prompt and completion": row(prompt="Hi", completion="Yo."),
+    "prompt and completion, messages": row(
+        prompt=[{"role": "user", "content": "Hi"}], completion=[says("Yo.")]
+    ),
+    "messages": row(messages=[{"role": "user", "content": "Hi"}, says("Yo.")]),
+    "ShareGPT": row(
+        conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo."}]
+    ),
+    "text": row(text="\n\nHuman: Hi\n\nAssistant: Yo."),
+}
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_every_format_gives_the_same_demonstration(name: str) -> None:
+    assert read_demonstration(DEMONSTRATIONS[name]) == ("\n\nHuman: Hi\n\nAssistant:", " Yo.")
+
+
+@pytest.mark.parametrize(
+    ("reason", "bad"),
+    [
+        ("no `prompt`", row(response="Yo.")),
+        ("no `response`", row(prompt="Hi")),
+        ("empty reply", row(prompt="Hi", completion=" ")),
+        ("no assistant reply", row(messages=[{"role": "user", "content": "Hi"}])),
+    ],
+)
+def test_unusable_demonstration_says_why(reason: str, bad: Row) -> None:
+    with pytest.raises(Unusable) as error:
+        read_demonstration(bad)
+    assert str(error.value) == reason
+
+
+def test_unpaired_replies_become_pairs() -> None:
+    said = [
+        ("Hi", "Yo.", True), ("Hi", "No.", False), ("Bye", "So long.", True),
+        ("Hi", "Hm.", "false"), ("Hi", "Hello.", 1), ("Bye", "Nope.", None),
+    ]  # fmt: skip
+    rows = [
+        Row("kto.jsonl", number, {"prompt": prompt, "completion": completion, "label": label})
+        for number, (prompt, completion, label) in enumerate(said, 1)
+    ]
+    assert all(unpaired(each.values) for each in rows)
+    assert not unpaired({"chosen": "a", "rejected": "b", "label": 1})
+    alone: list[Row] = []
+    pairs = [read_pair(each) for each in pair_up(rows, alone)]
+    assert [(p.chosen, p.rejected, p.place) for p in pairs] == [
+        (" Yo.", " No.", "kto.jsonl, row 1"),
+        (" Hello.", " Hm.", "kto.jsonl, row 5"),
+    ]
+    assert sorted(each.number for each in alone) == [3, 6]

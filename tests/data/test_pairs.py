@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_lib.data.pairs import PreferenceData, load_data
 from rlhf_lib.data.sources import DataError
+from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import DataConfig, SettingsError
 
@@ -202,7 +203,75 @@ def test_no_pair_left_is_an_error_that_counts_the_reasons(tmp_path: Path) -> Non
         load_data(config(source, test=0), TOKENIZER)
 
 
+def test_the_advice_fits_the_reason(tmp_path: Path) -> None:
+    def refused(rows: list[dict], **more: object) -> str:
+        with pytest.raises(DataError) as error:
+            load_data(config(write(tmp_path / "pairs.jsonl", rows), **more), TOKENIZER)
+        return str(error.value)
+
+    said = refused([{"prompt": f"{i}?", "good": "A", "bad": "B"} for i in range(9)])
+    assert "no `chosen` 9. A preference pair has" in said
+    assert "(first: pairs.jsonl, row 1, no `chosen`)" in said
+    said = refused([pair("A?", f"Yes {i}.") for i in range(9)])
+    assert "All 9 usable pairs begin with the same first turn" in said
+    messages = [{"role": "boss", "content": "Hi"}, {"role": "assistant", "content": "Yo."}]
+    said = refused([{"chosen": messages, "rejected": messages}])
+    assert "Roles are user, assistant and system" in said
+    said = refused([pair(f"{i}?", "y" * 30 + "1", "y" * 30 + "2") for i in range(9)])
+    assert "raise data.max_response_tokens" in said
+    unknown = write(tmp_path / "letters.jsonl", [pair(f"{i}?", "é", "è") for i in range(9)])
+    with pytest.raises(DataError, match=r"identical to this model's tokenizer 9.*model\.name"):
+        load_data(replace(config(unknown), max_prompt_tokens=30), load_tokenizer("tiny"))
+
+
+def test_one_bad_row_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [pair(f"Q{i}?") for i in range(20)]
+    rows[7]["rejected"] = None
+    rows[8]["chosen"] = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    data = load_data(config(write(tmp_path / "pairs.jsonl", rows), train=99), TOKENIZER)
+    assert sum(map(len, data.pairs.values())) == 18
+    assert {reason: each["count"] for reason, each in data.audit["dropped"].items()} == {
+        "no `rejected`": 1,
+        "message without text": 1,
+    }
+
+
+def test_unpaired_rows_are_pairs_and_the_rest_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Q{i}?", "completion": text, "label": text == "Yes."}
+        for i in range(20)
+        for text in (("Yes.", "No.") if i else ("Yes.",))
+    ]
+    data = load_data(config(write(tmp_path / "kto.jsonl", rows), train=99), TOKENIZER)
+    assert sum(map(len, data.pairs.values())) == 19
+    assert all(p.chosen_text == " Yes." for rows in data.pairs.values() for p in rows)
+    assert data.audit["dropped"]["no reply of the other label to its prompt"]["count"] == 1
+    assert data.audit["rows_read"] == 39
+
+
 # ------------------------------------------------------------- demonstrations, prompts, audit
+
+
+def test_demonstrations_of_a_file_of_their_own(forty: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{i}?", "completion": f"Shown {i}."} for i in range(60)]
+    shown = write(tmp_path / "sft.jsonl", [*rows, {"prompt": "Q99?"}])
+    usual = load_data(config(forty), TOKENIZER)
+    data = load_data(config(forty, demonstrations_from=shown), TOKENIZER)
+    assert list(data.pairs["test"]) == list(usual.pairs["test"])
+    assert all(d.response_text.startswith(" Shown") for d in data.demonstrations)
+    asked = {d.prompt_text for d in data.demonstrations}
+    held_out = {p.prompt_text for s in ("test", "validation") for p in data.pairs[s]}
+    assert not asked & held_out
+    assert len(asked) == 60 - len(held_out)
+    assert data.audit["dropped"]["demonstration's conversation is held out"]["count"] == len(
+        held_out
+    )
+    assert data.audit["dropped"]["no `response`"]["count"] == 1
+    assert [file["name"] for file in data.audit["files"]] == ["pairs.jsonl", "sft.jsonl"]
+    assert data.hash != usual.hash
+    wrong = write(tmp_path / "none.jsonl", [{"question": "Q?"}])
+    with pytest.raises(DataError, match="no demonstration"):
+        load_data(config(forty, demonstrations_from=wrong), TOKENIZER)
 
 
 def test_demonstrations_and_prompts_come_from_their_split_without_repeats(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_lengths_of_all_rows(rows: list[Row]) -> None:
 @needs_smollm2
 @pytest.mark.slow
 def test_token_lengths(rows: list[Row]) -> None:
-    encoder = Encoder(load_tokenizer("smollm2-135m"), 4096, 4096)
+    encoder = Encoder(load_tokenizer("smollm2-135m"), 4096, 4096, "hh")
     pairs = encoder.pairs(usable(rows)[0])
     lengths = []
     for p in pairs:

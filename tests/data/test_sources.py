@@ -44,6 +44,118 @@ def test_file_formats_give_the_same_rows(tmp_path: Path, name: str) -> None:
     assert source.files == [{"name": name, "rows": 2, "sha256": digest}]
 
 
+TABLE = """\ufeffprompt,chosen,rejected,margin
+A?,"Yes, ""that""
+and this.",No.,1.5
+B?,Yes.,,
+"""
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.csv.gz", "pairs.tsv"])
+def test_a_table_has_a_row_below_each_head(tmp_path: Path, name: str) -> None:
+    table = TABLE.replace("Yes, ", "Yes; ").replace(",", "\t") if ".tsv" in name else TABLE
+    content = table.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    rows = read_source(f"path:{tmp_path / name}").splits["train"]
+    yes = 'Yes; "that"\nand this.' if ".tsv" in name else 'Yes, "that"\nand this.'
+    assert [row.values for row in rows] == [
+        {"prompt": "A?", "chosen": yes, "rejected": "No.", "margin": "1.5"},
+        {"prompt": "B?", "chosen": "Yes."},
+    ]
+    assert [row.number for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_array_of_objects(tmp_path: Path, indent: int | None) -> None:
+    rows = [pair("A?"), pair("B?")]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows, indent=indent))
+    read = read_source(f"path:{tmp_path / 'pairs.json'}").splits["train"]
+    assert [row.values for row in read] == rows
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_source(f"path:{tmp_path / 'lines.json'}").splits["train"]) == 2
+
+
+def test_a_gzip_file_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(gzip.compress(json.dumps(pair("A?")).encode()))
+    assert len(read_source(f"path:{path}").splits["train"]) == 1
+    plain = tmp_path / "plain.jsonl.gz"
+    plain.write_text(json.dumps(pair("A?")))
+    assert len(read_source(f"path:{plain}").splits["train"]) == 1
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+STRANGE = {
+    "a.jsonl": (json.dumps(pair("A?")).encode("utf-16"), "UTF-16"),
+    "b.jsonl": (json.dumps(pair("A?")).encode("utf-16-le"), "UTF-16"),
+    "c.jsonl.gz": (POINTER.encode(), "Git LFS pointer"),
+    "d.parquet": (POINTER.encode(), "Git LFS pointer"),
+    "e.jsonl": (b"PK\x03\x04" + b"rest" * 9, "zip archive"),
+    "f.jsonl": (b"<!DOCTYPE html><html>", "a web page"),
+    "g.jsonl": (b"[" * 100_000 + b"\n", "line 1: not JSON"),
+    "h.jsonl": (b'[\n  {"chosen": "a"}\n]\n', r"several lines: name it \.json"),
+    "i.csv": (b"chosen,rejected\na,b,c\n", "row 1: more cells than"),
+    "j.csv": (b'chosen,rejected\n"a,b\n', "as a table: unexpected end"),
+    "k.csv": (b"chosen,rejected\n\xff,b\n", "as a table: 'utf-8' codec"),
+    "l.json": (b"[1, 2]", "row 1: a JSON int where an object"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_file_is_named_as_what_it_is(tmp_path: Path, name: str) -> None:
+    content, message = STRANGE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_source(f"path:{tmp_path / name}")
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_several_files_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one.jsonl", "two.jsonl", "more-test.jsonl"):
+        write(tmp_path / name, [pair(name)])
+    (tmp_path / "three.csv").write_text("prompt,chosen,rejected\nA?,Yes.,No.\n")
+    monkeypatch.chdir(tmp_path)
+    source = read_source("path:one.jsonl,three.csv")
+    assert [row.file for row in source.splits["train"]] == ["one.jsonl", "three.csv"]
+    source = read_source(f"path:{tmp_path}/*.jsonl")
+    assert [row.file for row in source.splits["train"]] == ["one.jsonl", "two.jsonl"]
+    assert [row.file for row in source.splits["test"]] == ["more-test.jsonl"]
+    with pytest.raises(DataError, match=r"no file matches .*\.parquet"):
+        read_source("path:*.parquet")
+    with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
+        read_source("path:one.jsonl,none.jsonl")
+
+
+def test_a_relative_path_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook of a study computes in another folder than its user stands in."""
+    write(tmp_path / "pairs.jsonl", [pair("A?")])
+    monkeypatch.setenv("RLHF_FOLDER", str(tmp_path))
+    assert len(read_source("path:pairs.jsonl").splits["train"]) == 1
+
+
+def test_what_is_hidden_is_no_data(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [pair("A?")])
+    for name in ("._train.jsonl", ".cache/x.jsonl", "__MACOSX/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(read_source(f"path:{tmp_path}").splits["train"]) == 1
+
+
+def test_of_a_clone_of_the_hh_repository_the_pairs_count(tmp_path: Path) -> None:
+    for subset in ("harmless-base", "helpful-base"):
+        for split in ("train", "test"):
+            write(tmp_path / subset / f"{split}.jsonl.gz", [pair(f"{subset} {split}?")])
+    (tmp_path / "red-team-attempts").mkdir()
+    (tmp_path / "red-team-attempts" / "red_team_attempts.jsonl.gz").write_bytes(
+        gzip.compress(b'[\n {"transcript": "hi"}\n]')
+    )
+    splits = read_source(f"path:{tmp_path}").splits
+    assert {s: [row.subset for row in rows] for s, rows in splits.items()} == {
+        split: ["harmless-base", "helpful-base"] for split in ("train", "test")
+    }
+
+
 def test_conversational_parquet_keeps_its_messages(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     path = write(tmp_path / "pairs.parquet", [{"chosen": messages, "rejected": messages}])
@@ -90,7 +202,9 @@ def test_damaged_files_are_errors(tmp_path: Path, name: str, keep: int | None) -
     content = write(tmp_path / name, [pair("A?")]).read_bytes()
     damaged = b"no such format" if keep is None else content[:keep]
     (tmp_path / name).write_bytes(damaged)
-    with pytest.raises(DataError, match=rf"{name} (is empty|is no complete|cannot be read)"):
+    with pytest.raises(
+        DataError, match=rf"{name}( is empty| is no complete| cannot be read|, line 1: not JSON)"
+    ):
         read_source(f"path:{tmp_path / name}")
 
 
@@ -104,9 +218,9 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_files_of_another_kind_are_errors(tmp_path: Path) -> None:
-    (tmp_path / "pairs.csv").write_text("chosen,rejected\n")
-    with pytest.raises(DataError, match=r"\.jsonl, \.jsonl\.gz, \.parquet"):
-        read_source(f"path:{tmp_path / 'pairs.csv'}")
+    (tmp_path / "pairs.txt").write_text("chosen,rejected\n")
+    with pytest.raises(DataError, match=r"that end in \.jsonl, \.csv.*\.parquet"):
+        read_source(f"path:{tmp_path / 'pairs.txt'}")
     with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl"):
         read_source(f"path:{tmp_path}")
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_lib.models import generation
-from rlhf_lib.models.decoding import CACHE
-from rlhf_lib.models.generation import draw_tokens, generate
+from rlhf_lib.models.generation import CACHE, draw_tokens, generate
 from rlhf_lib.models.logprobs import response_logprobs
 
 EOS = 1

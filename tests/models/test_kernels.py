@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from rlhf_lib.models import kernels
-from rlhf_lib.models.decoding import CACHE
+from rlhf_lib.models.generation import CACHE
 from rlhf_lib.models.load import load_policy
 from rlhf_lib.models.logprobs import response_logprobs
 from rlhf_lib.models.packing import lay_out

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from rlhf_lib.models import kernels
-from rlhf_lib.models.decoding import CACHE
+from rlhf_lib.models.generation import CACHE
 from rlhf_lib.models.load import (
     fingerprint,
     freeze,
