@@ -330,6 +330,57 @@ def chat(
         print(answer, flush=True)
 
 
+@app.command()
+def judge(
+    profile: ProfileOption = "laptop",
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    target: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="a file to write the numbers to as well"),
+    ] = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """How far an outside judge can be trusted (endpoint.url, endpoint.model): asked about pairs
+    whose better reply is known, each in both orders.
+    """
+    from rlhf_lib.files import write_json
+    from rlhf_lib.measure import endpoint
+    from rlhf_lib.show.display import markdown
+    from rlhf_lib.show.tables import trust_table
+    from rlhf_lib.study.stages import Study
+
+    study = Study.open(profile, 0, run_dir, _overrides(data, model, settings, None))
+    asked, pairs = study.run.profile.endpoint, study.data
+    cache = study.run.root / "endpoint-cache"
+    found = endpoint.trust(asked, pairs.pairs["test"], pairs.truth, cache)
+    print(markdown(trust_table(found)))
+    print(f"{found['pairs']} pairs, {found['unclear']} more without a clear answer")
+    if target is not None:
+        write_json(target, found)
+
+
+@app.command()
+def push(
+    name: Annotated[str, typer.Argument(help="a stage that trained a model, such as ppo")],
+    target: Annotated[str, typer.Argument(help="OWNER/NAME on the hub, or a folder: ./NAME")],
+    profile: ProfileOption = "laptop",
+    seed: Seed = 0,
+    public: Annotated[bool, typer.Option(help="where it has to be made, for all to see")] = False,
+    data: Data = "",
+    model: Model = "",
+    settings: Set = None,
+    run_dir: RunDir = Path("runs"),
+) -> None:
+    """Send a trained model and its card to the hub, or write both to a folder."""
+    from rlhf_lib.release import push as sending
+    from rlhf_lib.study.stages import Study
+
+    study = Study.open(profile, seed, run_dir, _overrides(data, model, settings, None))
+    print(sending.push(study, name.replace("-", "_"), target, public))
+
+
 @app.command("stage")
 def run_stage(
     name: Annotated[

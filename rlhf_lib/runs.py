@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_lib import catalogue, files
+from rlhf_lib import catalogue, files, trackers
 from rlhf_lib.checkpoints import Checkpoints
 from rlhf_lib.code_hash import source_hash
 from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
@@ -81,19 +81,24 @@ class Run:
             "computed_by": computed_by(),
         }
         folder = self.root / self.profile.name / f"seed-{self.seed}"
-        return Stage(name, folder, config, self.profile.checkpoint_minutes)
+        return Stage(name, folder, config, self.profile.checkpoint_minutes, self.profile.tracker)
 
 
 class Stage:
     """One stage of a run: its folder, and its results once it is `done`."""
 
     def __init__(
-        self, name: str, folder: Path, config: dict, checkpoint_minutes: float = 2.0
+        self,
+        name: str,
+        folder: Path,
+        config: dict,
+        checkpoint_minutes: float = 2.0,
+        tracker: str = trackers.OFF,
     ) -> None:
         self.name, self.config = name, config
         self.hash = content_hash({k: v for k, v in config.items() if k != "profile"})
         self.path = folder / f"{name}-{self.hash[:12]}"
-        self.checkpoint_minutes = checkpoint_minutes
+        self.checkpoint_minutes, self.tracker = checkpoint_minutes, tracker
 
     @property
     def done(self) -> bool:
@@ -175,6 +180,9 @@ class Work:
         self._measured = phase_seconds().get(MEASURING, 0.0)
         self._go_on_from(*self._kept_cost())
         self.num_tokens = 0
+        folder, run = stage.path.parent, f"seed-{stage.config['seed']}-{stage.path.name}"
+        window = folder.parent / stage.tracker
+        self.tracker = trackers.begin(stage.tracker, window, run, stage.config["settings"])
         write_json(self.path / "config.json", stage.config)
         write_json(self.path / "env.json", environment())
         reset_peak_memory()
@@ -242,6 +250,8 @@ class Work:
         }
         with open(self.path / "metrics.jsonl", "a") as lines:
             lines.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(trackers.shown(row), step=step)
 
     @phase("saving")
     def _save(self, accelerator: Accelerator, step: int) -> None:
@@ -304,6 +314,8 @@ class Work:
 
     def leave(self) -> None:
         """Take away what a stage that failed has left, unless it can go on from there."""
+        if self.tracker is not None:
+            self.tracker.finish()
         with suppress(OSError):  # of a drive that has dropped
             done = (self.path / "DONE").exists()
             if not (done or self.checkpoints.exist or self.keep.exists()):

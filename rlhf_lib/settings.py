@@ -254,6 +254,7 @@ class EndpointConfig:
     url: str = ""  # such as https://host/v1; the key comes from the environment, OPENAI_API_KEY
     model: str = ""
     prompts: int = 64  # of each policy's replies beside SFT's; each is asked in both orders
+    pairs: int = 128  # labelled ones that the judge itself is judged on, in both orders too
     dollars_per_million_input: float = 0.0  # of the provider's price list, for the cost shown
     dollars_per_million_output: float = 0.0
 
@@ -272,6 +273,7 @@ class Profile:
     threads: int = 0  # of torch on a CPU, for each job; 0: one for each core
     checkpoint_minutes: float = 2.0
     extras: bool = True  # what seed 0 alone runs beside the comparison: sweep, other labels
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # shows metrics as well
     methods: str = ""  # records of further methods, package.module:RECORD, separated by commas
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -318,7 +320,7 @@ def content_hash(value: object) -> str:
 
 
 # how a profile is run or was found, not what it finds
-RUNNING = ("jobs", "threads", "checkpoint_minutes", "tuning")
+RUNNING = ("jobs", "threads", "checkpoint_minutes", "tracker", "tuning")
 
 
 def deciding(settings: typing.Mapping) -> dict:

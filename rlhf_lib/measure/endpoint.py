@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.truth import Truth
 from rlhf_lib.files import write_json
-from rlhf_lib.measure.statistics import SHARE, estimate
+from rlhf_lib.measure.rankings import gold_preferences, length_preferences
+from rlhf_lib.measure.statistics import SHARE, bootstrap, estimate, share
 from rlhf_lib.settings import EndpointConfig, SettingsError, UserError, content_hash
 
 KEY = "OPENAI_API_KEY"
@@ -62,13 +65,11 @@ def win_rates(config: EndpointConfig, rows: Mapping[str, Sequence[dict]], cache:
         won, units, agreed = [], [], []
         pairs = list(zip(rows[name], rows["sft"], strict=True))[: config.prompts]
         for own, other in pairs:
-            prompt, one, two = own["prompt"], own["response"], other["response"]
-            both = [ask(config, prompt, one, two, cache), ask(config, prompt, two, one, cache)]
-            answers += both
-            first, second = both[0].points, both[1].points
-            if first is not None and second is not None:
-                won.append((first + 1 - second) / 2)
-                agreed.append(first == 1 - second)
+            prompt = own["prompt"]
+            asked = both_orders(config, prompt, own["response"], other["response"], cache, answers)
+            if asked is not None:
+                won.append(sum(asked) / 2)
+                agreed.append(asked[0] == asked[1])
                 units.append(prompt)
         policies[name] = {"unclear": len(pairs) - len(won)}
         if won:
@@ -80,6 +81,68 @@ def win_rates(config: EndpointConfig, rows: Mapping[str, Sequence[dict]], cache:
         "cost": _cost(config, answers),
         "cost_now": _cost(config, [answer for answer in answers if not answer.cached]),
     }
+
+
+def trust(config: EndpointConfig, pairs: Sequence[Pair], truth: Truth | None, cache: Path) -> dict:
+    """How far the judge can be trusted: asked about pairs whose better reply is known.
+
+    All with intervals over pairs. `labels`, `gold`: how often it agrees with the label, and with
+    the true reward where that is known and differs. `same_in_both_orders`. `first_place`: how much
+    more often than half it takes the reply that it reads first. `longer`: how much more often it
+    takes the longer reply than the true reward does, or, where nobody knows that, the label.
+    Raises SettingsError where no judge is named.
+    """
+    if not config.url:
+        raise SettingsError("endpoint.url names no judge: give its address, and endpoint.model")
+    answers: list[Answer] = []
+    found: list[tuple[Pair, float, float]] = []
+    for pair in pairs[: config.pairs]:
+        texts = pair.prompt_text, pair.chosen_text, pair.rejected_text
+        if (asked := both_orders(config, *texts, cache, answers)) is not None:
+            found.append((pair, *asked))
+    record = {
+        "model": config.model,
+        "pairs": len(found),
+        "unclear": len(pairs[: config.pairs]) - len(found),
+        "cost": _cost(config, answers),
+    }
+    if not found:
+        return record
+    first, second = (np.array([row[place] for row in found]) for place in (1, 2))
+    chosen = (first + second) / 2
+    better = np.ones(len(found))  # 1 where the chosen reply is the better one, 0 where the other
+    if truth is not None:
+        gold = gold_preferences([pair for pair, *_ in found])
+        better = (gold > 0) + 0.5 * (gold == 0)
+        known = gold != 0
+        if known.any():
+            record["gold"] = share(np.where(gold > 0, chosen, 1 - chosen)[known])
+    lengths = length_preferences([pair for pair, *_ in found])
+    differ = lengths != 0
+    longer = np.where(lengths > 0, chosen - better, better - chosen)[differ]
+    return record | {
+        "labels": share(chosen),
+        "same_in_both_orders": share(first == second),
+        "first_place": bootstrap((first - second) / 2),
+        **({"longer": bootstrap(longer)} if differ.any() else {}),
+    }
+
+
+def both_orders(
+    config: EndpointConfig,
+    prompt: str,
+    one: str,
+    other: str,
+    cache: Path,
+    answers: list[Answer],
+) -> tuple[float, float] | None:
+    """Points of `one` when it is read first, and when it is read second; None where an answer names
+    no side. Both answers are added to `answers`.
+    """
+    asked = [ask(config, prompt, one, other, cache), ask(config, prompt, other, one, cache)]
+    answers += asked
+    first, second = asked[0].points, asked[1].points
+    return None if first is None or second is None else (first, 1 - second)
 
 
 def _cost(config: EndpointConfig, answers: Sequence[Answer]) -> dict:

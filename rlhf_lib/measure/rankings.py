@@ -6,8 +6,10 @@ half a win.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -34,12 +36,16 @@ def length_preferences(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def bag_of_words_preferences(train: Sequence[Pair], test: Sequence[Pair]) -> np.ndarray:
-    """TF-IDF of words and word pairs, logistic regression on the difference of the two replies."""
-    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
-    from sklearn.linear_model import LogisticRegression
+    """TF-IDF of words and word pairs, logistic regression on the difference of the two replies.
 
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    vectorizer.fit([text for p in train for text in (p.chosen_text, p.rejected_text)])
+    Of letters, where words say nothing: a script without spaces, replies of one letter. One pair
+    teaches nothing that a second would be told apart by: then all are ties.
+    """
+    from sklearn.linear_model import LogisticRegression  # slow to import
+
+    if len(train) < 2:
+        return np.zeros(len(test))
+    vectorizer = _bag([text for p in train for text in (p.chosen_text, p.rejected_text)])
 
     def differences(pairs: Sequence[Pair]) -> csr_matrix:
         chosen = vectorizer.transform([p.chosen_text for p in pairs])
@@ -50,6 +56,21 @@ def bag_of_words_preferences(train: Sequence[Pair], test: Sequence[Pair]) -> np.
     model = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
     model.fit(diags_array(signs) @ differences(train), signs)
     return model.decision_function(differences(test))
+
+
+def _bag(texts: Sequence[str]) -> Any:
+    """A fitted vectorizer of words, or of up to three letters where half of the texts have none."""
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    tokens, seen = words.build_analyzer(), Counter[str]()
+    said = [set(tokens(text)) for text in texts]
+    for each in said:
+        seen.update(each)
+    if 2 * sum(any(seen[word] > 1 for word in each) for each in said) >= len(texts):
+        return words.fit(texts)
+    letters = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), sublinear_tf=True)
+    return letters.fit(texts)
 
 
 def learned_length_preferences(train: Sequence[Pair], test: Sequence[Pair]) -> np.ndarray:
@@ -119,7 +140,8 @@ def calibration(preferences: np.ndarray, bins: int = 8, samples: int = 1000) -> 
     """Reliability of sigmoid(score difference) as the probability that the preferred side won.
 
     Bins hold equal numbers of pairs, by confidence in [0.5, 1]. `ece`: expected calibration error,
-    the mean over pairs of |confidence - accuracy| of their bin (Naeini et al. 2015). Chance alone
+    the mean over pairs of |confidence - accuracy| of their bin (Naeini et al. 2015). Fewer pairs
+    than bins have one bin each. Chance alone
     makes it positive, in each resample once more, so a percentile interval would lie too high: this
     one reaches as far below the estimate as the upper percentile lies above it, and down to 0 where
     an honest model could show as much.
@@ -127,6 +149,7 @@ def calibration(preferences: np.ndarray, bins: int = 8, samples: int = 1000) -> 
     `ece_if_honest`: what a perfectly calibrated model of these confidences shows on so many pairs,
     in the mean, and what it stays under 95 % of the time.
     """
+    bins = min(bins, len(preferences))
     confidence, correct = expit(np.abs(preferences)), wins(preferences)
     rows = [
         {"confidence": float(confidence[index].mean()), **share(correct[index])}
@@ -167,6 +190,7 @@ def recalibrate(
     def change(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray:
         return _ece(after, bins) - _ece(before, bins)
 
+    bins = min(bins, len(test))
     temperature = _interval([validation], fit_temperature, min(samples, 300))
     divided = test / temperature["mean"]
     return {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -352,6 +353,23 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> None:
     inject_adapter_in_model(config, model)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)  # type: ignore[operator]
+
+
+def save_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
+    """The adapters of a language model alone, as `PeftModel.from_pretrained(base, folder)` reads
+    them: a few megabytes beside the model `base` that they were trained on.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = model.peft_config["default"]  # type: ignore[index]
+    vars(config).update(base_model_name_or_path=base, task_type="CAUSAL_LM")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        f"base_model.model.{name}": weight.contiguous()
+        for name, weight in get_peft_model_state_dict(model).items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 @contextlib.contextmanager

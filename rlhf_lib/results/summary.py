@@ -131,7 +131,9 @@ def _results(
     if profile.endpoint.url:  # asked once a reply: the cache beside the runs keeps what it said
         rows = {name: samples.of(name)[0] for name in samples.rows}
         cache = runs[0].root / "endpoint-cache"
-        results["endpoint"] = endpoint.win_rates(profile.endpoint, rows, cache)
+        results["endpoint"] = endpoint.win_rates(profile.endpoint, rows, cache) | {
+            "trust": endpoint.trust(profile.endpoint, data.pairs["test"], data.truth, cache)
+        }
     return results
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE, label
 from rlhf_lib.measure.statistics import interval, listed
+from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.show.tables import (
     Cell,
     Column,
@@ -168,3 +169,16 @@ def sampled_sentence(samples: Mapping[str, int]) -> str:
         f"Not equal: replies sampled and scored in training are {each}. A method with more of them "
         "had more to learn from, and comparisons at the end of training are not at equal samples."
     )
+
+
+def need_table(results: Mapping) -> pd.DataFrame:
+    """The candidates in what a user may ask for: one row a candidate, one column a need."""
+
+    def need(key: str) -> Column:
+        (title, unit, digits), found = ASKED[key], results["needs"][key]["policies"]
+        named = f"{title} ({unit})".format(deciding=results["deciding"], flop=results["flop"])
+        return named, lambda name: interval(found[name], digits)
+
+    candidates = [name for name in catalogue.candidates() if name in results["policies"]]
+    needs = [need(key) for key in results["needs"] if key in ASKED]
+    return table_of(candidates, [("candidate", label), *needs])

@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import label
 from rlhf_lib.files import read_jsonl
-from rlhf_lib.measure.statistics import contrast, interval
+from rlhf_lib.measure.statistics import interval
 from rlhf_lib.methods.rollout import Rollout
 from rlhf_lib.results.policies import rewards
-from rlhf_lib.results.verdict import ASKED
 from rlhf_lib.runs import Stage, training_minutes
 from rlhf_lib.world.grammar import last_request
 
@@ -269,17 +268,24 @@ def endpoint_table(results: Mapping) -> pd.DataFrame:
     return table_of([{"name": name, **record} for name, record in asked], columns)
 
 
-def need_table(results: Mapping) -> pd.DataFrame:
-    """The candidates in what a user may ask for: one row a candidate, one column a need."""
+TRUST = {
+    "labels": "agrees with the label",
+    "gold": "agrees with the true reward",
+    "same_in_both_orders": "agrees with itself in the other order",
+    "first_place": "takes the first more often than half",
+    "longer": "takes the longer more often than is right",
+}
 
-    def need(key: str) -> Column:
-        (title, unit, digits), found = ASKED[key], results["needs"][key]["policies"]
-        named = f"{title} ({unit})".format(deciding=results["deciding"], flop=results["flop"])
-        return named, lambda name: interval(found[name], digits)
 
-    candidates = [name for name in catalogue.candidates() if name in results["policies"]]
-    needs = [need(key) for key in results["needs"] if key in ASKED]
-    return table_of(candidates, [("candidate", label), *needs])
+def trust_table(trust: Mapping) -> pd.DataFrame:
+    """How far a judge can be trusted (`endpoint.trust`)."""
+    rows = [name for name in TRUST if name in trust]
+    columns = [
+        ("the judge", TRUST.__getitem__),
+        ("95 % interval over pairs", lambda name: interval(trust[name], 1, percent=True)),
+        ("pairs", lambda name: trust[name]["n"]),
+    ]
+    return table_of(rows, columns)
 
 
 # -------------------------------------------------------------------------------------- probes
@@ -369,17 +375,6 @@ def quarters(metrics: Sequence[Mapping], key: str) -> tuple[list[float], list[fl
     return values[:size], values[-size:]
 
 
-def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.DataFrame:
-    """`contrast` of the quarters of each named metric that was logged: one row a metric."""
-    logged = set().union(*metrics)
-    rows = []
-    for key in (key for key in names if key in logged):
-        change = contrast(*quarters(metrics, key))
-        first, last = (f"{change[end]:.3g}" for end in ("first", "last"))
-        rows.append([names[key], first, last, change["word"]])
-    return pd.DataFrame(rows, columns=["", "first quarter", "last quarter", "change"])
-
-
 def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:
     """A table of sampled replies: last human turn, reply, rewards; `first` adds leading columns."""
     asked = tokenizer.batch_decode(rollout.prompts)
@@ -413,11 +408,12 @@ ERROR_RULES = {
 def bin_labels(rows: Sequence[Mapping], template: str) -> dict[str, Mapping]:
     """Rows of `statistics.by_bins` by name: `template` with {low} and {high} of the bin.
 
-    Raises ValueError where two bins would get the same name.
+    Where two would get the same name, with as many digits as tell them apart.
     """
-    named = {template.format(low=row["from"], high=row["to"]): row for row in rows}
-    if len(named) < len(rows):
-        raise ValueError(f"several bins have the same name: give {template!r} more digits")
+    named, digits = {template.format(low=row["from"], high=row["to"]): row for row in rows}, 2
+    while len(named) < len(rows):
+        digits += 1
+        named = {f"{row['from']:.{digits}g} to {row['to']:.{digits}g}": row for row in rows}
     return named
 
 

@@ -324,3 +324,14 @@ def stability(runs: Runs, names: Mapping[str, str] = COURSES) -> pd.DataFrame:
             row[" ".join(names[key].split())] = f"{np.mean(ends):.2f}{spread}"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.DataFrame:
+    """`contrast` of the quarters of each named metric that was logged: one row a metric."""
+    logged = set().union(*metrics)
+    rows = []
+    for key in (key for key in names if key in logged):
+        change = contrast(*tables.quarters(metrics, key))
+        first, last = (f"{change[end]:.3g}" for end in ("first", "last"))
+        rows.append([names[key], first, last, change["word"]])
+    return pd.DataFrame(rows, columns=["", "first quarter", "last quarter", "change"])

@@ -32,6 +32,7 @@ from rlhf_lib.models.load import (
     load_reward_model,
     load_tokenizer,
     load_value_model,
+    save_adapter,
     save_model,
     trainable,
 )
@@ -79,7 +80,7 @@ class Offer:
         return made.union(cls._GIVEN, cls._OF_WORK) - cls._OF_STUDY
 
     def save(self) -> None:
-        """Write the model that was trained, if one was, to `model/`.
+        """Write the model that was trained, if one was, to `model/`, and adapters to `adapter/`.
 
         Raises DivergedError where a learner has learnt nothing.
         """
@@ -87,7 +88,10 @@ class Offer:
             learner.check_learnt()
         for name in ("policy", "reward_model"):
             if name in self.__dict__:  # it was asked for
-                save_model(self.__dict__[name].model, self.tokenizer, self.work.model_path)
+                model = self.__dict__[name].model
+                if self.profile.model.lora_rank and name == "policy":
+                    save_adapter(model, self.start, self.work.path / "adapter")
+                save_model(model, self.tokenizer, self.work.model_path)
 
     @property
     def stopped(self) -> dict[str, float]:

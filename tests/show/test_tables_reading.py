@@ -14,7 +14,7 @@ from rlhf_lib.catalogue import label
 from rlhf_lib.data.encoding import Pair
 from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure.statistics import interval
-from rlhf_lib.show import tables
+from rlhf_lib.show import tables, training
 
 MADE_UP = Path(__file__).parents[1] / "made_up"
 
@@ -27,7 +27,7 @@ def test_quarters_are_of_the_steps_at_which_the_metric_was_logged() -> None:
 
 def test_the_change_table_has_the_metrics_that_were_logged() -> None:
     metrics = [{"step": i, "loss": 10.0 - i + 0.1 * (i % 2)} for i in range(8)]
-    table = tables.change_table(metrics, {"loss": "loss", "kl": "KL"})
+    table = training.change_table(metrics, {"loss": "loss", "kl": "KL"})
     assert table.to_dict("records") == [
         {"": "loss", "first quarter": "9.55", "last quarter": "3.55", "change": "fell"}
     ]

@@ -177,7 +177,7 @@ def test_it_is_compared_with_every_other_method(study: Any) -> None:
         tables.win_table,
         tables.distance_table,
         tables.reply_table,
-        tables.need_table,
+        costs.need_table,
         costs.cost_table,
         costs.price_table,
     ],

@@ -1,0 +1,163 @@
+"""A model card: what a trained model is, what it learnt from, what was measured, and its limits.
+
+Every number is read from the run: from the stage that trained the model, and from the evaluation
+of its study where that has ended with this very stage in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rlhf_lib import __version__
+from rlhf_lib.catalogue import Record
+from rlhf_lib.measure.statistics import direction, interval
+from rlhf_lib.runs import Stage, training_minutes
+from rlhf_lib.show.display import markdown
+from rlhf_lib.show.tables import short, table_of
+
+HUB_ID = "hub:"
+LIMITS = """- It was trained to learn from, and to be measured. It is not fit for use: a model so small
+  is often wrong, and what it was taught to like is all that this training gave it.
+- A policy learns what its reward likes, mistakes included: long or flattering replies, if they
+  were preferred. Gains are stated beside a judge that it was not trained on.
+- Intervals are of 95 % and speak of what they are over; a difference whose interval holds 0 is not
+  shown, which is not to say that there is none."""
+
+
+def text(
+    record: Record,
+    stage: Stage,
+    base: str,
+    audit: Mapping,
+    results: Mapping | None,
+    adapter: bool,
+) -> str:
+    """The card as Markdown with the hub's head. `results`: of the evaluation, if there is one.
+
+    `base`: the pretrained model. `adapter`: whether the adapters lie beside the weights.
+    """
+    reward_model = not record.role
+    parts = [
+        _head(reward_model, base, _source(audit)),
+        f"# {record.label}, seed {stage.config['seed']}",
+        _what(record, stage, base, reward_model, adapter),
+        "## Data\n\n" + _data(audit),
+        "## Settings\n\n" + _settings(stage),
+        "## Training\n\n" + _training(stage),
+        "## Results\n\n" + _results(record, stage, results, reward_model),
+        "## Limits\n\n" + LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(reward_model: bool, base: str, source: str) -> str:
+    """What the hub reads: YAML between dashes."""
+    lines = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if reward_model else "text-generation",
+    }
+    if "/" in base and not base.startswith((".", "/", "~")):
+        lines["base_model"] = base
+    if source.startswith(HUB_ID):
+        lines["datasets"] = f"[{source.removeprefix(HUB_ID).partition(':')[0]}]"
+    head = [f"{name}: {value}" for name, value in lines.items()]
+    return "\n".join(["---", *head, "tags: [rlhf, rlhf_lib]", "---"])
+
+
+def _what(record: Record, stage: Stage, base: str, reward_model: bool, adapter: bool) -> str:
+    kind = (
+        "A reward model: a sequence classifier with one label, the score of a dialogue that ends "
+        "with a reply"
+        if reward_model
+        else "A language model"
+    )
+    load = (
+        'AutoModelForSequenceClassification.from_pretrained("...")'
+        if reward_model
+        else 'AutoModelForCausalLM.from_pretrained("...")'
+    )
+    beside = (
+        "\n\nIts adapters alone are in `adapter/`, for `PeftModel.from_pretrained(base, ...)`."
+        if adapter
+        else ""
+    )
+    return (
+        f"{kind}, trained from `{base}` by the stage `{stage.name}` of rlhf_lib {__version__} "
+        f"({stage.hash[:12]}).\n\n```python\n{load}\n```{beside}"
+    )
+
+
+def _source(audit: Mapping) -> str:
+    """A file's name says enough; its folder is nobody's business."""
+    kind, colon, place = str(audit["source"]).partition(":")
+    return f"{kind}:{Path(place).name}" if kind == "path" else kind + colon + place
+
+
+def _data(audit: Mapping) -> str:
+    train = audit["splits"]["train"]
+    said = [
+        f"Source: `{_source(audit)}`; {train['pairs']} pairs to train on, from "
+        f"{train['conversations']} conversations; {audit['demonstrations']} demonstrations. "
+        f"Dialogues are written in {audit['template']}.",
+        f"The preferred reply is the longer in {train['chosen_longer_share']:.0%} of the pairs.",
+    ]
+    rows = [(file["name"], file["rows"], file["sha256"][:16]) for file in audit["files"]]
+    columns = [
+        ("file", lambda row: row[0]),
+        ("rows", lambda row: row[1]),
+        ("SHA-256", lambda row: f"{row[2]}…"),
+    ]
+    return "\n\n".join([*said, markdown(table_of(rows, columns))])
+
+
+def _settings(stage: Stage) -> str:
+    of_model = {f"model.{name}": value for name, value in stage.config["model"].items()}
+    settings = {**stage.config["settings"], **of_model}
+    columns = [("setting", lambda name: f"`{name}`"), ("value", lambda name: str(settings[name]))]
+    return markdown(table_of(sorted(settings), columns))
+
+
+def _training(stage: Stage) -> str:
+    result, computed = stage.result(), stage.config["computed_by"]
+    millions = short(result["num_tokens"] / 1e6)
+    machine = ", ".join(f"{name} {value}" for name, value in computed.items())
+    return f"{short(training_minutes(result))} minutes and {millions} million tokens, on {machine}."
+
+
+def _results(record: Record, stage: Stage, results: Mapping | None, reward_model: bool) -> str:
+    if results is None:
+        return "Not evaluated: the study that this model belongs to has not been run to its end."
+    if reward_model:
+        accuracy = results["reward_model"]["accuracy"]
+        names = {
+            "reward_model": f"reward models of {len(results['seeds'])} seeds, this among them",
+            "bag_of_words": "bag of words",
+            "longer_wins": "the longer reply",
+        }
+        rows = [name for name in names if name in accuracy]
+        columns = [
+            ("judge", names.__getitem__),
+            ("right on test pairs", lambda name: interval(accuracy[name], 1, percent=True)),
+        ]
+        return markdown(table_of(rows, columns))
+    measured, start = results["policies"][record.name], results["policies"].get("sft", {})
+    what = {
+        "gold": "true reward",
+        "judge": "held-out judge",
+        "proxy": "reward model",
+        "kl": "KL to SFT",
+        "length": "tokens",
+    }
+    rows = [name for name in what if isinstance(measured.get(name), Mapping)]
+    columns = [
+        ("mean over replies", what.__getitem__),
+        ("this policy", lambda name: interval(measured[name])),
+        ("SFT", lambda name: interval(start.get(name))),
+    ]
+    table = markdown(table_of(rows, columns))
+    seeds = f"All {len(results['seeds'])} seeds of the study: this is one of them."
+    if (gain := measured.get(f"{results['deciding']}_gain")) is None:
+        return f"{table}\n\n{seeds}"
+    by = what[results["deciding"]]
+    return f"{table}\n\n{seeds} Gain over SFT by {by}: {interval(gain)}, {direction(gain)}."
