@@ -17,7 +17,7 @@ from rlhf_lib.show.display import markdown
 from rlhf_lib.show.tables import short, table_of
 
 HUB_ID = "hub:"
-LIMITS = """- It was trained to learn from, and to be measured. It is not fit for use: a model so small
+LIMITS = """- It was trained to learn from, and to be measured. It is not fit for use: a small model
   is often wrong, and what it was taught to like is all that this training gave it.
 - A policy learns what its reward likes, mistakes included: long or flattering replies, if they
   were preferred. Gains are stated beside a judge that it was not trained on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.pairs import load_data
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.endpoint import EndpointError, ask, points, win_rates
+from rlhf_lib.models.load import load_tokenizer
 from rlhf_lib.profiles import PROFILES, load_profile
-from rlhf_lib.settings import EndpointConfig, SettingsError
+from rlhf_lib.settings import DataConfig, EndpointConfig, SettingsError
+from rlhf_lib.world.rewards import gold_reward
 
 
 @dataclass
@@ -178,3 +182,95 @@ def test_errors_name_the_endpoint_and_nothing_is_cached(server: Server, tmp_path
 def test_it_is_off_by_default() -> None:
     assert all(not load_profile(name).endpoint.url for name in PROFILES)
     assert endpoint.KEY not in json.dumps(vars(EndpointConfig()))
+
+
+# --------------------------------------------------------------------------- a judge judged
+
+
+def labelled(count: int = 200) -> list[Pair]:
+    """Pairs whose chosen reply is "good", and the longer one in half of them."""
+    pairs = []
+    for i in range(count):
+        good, bad = f"good {i}" + " more" * (i % 2), f"bad {i}" + " more" * (1 - i % 2)
+        pairs.append(Pair(str(i), f"Human: {i}", good, bad, [], [], []))
+    return pairs
+
+
+def biased(share: float, chooses: Callable[[str, str], str]) -> Callable[[str], dict]:
+    """One that knows what is good, but in a share of the questions `chooses` by the replies."""
+
+    def mind(question: str) -> dict:
+        first, second = (part.strip() for part in question.split("[Reply A]")[1].split("[Reply B]"))
+        second = second.partition("\n\nAnswer")[0]
+        number = int(question.split("Human: ")[1].split()[0])
+        if (number * 37 % 100) / 100 < share:
+            return says(chooses(first, second))
+        return says("A" if "good" in first else "B")
+
+    return mind
+
+
+def planted(server: Server, tmp_path: Path, mind: Callable[[str], dict]) -> dict:
+    server.mind = mind
+    return endpoint.trust(config(server, pairs=200), labelled(), None, tmp_path)
+
+
+def test_a_fair_judge_shows_no_bias(server: Server, tmp_path: Path) -> None:
+    found = planted(server, tmp_path, biased(0.0, lambda a, b: "A"))
+    assert found["labels"]["mean"] == found["same_in_both_orders"]["mean"] == 1.0
+    assert found["labels"]["low"] < 1.0
+    assert found["first_place"]["mean"] == found["longer"]["mean"] == 0.0
+    assert (found["pairs"], found["unclear"], found["cost"]["requests"]) == (200, 0, 400)
+    assert "gold" not in found
+
+
+def test_a_planted_liking_of_the_first_place_is_found(server: Server, tmp_path: Path) -> None:
+    found = planted(server, tmp_path, biased(0.3, lambda a, b: "A"))
+    assert found["first_place"]["low"] < 0.15 < found["first_place"]["high"]
+    assert found["first_place"]["low"] > 0.05
+    assert found["same_in_both_orders"]["low"] < 0.7 < found["same_in_both_orders"]["high"]
+    assert found["longer"]["low"] < 0 < found["longer"]["high"]
+    assert found["labels"]["low"] < 0.85 < found["labels"]["high"]
+
+
+def test_a_planted_liking_of_length_is_found(server: Server, tmp_path: Path) -> None:
+    longer = biased(0.4, lambda a, b: "A" if len(a) > len(b) else "B")
+    found = planted(server, tmp_path, longer)
+    # in half of the pairs the longer reply is the good one, whatever it likes
+    assert found["longer"]["low"] < 0.2 < found["longer"]["high"]
+    assert found["longer"]["low"] > 0.1
+    assert found["first_place"]["mean"] == 0.0
+    assert found["labels"]["low"] < 0.8 < found["labels"]["high"]
+
+
+def test_a_judge_that_says_nothing_has_no_numbers(server: Server, tmp_path: Path) -> None:
+    found = planted(server, tmp_path, lambda question: says("I cannot say"))
+    assert (found["pairs"], found["unclear"]) == (0, 200)
+    assert "labels" not in found
+    with pytest.raises(SettingsError, match=r"endpoint\.url"):
+        endpoint.trust(EndpointConfig(), labelled(), None, tmp_path)
+
+
+def test_gold_decides_where_it_is_known(server: Server, tmp_path: Path) -> None:
+    """Of the bundled world's pairs: one that follows the true reward agrees with it, always."""
+    data = load_data(DataConfig(train_pairs=8, validation_pairs=1, test_pairs=60,
+                                demonstrations=2, rl_prompts=2, evaluation_prompts=2),
+                     load_tokenizer("tiny"))  # fmt: skip
+    pairs = list(data.pairs["test"])
+    worth = {
+        (p.prompt_text, text): gold_reward(p.prompt_text, text).total
+        for p in pairs
+        for text in (p.chosen_text, p.rejected_text)
+    }
+
+    def mind(question: str) -> dict:
+        asked, said = question.split("[Conversation]")[1].split("\n\n[Reply A]")
+        first, second = said.split("\n\n[Reply B]")
+        a, b = worth[asked, first], worth[asked, second.partition("\n\nAnswer")[0]]
+        return says("tie" if a == b else "A" if a > b else "B")
+
+    server.mind = mind
+    found = endpoint.trust(config(server, pairs=60), pairs, data.truth, tmp_path)
+    assert found["gold"]["mean"] == 1.0
+    assert found["longer"]["mean"] == 0.0, "it likes length no more than is right"
+    assert found["labels"]["mean"] < 1.0, "some labels are against the true reward"
