@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib
 import nbformat
 from nbconvert.exporters import Exporter
 from nbformat import NotebookNode
@@ -40,6 +39,7 @@ from traitlets.config import Config
 from rlhf_lib.report import cleaning
 from rlhf_lib.report.cleaning import ReportError, clean_text
 from rlhf_lib.report.mathfont import font_data_url, font_path, math_characters
+from rlhf_lib.report.scripts import DEJAVU, fonts_for
 
 TOOLS = ("pypandoc", "typst", "ziamath", "brotli")  # packages of the extra `report`
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -194,14 +194,15 @@ def _explain(entry: dict[str, Any], nb: NotebookNode) -> str:
 
 
 def _compile_typst(folder: Path) -> bytes:
-    """Compile `folder`/report.typ. Only fonts that come with the packages are used."""
+    """Compile `folder`/report.typ, with fonts that come with the packages as far as they go."""
     import typst
 
     source = folder / "report.typ"
-    fonts = [str(Path(matplotlib.get_data_path()) / "fonts" / "ttf"), str(font_path().parent)]
+    fonts = [str(DEJAVU), str(font_path().parent)]
+    own = not fonts_for(source.read_text(encoding="utf-8"))
     try:
         pdf, warnings = typst.compile_with_warnings(
-            str(source), root=str(folder), font_paths=fonts, ignore_system_fonts=True
+            str(source), root=str(folder), font_paths=fonts, ignore_system_fonts=own
         )
     except typst.TypstError as error:
         raise ReportError(_locate(error, source)) from error
