@@ -41,6 +41,23 @@ def test_a_relative_folder_is_the_checkouts_wherever_the_notebook_lies(
         assert kernel.in_checkout(tmp_path / "my") == tmp_path / "my"
 
 
+def test_a_relative_path_lies_where_its_user_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RLHF_FOLDER", raising=False)
+    assert kernel.users("pairs.jsonl") == Path("pairs.jsonl")
+    assert kernel.users("~/x") == Path.home() / "x"
+    monkeypatch.setenv("RLHF_FOLDER", str(tmp_path))  # a study's worker, elsewhere
+    assert kernel.users("pairs.jsonl") == tmp_path / "pairs.jsonl"
+    assert kernel.users("/data/pairs.jsonl") == Path("/data/pairs.jsonl")
+    monkeypatch.delenv("RLHF_FOLDER")
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_dataset.ipynb").write_text("{}")
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setattr(kernel, "get_ipython", object)
+    assert kernel.users("pairs.jsonl").resolve() == tmp_path.resolve() / "pairs.jsonl"
+
+
 WRONG = [
     ({"seed": "one"}, r"SEED='one': a seed is a whole number, 0 or above"),
     ({"seed": "1"}, r"SEED='1': a seed is"),

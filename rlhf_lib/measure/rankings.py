@@ -130,9 +130,10 @@ def _ece(preferences: np.ndarray, bins: int, won: np.ndarray | None = None) -> n
 
 
 def _interval(columns: Sequence[np.ndarray], statistic: Callable, samples: int) -> dict:
-    """A statistic of pairs with its percentile-bootstrap interval."""
-    low, high = resampled(columns, statistic, samples).confidence_interval
-    mean = float(statistic(*columns))
+    """A statistic of pairs with its percentile-bootstrap interval; one pair shows no spread."""
+    mean = low = high = float(statistic(*columns))
+    if len(columns[0]) > 1:
+        low, high = resampled(columns, statistic, samples).confidence_interval
     return {"mean": mean, "low": float(low), "high": float(high), "n": len(columns[0])}
 
 

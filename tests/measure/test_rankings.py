@@ -59,6 +59,30 @@ def test_a_bag_of_words_learns_a_word_and_not_a_side(count: int) -> None:
     assert neither.tolist() == [0.0]
 
 
+@pytest.mark.parametrize(
+    ("good", "bad"), [(" A", " B"), (" 很好，谢谢。", " 我不知道。"), (" 👍", " 👎")]
+)
+def test_replies_without_words_are_told_apart_by_their_letters(good: str, bad: str) -> None:
+    train = [pair(f"{good}{'!?.'[i % 3]}", f"{bad}{'!?.'[i % 2]}") for i in range(12)]
+    right, wrong = rankings.bag_of_words_preferences(train, [pair(good, bad), pair(bad, good)])
+    assert right > 0.1
+    assert wrong == pytest.approx(-right)
+
+
+def test_one_pair_teaches_a_bag_of_words_nothing() -> None:
+    test = [pair(" good", " evil")] * 3
+    assert rankings.bag_of_words_preferences(lexical_pairs(1), test).tolist() == [0.0] * 3
+
+
+def test_fewer_pairs_than_bins_have_a_bin_each() -> None:
+    found = rankings.calibration(np.array([2.0, -1.0, 0.5]), bins=8, samples=50)
+    assert [row["n"] for row in found["bins"]] == [1, 1, 1]
+    repaired = rankings.recalibrate(np.array([1.0, 2.0]), np.array([2.0, -1.0, 0.5]), 8, 50)
+    assert len(repaired["after"]["bins"]) == 3
+    alone = rankings.calibration(np.array([2.0]), samples=50)
+    assert alone["ece"]["low"] <= alone["ece"]["mean"] <= alone["ece"]["high"]
+
+
 def test_gold_prefers_the_right_facts() -> None:
     preferences = rankings.gold_preferences([pair(GOOD, WRONG), pair(WRONG, GOOD)])
     assert preferences[0] == pytest.approx(-preferences[1])
