@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from huggingface_hub import hf_api
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_lib import catalogue
+from rlhf_lib.proofs import parity_trl
 from rlhf_lib.release import card
 from rlhf_lib.release import push as release
 from rlhf_lib.settings import SettingsError, UserError
@@ -246,3 +248,25 @@ def test_adapters_go_along(study: Any, make_run: Callable, tiny_data: Any, tmp_p
         with adapted.disable_adapter():
             assert not torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-3)
     assert "adapter/" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_trl_goes_on_from_a_policy(finished: Any, tmp_path: Path) -> None:
+    """A folder's name is all that its trainer is given; one step changes the weights."""
+    pytest.importorskip("trl", reason="TRL is an optional dependency: pip install -e '.[parity]'")
+    folder = finished.sft.model_path
+    rows = [{"prompt": f"a b {w}", "chosen": "c d", "rejected": "d c"} for w in "efgh"]
+    before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    with parity_trl.undisturbed():
+        settings = parity_trl.trl_class("DPOConfig")(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=4, report_to=[],
+            use_cpu=True, bf16=False, learning_rate=1e-2, save_strategy="no",
+            gradient_checkpointing=False,
+        )  # fmt: skip
+        trainer = parity_trl.trl_class("DPOTrainer")(
+            model=str(folder), args=settings, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(folder),
+        )  # fmt: skip
+        trainer.train()
+        after = trainer.model.state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
