@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.data.dialogues import TextPair, Unusable, messages_of
-from rlhf_lib.settings import SettingsError
+from rlhf_lib.settings import DataConfig, SettingsError
 
 CHUNK = 1024  # texts tokenised at once
 HOLDER = "\u2402"  # begins and ends the place of a turn in a template; no template has it
@@ -165,16 +166,18 @@ class Encoder:
     def _in_template(self, text: str) -> list[int]:
         """A prompt as the chat template writes it.
 
-        The template gets place holders in place of what people wrote, and only its own words may
-        become special tokens: "<|im_end|>" typed by a human ends nothing.
+        Only the template's own words may become special tokens: "<|im_end|>" typed by a human ends
+        nothing. Where one did type such a thing, what people wrote is tokenised apart.
         """
         turns = messages_of(text)
         parts = self._render(tuple(turn.role for turn in turns)).split(HOLDER)
-        ids: list[int] = []
-        for place, part in enumerate(parts):  # the template's words and people's take turns
-            said = turns[int(part)].text if place % 2 else part
-            ids += self._encode([said], special=not place % 2)[0]
-        return ids
+        # the template's words and people's take turns
+        said = [turns[int(part)].text if place % 2 else part for place, part in enumerate(parts)]
+        special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        if not any(token in turn.text for turn in turns for token in special):
+            return self._encode(["".join(said)], special=True)[0]
+        apart = (self._encode([p], special=not n % 2)[0] for n, p in enumerate(said))
+        return list(chain.from_iterable(apart))
 
     def _render(self, roles: tuple[str, ...], answered: bool = False) -> str:
         """What the template makes of turns of these roles, turn k being HOLDER k HOLDER."""
@@ -210,6 +213,12 @@ class Encoder:
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoder:
+    """The encoder that the settings of the data ask for."""
+    limits = config.max_prompt_tokens, config.max_response_tokens
+    return Encoder(tokenizer, *limits, config.template)
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,7 +27,7 @@ from rlhf_lib.data.dialogues import (
     read_prompt,
     unpaired,
 )
-from rlhf_lib.data.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt
+from rlhf_lib.data.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt, encoder_of
 from rlhf_lib.data.sources import DataError, Row, Source, read_source
 from rlhf_lib.data.store import Stored, Writer
 from rlhf_lib.data.truth import Truth, truth_of
@@ -59,9 +59,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
     Raises SettingsError for settings that cannot hold, DataError for data that cannot be used.
     """
     sizes = split_sizes(config)
-    encoder = Encoder(
-        tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.template
-    )
+    encoder = encoder_of(tokenizer, config)
     dropped, notes = Dropped(), []
 
     # 1. read
@@ -145,7 +143,7 @@ Rows = tuple[Sequence[Demonstration], Mapping[str, Sequence[Prompt]]]
 
 def _paired(rows: Sequence[Row], dropped: Dropped) -> Sequence[Row]:
     """The same rows; where each has one reply and a label, pairs of them."""
-    if not unpaired(rows[0].values):
+    if not rows or not unpaired(rows[0].values):
         return rows
     alone: list[Row] = []
     found = Stored.of(pair_up(rows, alone))
@@ -185,8 +183,8 @@ def _given(
     texts = _clean(chain.from_iterable(source.splits.values()), read, dropped)
     if not texts:
         raise DataError(
-            f"{config.demonstrations_from}: no demonstration. {dropped.advice()}. A demonstration "
-            "has `prompt` and `completion`, or `messages`"
+            f"{config.demonstrations_from}: no demonstration; left out: {dropped}. One has "
+            "`prompt` and `completion`, or `messages`"
         )
     return Stored.of(encoder.demonstrations(texts[: config.demonstrations]))
 

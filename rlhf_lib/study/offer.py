@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
-from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt
+from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt, encoder_of
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.measure.evaluate import random_numbers
 from rlhf_lib.methods import rewards
@@ -249,8 +249,7 @@ class Offer:
 
     @cached_property
     def encoder(self) -> Encoder:
-        limits = self.profile.data
-        return Encoder(self.tokenizer, limits.max_prompt_tokens, limits.max_response_tokens)
+        return encoder_of(self.tokenizer, self.profile.data)
 
     @property
     def policies(self) -> dict[str, str]:
