@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from rlhf_lib import trackers
 from rlhf_lib.profiles import Overrides, load_profile, paths
 from rlhf_lib.settings import Profile, SettingsError, unknown
 from rlhf_lib.user_code import resolve
@@ -74,7 +73,6 @@ def add(*records: Record) -> None:
 def load(profile: str, overrides: Overrides = ()) -> Profile:
     """`profiles.load_profile`, and the records that its setting `methods` names are entered."""
     found = load_profile(profile, overrides)
-    trackers.check(found.tracker)
     extend(found)
     return found
 

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+from rlhf_lib import trackers
 from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, deciding, unknown
 
 # A profile is what it changes of the defaults, in the words of any other override. In each of them
@@ -86,13 +87,15 @@ Overrides = str | Sequence[str] | Mapping[str, typing.Any]
 def load_profile(name: str, overrides: Overrides = ()) -> Profile:
     """The profile `name` with overrides applied.
 
-    Raises SettingsError for an unknown profile, section, setting, or a value of the wrong type.
+    Raises SettingsError for an unknown profile, section, setting, a value of the wrong type, or a
+    tracker that is not installed.
     """
     if not isinstance(name, str) or name not in PROFILES:
         raise unknown("profile", str(name), PROFILES)
     profile = Profile(name)
     for item in (*PROFILES[name].split(), *as_overrides(overrides)):
         profile = _override(profile, item)
+    trackers.check(profile.tracker)
     return profile
 
 

@@ -32,7 +32,18 @@ STAGES = (
     "probes",
     "evaluate",
 )
-OF_A_STUDY = ("run", "report", "status", "tune", "export", "stage", "chat", *STAGES)
+OF_A_STUDY = (
+    "run",
+    "report",
+    "status",
+    "tune",
+    "export",
+    "stage",
+    "chat",
+    "judge",
+    "push",
+    *STAGES,
+)
 COMMANDS = ("proofs", "check-claims", "doctor", "compare", "matrix", *OF_A_STUDY)
 
 
@@ -236,10 +247,10 @@ def test_a_line_that_is_not_json(cli: Callable, tmp_path: Path) -> None:
 
 
 def test_a_missing_key(cli: Callable, tmp_path: Path) -> None:
-    path = write(tmp_path, json.dumps({"chosen": pair(1)["chosen"], "reject": "x"}))
-    line = told(dataset(cli, f"path:{path}"), tmp_path)
-    assert "pairs.jsonl, row 41: no `rejected`; the row has `chosen`, `reject`" in line
-    assert "rename the columns" in line
+    row = json.dumps({"chosen": pair(1)["chosen"], "reject": "x"})
+    line = told(dataset(cli, f"path:{write(tmp_path, row, good=0)}"), tmp_path)
+    assert "left out: no `rejected` 1" in line
+    assert "Rename the columns (first: pairs.jsonl, row 1, no `rejected`)" in line
 
 
 def test_a_file_without_a_usable_row(cli: Callable, tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ MAX_LINES, MAX_MODULES = 450, 8
 # A module may import from its own folder, and from those before it in this list.
 ORDER = (
     "settings",
+    "trackers",
     "profiles",
     "kernel",
     "user_code",
-    "trackers",
     "catalogue",
     "files",
     "code_hash",
@@ -53,7 +53,7 @@ ORDER = (
 ALONE = {"objectives": {"objectives"}, "world": {"world"}, "report": {"report"}}
 SHARED_BY_METHODS = {f"rlhf_lib.methods.{name}" for name in ("learner", "rewards", "rollout")}
 # of the library; tools and benchmarks may as well
-SHOWS = {"show", "course", "study", "session", "lesson", "__main__"}
+SHOWS = {"show", "course", "study", "release", "session", "lesson", "__main__"}
 # The standard library lends the objectives words for types and records, no more.
 PURE = frozenset({"__future__", "collections", "dataclasses", "math", "typing", "torch"})
 

@@ -159,7 +159,7 @@ def _tried(load: Callable[[], PreTrainedModel]) -> str:
     try:
         model = load()
     except SettingsError as error:
-        said = re.sub(r"^model '.*?'(: | \((\w+)\) )", r"\2 ", str(error))
+        said = re.sub(r"^model '.*?'(?:: | \((\w+)\) | )", r"\1 ", str(error))
         return f"refused: {said.strip().partition('. ')[0]}"
     return described(reading_of(model), model.config._attn_implementation == "eager")
 
