@@ -244,10 +244,11 @@ def studies_summary(results: Mapping) -> str:
         }
         for case in results["studies"]
     ]  # fmt: skip
-    env = results["environment"]
+    env, note = results["environment"], results.get("note", "")
     return (
         f"Profile {results['profile']}, with notebooks and report, on {env.get('cpu', 'a CPU')}, "
-        f"{env['cpu_cores']} cores; one run each.\n\n{markdown(pd.DataFrame(rows))}"
+        f"{env['cpu_cores']} cores; one run each.{f' {note}' if note else ''}\n\n"
+        f"{markdown(pd.DataFrame(rows))}"
     )
 
 

@@ -23,6 +23,7 @@ from rlhf_lib.settings import PPOConfig, SettingsError, UserError
 from rlhf_lib.study import offer, training
 from rlhf_lib.study.training import run_stage
 from tests.conftest import dying_at, train_stage
+from tools import families
 
 # ------------------------------------------------------------------------------ what a stage gets
 
@@ -393,3 +394,16 @@ def test_a_stage_out_of_memory_says_what_is_smaller(
     run = make_run(tmp_path, "model.gradient_checkpointing=true", "model.lora_rank=2")
     with pytest.raises(UserError, match=r"out of memory; smaller is: sft\.micro_batch_size=2 \("):
         train_stage(run, "sft", tiny_data)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("Granite", "has no sequence classifier"), ("Mamba", "cannot sample with a cache")],
+)
+def test_a_model_that_cannot_be_used_is_refused_with_the_data(
+    family: str, message: str, make_run: Callable, tiny_data: Any, tmp_path: Path
+) -> None:
+    """That is before anything trains."""
+    run = make_run(tmp_path, f"model.name={families.save(family, tmp_path / 'model')}")
+    with pytest.raises(SettingsError, match=message):
+        train_stage(run, "dataset", tiny_data)
