@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from benchmarks.job import POOL, Job, Row
+from rlhf_lib.data.encoding import eos_id
 from rlhf_lib.data.pairs import load_data
 from rlhf_lib.flops import sizes_of
 from rlhf_lib.models import load
@@ -134,7 +135,7 @@ def _rows_of(
     config = DataConfig(train_pairs=500, validation_pairs=1, test_pairs=1)
     bundled = load_data(config, tokenizer).pairs["train"]
     stream = cycle(chain.from_iterable(p.prompt + p.chosen[:-1] for p in bundled))
-    end = [load.eos_id(tokenizer)]
+    end = [eos_id(tokenizer)]
 
     def text(length: int) -> list[int]:
         return list(islice(stream, length))

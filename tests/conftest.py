@@ -195,7 +195,8 @@ def make_run(tiny_base: Path) -> Callable[..., Any]:
     from rlhf_lib.runs import Run
 
     small = """
-        data.source=path:made-up data.max_response_tokens=8 checkpoint_minutes=60
+        data.source=path:made-up data.max_prompt_tokens=40 data.max_response_tokens=8
+        checkpoint_minutes=60
         reward_model.batch_size=6 reward_model.micro_batch_size=4 reward_model.epochs=1
         sft.batch_size=6 sft.micro_batch_size=4
         ppo.updates=4 ppo.batch_size=8 ppo.minibatch_size=4 ppo.micro_batch_size=3

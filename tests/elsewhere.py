@@ -51,7 +51,7 @@ MISTAKES: dict[str, tuple[str, ModuleType, Callable, str, str]] = {
     "reference": ("dpo", dpo, dpo.update, "[rows].to(chosen.device)", "[rows]"),
     "kto": ("dpo_kto", logprobs, logprobs.reply_logprobs, ".sum(1).cpu()", ".sum(1)"),
     "luck": ("grpo", generation, generation.generate, "[rows].to(model.device)", "[rows]"),
-    "padding": ("grpo", generation, generation._prefill, ".long().to(model.device)", ".long()"),
+    "padding": ("grpo", generation, generation.prefill, ".long().to(model.device)", ".long()"),
     "scores": ("ppo", rewards, rewards.raw_scores, "*batch).cpu()", "*batch)"),
     "values": ("ppo", ppo, ppo.make_experience, "part.cpu()", "part"),
     "advantages": ("ppo", ppo, ppo.update, "advantages[place].to(device)", "advantages[place]"),

@@ -32,18 +32,8 @@ STAGES = (
     "probes",
     "evaluate",
 )
-OF_A_STUDY = (
-    "run",
-    "report",
-    "status",
-    "tune",
-    "export",
-    "stage",
-    "chat",
-    "judge",
-    "push",
-    *STAGES,
-)
+STUDY = "run report status tune export stage chat judge push"
+OF_A_STUDY = (*STUDY.split(), *STAGES)
 COMMANDS = ("proofs", "check-claims", "doctor", "compare", "matrix", *OF_A_STUDY)
 
 

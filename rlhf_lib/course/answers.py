@@ -87,11 +87,13 @@ def _fooling_reply(reply: str) -> Claims:
 def _cut(cut: Callable, tokenizer: PreTrainedTokenizerBase) -> Claims:
     prompt, reply = "\n\nHuman: Is tea hot?\n\nAssistant:", " Yes, it is. Be careful."
     asked, said = tokenizer([prompt, reply], add_special_tokens=False)["input_ids"]
+    begin = len(Encoder(tokenizer, 9, 1, "hh").begin)  # the reader's function knows none
     for less, relation in ((2, "two tokens below"), (0, "equal to"), (-1, "one token above")):
         limits = len(asked) - less, len(said) - less
-        truth = Encoder(tokenizer, *limits).demonstrations([(prompt, reply)])[0]
+        encoder = Encoder(tokenizer, limits[0] + begin, limits[1], "hh")
+        truth = encoder.demonstrations([(prompt, reply)])[0]
         answer = answered(cut(asked, said, *limits, tokenizer.eos_token_id))
-        same = [list(side) for side in answer] == [truth.prompt, truth.response]
+        same = [list(side) for side in answer] == [truth.prompt[begin:], truth.response]
         hint = f"Wrong where each limit is {relation} the length. What must stay, what may end?"
         yield Claim(same, True, hint)
 

@@ -215,10 +215,10 @@ def rollout_of(
 
 def generate_without_mask(patch: pytest.MonkeyPatch) -> None:
     """The padding on the left is attended to, and counted as positions."""
-    step = generation._step
+    step = generation.next_logits
     patch.setattr(
         generation,
-        "_step",
+        "next_logits",
         lambda model, ids, mask, positions, cache: step(model, ids, None, None, cache),
     )
 

@@ -52,7 +52,7 @@ def another_end_token(patch: pytest.MonkeyPatch) -> None:
 
 def without_cache(patch: pytest.MonkeyPatch) -> None:
     """Every step reads the whole text again."""
-    step, read = generation._step, []
+    step, read = generation.next_logits, []
 
     def whole(
         model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache
@@ -61,7 +61,7 @@ def without_cache(patch: pytest.MonkeyPatch) -> None:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         return step(model, torch.cat(read, dim=1), mask, positions, DynamicCache())
 
-    patch.setattr(generation, "_step", whole)
+    patch.setattr(generation, "next_logits", whole)
     patch.setattr(generation, "FINISHED_SHARE", 1.0)  # what has been read stays in its place
 
 
