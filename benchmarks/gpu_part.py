@@ -190,11 +190,11 @@ def decoding(part: Part) -> None:
     ours = freeze(accelerator, load_policy(folder))
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     theirs.to(accelerator.device, torch.bfloat16 if on_gpu else torch.float32).eval()
-    longest, recorded = 16 if part.small else 128, generation.decoding.decode_recorded
+    longest, recorded = 16 if part.small else 128, generation.decode_recorded
     luck = torch.rand(256, longest, dtype=torch.float64, generator=torch.manual_seed(0))
 
     def library(model: PreTrainedModel, prompts: list, decode: Callable) -> list[list[int]]:
-        generation.decoding.decode_recorded = decode
+        generation.decode_recorded = decode
         with accelerator.autocast():
             return generation.generate(
                 model, tokenizer, prompts, longest, uniforms=luck[: len(prompts)]

@@ -146,9 +146,8 @@ def _tried(read: Callable[[], str], folder: str = "") -> str:
 
 
 def _pair(rows: dict | list[dict]) -> str:
-    given = [
-        Row("example", n, dict(r)) for n, r in enumerate(rows if type(rows) is list else [rows], 1)
-    ]
+    several = rows if isinstance(rows, list) else [rows]
+    given = [Row("example", number, values) for number, values in enumerate(several, 1)]
     if unpaired(given[0].values):
         given = list(pair_up(given, []))
     pair = read_pair(given[0])
