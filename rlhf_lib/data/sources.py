@@ -343,7 +343,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        yield number, _object(path, f"line {number}", line.removesuffix(b"\n"))
+        place = f"line {number}"
+        yield number, _as_object(path, place, _parsed(path, place, line.removesuffix(b"\n")))
 
 
 def _array_rows(path: Path) -> Iterator[tuple[int, dict]]:
@@ -360,10 +361,6 @@ def _parsed(path: Path, place: str, text: bytes) -> Any:
         if text.strip() in (b"[", b"{"):
             hint = "it looks like one array or object over several lines: name it .json"
         raise DataError(f"{path}, {place}: not JSON ({error}); {hint}") from error
-
-
-def _object(path: Path, place: str, text: bytes) -> dict:
-    return _as_object(path, place, _parsed(path, place, text))
 
 
 def _as_object(path: Path, place: str, values: Any) -> dict:
