@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
@@ -137,12 +136,6 @@ def resume(part: Part) -> None:
     part.add("steps", [len(s.metrics()) for s in (whole, resumed)])
 
 
-def another(precision: str) -> Accelerator:
-    """`accelerate` knows one precision a process, unless it is made to forget."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return make_accelerator(precision)
-
-
 def passes(part: Part) -> None:
     """Gradients of recorded passes beside those of plain ones, and the memory that both keep."""
     if not torch.cuda.is_available():
@@ -150,7 +143,7 @@ def passes(part: Part) -> None:
     tokenizer = load_tokenizer("tiny")
     rows = drawn_rows(tokenizer, 24)
     for precision in ("fp32", "bf16", "fp16"):
-        accelerator = another(precision)
+        accelerator = make_accelerator(precision)
         model = random_policy(TINY if part.small else GPT2Config()).to(accelerator.device)
 
         def gradient(model: PreTrainedModel, accelerator: Accelerator) -> Tensor:
@@ -213,7 +206,7 @@ def decoding(part: Part) -> None:
             part.add(f"{rows} rows, {name}", rates(side, 1 if part.small else 4))
     if on_gpu:
         part.add("peak_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
-    exact, accelerator = load_policy(folder).to(accelerator.device).eval(), another("fp32")
+    exact, accelerator = load_policy(folder).to(accelerator.device).eval(), make_accelerator("fp32")
     said = [library(exact, prompts, decode) for decode in (recorded, generation._decode)]
     part.add("equal_in_fp32", _equal_tokens(*said))
 

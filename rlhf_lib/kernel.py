@@ -39,6 +39,19 @@ def users(path: str | Path) -> Path:
     return Path(began, given) if began else in_checkout(given)
 
 
+def without_folders(name: str) -> str:
+    """A source of data or a model as others may read it: a file's folder is nobody's business.
+
+    `path:/home/me/a.jsonl` becomes `path:a.jsonl`, `./models/mine` becomes `mine`, and what has a
+    name of its own, such as `hub:org/name` or `org/name`, keeps it.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "path":
+        return "path:" + ",".join(Path(part).name for part in rest.split(","))
+    local = name and (name.startswith((".", "/", "~")) or users(name).is_dir())
+    return users(name).resolve().name if local else name
+
+
 def check_parameters() -> None:
     """Raises SettingsError for a parameter that papermill was given and no notebook has.
 

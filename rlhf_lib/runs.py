@@ -109,9 +109,9 @@ class Stage:
         return self.path / "model"
 
     def result(self) -> dict:
-        """`result.json` of a finished stage. Raises FileNotFoundError naming how to run it."""
+        """`result.json` of a finished stage. Raises UserError naming how to run it."""
         if not self.done:
-            raise FileNotFoundError(
+            raise UserError(
                 f"stage {self.name} (seed {self.config['seed']}) has not been run with these "
                 f"settings: python -m rlhf_lib stage {self.name} "
                 f"--profile {self.config['profile']} --seed {self.config['seed']}"

@@ -22,6 +22,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -75,16 +76,19 @@ def no_gpu() -> str:
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
-    """The `accelerate` handle that places models and runs mixed precision.
+    """The `accelerate` handle that places models and runs mixed precision, its own in each handle.
 
     Raises RuntimeError when started in several processes: one process per run is supported.
     """
+    # accelerate's handles share one state; a chapter's small model and its study differ in it
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=PRECISIONS[choose_precision(precision)])
     if accelerator.num_processes > 1:
         raise RuntimeError(
             f"started in {accelerator.num_processes} processes: a stage trains in one process; "
             "start one process per seed instead (--seed)"
         )
+    accelerator.state.__dict__ = dict(accelerator.state.__dict__)
     return accelerator
 
 

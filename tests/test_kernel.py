@@ -20,6 +20,30 @@ from rlhf_lib.study.stages import Study
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("path:/home/me/a.jsonl", "path:a.jsonl"),
+        ("path:/home/me/a.jsonl,more/b.csv", "path:a.jsonl,b.csv"),
+        ("hub:org/name:part", "hub:org/name:part"),
+        ("bundled:half", "bundled:half"),
+        ("org/name", "org/name"),
+        ("tiny", "tiny"),
+        ("", ""),
+        ("/home/me/models/mine", "mine"),
+        ("./mine", "mine"),
+        ("models/mine", "mine"),
+        ("models/gone", "models/gone"),
+    ],
+)
+def test_what_others_read_names_no_folder(
+    name: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.setenv("RLHF_FOLDER", str(tmp_path))
+    assert kernel.without_folders(name) == shown
+
+
 def test_a_relative_folder_is_the_checkouts_wherever_the_notebook_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

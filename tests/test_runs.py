@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf_lib.runs import Run, Stage, Work
+from rlhf_lib.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def test_a_folder_without_done_is_built_again(run: Run) -> None:
 
 def test_a_stage_that_was_not_run_says_how_to_run_it(run: Run) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"python -m rlhf_lib stage reward_model --profile smoke --seed 3"
+        UserError, match=r"python -m rlhf_lib stage reward_model --profile smoke --seed 3"
     ):
         stage_of(run, "reward_model").result()
 

@@ -59,6 +59,20 @@ def test_the_precision_follows_the_device(
     assert choose_precision("auto") == expected
 
 
+def test_each_handle_has_its_own_precision() -> None:
+    """A chapter's small model learns in fp32 beside its study's in another precision."""
+    handles = {name: make_accelerator(name) for name in ("fp32", "bf16", "fp32")} | {
+        "half": make_accelerator("bf16")
+    }
+    said = {name: handle.mixed_precision for name, handle in handles.items()}
+    assert said == {"fp32": "no", "bf16": "bf16", "half": "bf16"}
+    made = torch.ones(2, 2)
+    for name, handle in handles.items():
+        with handle.autocast():
+            dtype = (made @ made).dtype
+        assert dtype == (torch.float32 if name == "fp32" else torch.bfloat16), name
+
+
 def test_the_accelerator_runs_in_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_accelerator("fp32").num_processes == 1
     monkeypatch.setattr(runtime, "Accelerator", lambda **_: SimpleNamespace(num_processes=4))

@@ -17,7 +17,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO
@@ -375,7 +375,8 @@ def _as_object(path: Path, place: str, values: Any) -> dict:
 def _table_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """Rows below a head line; an empty cell is no value."""
     tab = ".tsv" in path.name
-    texts = (line.decode("utf-8-sig" if first else "utf-8") for first, line in _numbered(path))
+    codecs = chain(["utf-8-sig"], repeat("utf-8"))  # a byte order mark may begin the file
+    texts = (line.decode(codec) for line, codec in zip(_lines(path), codecs, strict=False))
     try:
         reader = csv.DictReader(texts, delimiter="\t" if tab else ",", strict=True)
         for number, values in enumerate(reader, 1):
@@ -388,11 +389,6 @@ def _table_rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, {key: value for key, value in values.items() if value != ""}
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a table: {error}") from error
-
-
-def _numbered(path: Path) -> Iterator[tuple[bool, bytes]]:
-    """Each line, and whether it is the first."""
-    return ((not number, line) for number, line in enumerate(_lines(path)))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:

@@ -7,10 +7,10 @@ of its study where that has ended with this very stage in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from rlhf_lib import __version__
 from rlhf_lib.catalogue import Record
+from rlhf_lib.kernel import without_folders
 from rlhf_lib.measure.statistics import direction, interval
 from rlhf_lib.runs import Stage, training_minutes
 from rlhf_lib.show.display import markdown
@@ -37,9 +37,9 @@ def text(
 
     `base`: the pretrained model. `adapter`: whether the adapters lie beside the weights.
     """
-    reward_model = not record.role
+    reward_model, base = not record.role, without_folders(base)
     parts = [
-        _head(reward_model, base, _source(audit)),
+        _head(reward_model, base, audit["source"]),
         f"# {record.label}, seed {stage.config['seed']}",
         _what(record, stage, base, reward_model, adapter),
         "## Data\n\n" + _data(audit),
@@ -57,7 +57,7 @@ def _head(reward_model: bool, base: str, source: str) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if reward_model else "text-generation",
     }
-    if "/" in base and not base.startswith((".", "/", "~")):
+    if "/" in base:
         lines["base_model"] = base
     if source.startswith(HUB_ID):
         lines["datasets"] = f"[{source.removeprefix(HUB_ID).partition(':')[0]}]"
@@ -88,16 +88,10 @@ def _what(record: Record, stage: Stage, base: str, reward_model: bool, adapter: 
     )
 
 
-def _source(audit: Mapping) -> str:
-    """A file's name says enough; its folder is nobody's business."""
-    kind, colon, place = str(audit["source"]).partition(":")
-    return f"{kind}:{Path(place).name}" if kind == "path" else kind + colon + place
-
-
 def _data(audit: Mapping) -> str:
     train = audit["splits"]["train"]
     said = [
-        f"Source: `{_source(audit)}`; {train['pairs']} pairs to train on, from "
+        f"Source: `{without_folders(audit['source'])}`; {train['pairs']} pairs to train on, from "
         f"{train['conversations']} conversations; {audit['demonstrations']} demonstrations. "
         f"Dialogues are written in {audit['template']}.",
         f"The preferred reply is the longer in {train['chosen_longer_share']:.0%} of the pairs.",
@@ -114,7 +108,10 @@ def _data(audit: Mapping) -> str:
 def _settings(stage: Stage) -> str:
     of_model = {f"model.{name}": value for name, value in stage.config["model"].items()}
     settings = {**stage.config["settings"], **of_model}
-    columns = [("setting", lambda name: f"`{name}`"), ("value", lambda name: str(settings[name]))]
+    columns = [
+        ("setting", lambda name: f"`{name}`"),
+        ("value", lambda name: without_folders(str(settings[name]))),
+    ]
     return markdown(table_of(sorted(settings), columns))
 
 

@@ -47,11 +47,7 @@ def _trained(study: Study, name: str) -> Stage:
     if name not in planned:
         raise SettingsError(f"this study has no stage {name!r}, only {', '.join(planned)}")
     stage = planned[name]
-    if not stage.done:
-        raise UserError(
-            f"stage {name} (seed {study.run.seed}) has not been run with these settings: "
-            f"python -m rlhf_lib stage {name} --profile {study.run.profile.name}"
-        )
+    stage.result()  # says so where it has not been run
     if not stage.model_path.is_dir():
         raise UserError(f"stage {name} trains no model")
     return stage

@@ -18,6 +18,7 @@ from rlhf_lib.code_hash import source_hash
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.truth import Truth, unit_of
 from rlhf_lib.files import read_jsonl, write_json, write_jsonl
+from rlhf_lib.kernel import without_folders
 from rlhf_lib.measure import endpoint
 from rlhf_lib.measure.statistics import over_seeds
 from rlhf_lib.results import best_of_n
@@ -92,14 +93,13 @@ def _results(
         {name: price["flops"] / unit for name, price in prices.items()},
         {name: price["minutes"] for name, price in prices.items()},
     )
-    kind, colon, place = profile.data.source.partition(":")
     results = {
         "format": FORMAT,
         "profile": profile.name,
         "seeds": [run.seed for run in runs],
         "settings": as_dict(profile),
-        "source": kind + colon + Path(place).name,
-        "model": profile.model.name,
+        "source": without_folders(profile.data.source),
+        "model": without_folders(profile.model.name),
         "deciding": samples.deciding,
         "data": data.audit,
         "reward_model": reward_model_summary(stages, data, resamples),

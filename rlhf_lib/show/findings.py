@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib.catalogue import GREY, color, label, policies
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.measure.attribution import DOSED
 from rlhf_lib.measure.statistics import contrast, interval
 from rlhf_lib.methods.rollout import Rollout
@@ -130,9 +131,11 @@ def sides_moved(metrics: Sequence[Mapping], beta: float) -> str:
     )
 
 
-def answers(replies: Mapping[str, Rollout], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def answers(
+    sampled: Mapping[str, Rollout], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> pd.DataFrame:
     """Replies of some policies to the same prompts, prompt by prompt."""
-    frames = [tables.replies(said, tokenizer, policy=name) for name, said in replies.items()]
+    frames = [tables.replies(said, prompts, tokenizer, policy=p) for p, said in sampled.items()]
     return pd.concat(frames).sort_values("prompt", kind="stable")
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import label
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.files import read_jsonl
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.methods.rollout import Rollout
@@ -375,23 +376,24 @@ def quarters(metrics: Sequence[Mapping], key: str) -> tuple[list[float], list[fl
     return values[:size], values[-size:]
 
 
-def replies(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, **first: object) -> pd.DataFrame:
+def replies(
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    **first: object,
+) -> pd.DataFrame:
     """A table of sampled replies: last human turn, reply, rewards; `first` adds leading columns."""
-    asked = tokenizer.batch_decode(rollout.prompts)
     answered = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     gold = rollout.gold
 
-    def turn(i: int) -> str:
-        return shorten(asked[i].rpartition("Human:")[2].removesuffix("Assistant:"), 90)
-
     columns = [
-        ("prompt", turn),
+        ("prompt", lambda i: shorten(last_request(prompts[i].text), 90)),
         ("reply", lambda i: shorten(answered[i], 180) + _cut(rollout.finished[i])),
         ("proxy", lambda i: f"{rollout.scores[i]:.2f}"),
         *([("gold", lambda i: f"{gold[i]:.2f}")] if gold is not None else []),
         ("log-ratio to SFT", lambda i: f"{rollout.kl[i]:.1f}"),
     ]
-    frame = table_of(range(len(asked)), columns)
+    frame = table_of(range(len(prompts)), columns)
     return pd.DataFrame(first, index=frame.index).join(frame)
 
 

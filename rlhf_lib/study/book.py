@@ -12,6 +12,7 @@ import pandas as pd
 
 from rlhf_lib import __version__, catalogue
 from rlhf_lib.files import write_json
+from rlhf_lib.kernel import without_folders
 from rlhf_lib.profiles import of_settings
 from rlhf_lib.proofs import claims, parity
 from rlhf_lib.report import exporters, references
@@ -228,8 +229,11 @@ def export_figures(profile: Profile, run_dir: Path, target: Path) -> list[Path]:
     """Numbers of a finished study as JSON and CSV, and the plots drawn from them; no text."""
     folder = evaluation_folder(profile, run_dir)
     results, points = load_results(folder), pd.read_csv(folder / "frontier.csv")
-    # a file's name says enough; its folder is nobody's business
-    results["settings"]["data"]["source"] = results["data"]["source"] = results["source"]
+    settings = results["settings"]
+    settings["data"]["source"] = results["data"]["source"] = results["source"]
+    settings["model"]["name"] = results["model"]
+    demonstrations = settings["data"]["demonstrations_from"]
+    settings["data"]["demonstrations_from"] = without_folders(demonstrations)
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / "results.json", results)
     points.to_csv(target / "frontier.csv", index=False)

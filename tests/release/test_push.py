@@ -39,9 +39,10 @@ AUDIT = {
 @pytest.fixture
 def study(finished: Any, make_run: Callable, tmp_path: Path) -> Any:
     """A study whose SFT and reward model are trained, and nothing else."""
-    missing = SimpleNamespace(done=False, name="ppo")
+    run = make_run(tmp_path)
+    missing = run.stage("ppo", run.profile.ppo, {})
     return SimpleNamespace(
-        run=make_run(tmp_path),
+        run=run,
         data=SimpleNamespace(audit=AUDIT),
         planned=lambda: {**vars(finished), "ppo": missing},
     )

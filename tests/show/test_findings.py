@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rlhf_lib.catalogue import label, policies
+from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.results import frontier
 from rlhf_lib.show import costs, findings, tables
@@ -108,12 +109,13 @@ def test_what_is_said_of_both_sides(chosen: float, rejected: float, moral: str) 
 def test_replies_of_several_policies_stand_together(
     monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:
-    def replies(said: str, tokenizer: Any, policy: str) -> pd.DataFrame:
-        assert tokenizer is tiny_tokenizer
+    def replies(said: str, prompts: list, tokenizer: Any, policy: str) -> pd.DataFrame:
+        assert (prompts, tokenizer) == (asked, tiny_tokenizer)
         return pd.DataFrame({"policy": policy, "prompt": ["b", "a"], "reply": [said, said]})
 
+    asked = [Prompt("a", [1]), Prompt("b", [2])]
     monkeypatch.setattr(tables, "replies", replies)
-    table = findings.answers({"SFT": "x", "DPO": "y"}, tiny_tokenizer)  # type: ignore[dict-item]
+    table = findings.answers({"SFT": "x", "DPO": "y"}, asked, tiny_tokenizer)  # type: ignore[dict-item]
     assert table["prompt"].tolist() == ["a", "a", "b", "b"]
     assert table["policy"].tolist() == ["SFT", "DPO"] * 2
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rlhf_lib.catalogue import label
-from rlhf_lib.data.encoding import Pair
+from rlhf_lib.data.encoding import Pair, Prompt
 from rlhf_lib.files import write_jsonl
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.show import tables, training
@@ -35,15 +35,16 @@ def test_the_change_table_has_the_metrics_that_were_logged() -> None:
 
 def test_replies_show_the_last_turn_and_what_was_cut(tiny_tokenizer: Any) -> None:
     words = tiny_tokenizer.encode
+    asked = ["\n\nHuman: a b\n\nAssistant: c\n\nHuman: d e\n\nAssistant:", "f"]
+    prompts = [Prompt(text, words(text)) for text in asked]
     rollout = SimpleNamespace(
-        prompts=[words("Human: a b Assistant: c Human: d e Assistant:"), words("f")],
         responses=[[*words("g h"), tiny_tokenizer.eos_token_id], words("i")],
         finished=torch.tensor([True, False]),
         scores=torch.tensor([0.5, -1.25]),
         gold=[2.0, math.pi],
         kl=torch.tensor([0.0, 3.21]),
     )
-    table = tables.replies(rollout, tiny_tokenizer, step=7)
+    table = tables.replies(rollout, prompts, tiny_tokenizer, step=7)  # type: ignore[arg-type]
     assert table.to_dict("records") == [
         {
             "step": 7,
@@ -63,7 +64,7 @@ def test_replies_show_the_last_turn_and_what_was_cut(tiny_tokenizer: Any) -> Non
         },
     ]
     rollout.gold = None
-    assert "gold" not in tables.replies(rollout, tiny_tokenizer).columns
+    assert "gold" not in tables.replies(rollout, prompts, tiny_tokenizer).columns  # type: ignore[arg-type]
 
 
 def test_error_counts_have_every_category_that_can_occur() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,9 @@ def test_the_appendix_shows_what_was_tried_before(monkeypatch: Any, tmp_path: Pa
 
 def test_the_export_is_whole_and_holds_nothing_private(tmp_path: Path) -> None:
     """Numbers only: no folder names of whoever ran it, and no text of anybody's dataset."""
-    publish(tmp_path, "proxy", "offline")
+    own = load_profile("offline", ["data.demonstrations_from=path:/home/me/shown.jsonl"])
+    settings = replace(own, model=replace(own.model, name="/home/me/mine"))
+    publish(tmp_path, "proxy", "offline", settings=settings)
     profile = load_profile("offline")
     samples = tmp_path / "offline" / "evaluation-abc" / "samples"
     samples.mkdir()
@@ -271,6 +274,8 @@ def test_the_export_is_whole_and_holds_nothing_private(tmp_path: Path) -> None:
         assert b"how do I" not in path.read_bytes(), path.name
     exported = json.loads(paths[0].read_text())
     assert exported["settings"]["data"]["source"] == "path:pairs.jsonl.gz"
+    assert exported["settings"]["data"]["demonstrations_from"] == "path:shown.jsonl"
+    assert exported["settings"]["model"]["name"] == exported["model"]
     assert exported["policies"] == made_up("proxy")["policies"]
 
 
