@@ -258,9 +258,8 @@ def test_the_appendix_shows_what_was_tried_before(monkeypatch: Any, tmp_path: Pa
 def test_the_export_is_whole_and_holds_nothing_private(tmp_path: Path) -> None:
     """Numbers only: no folder names of whoever ran it, and no text of anybody's dataset."""
     own = load_profile("offline", ["data.demonstrations_from=path:/home/me/shown.jsonl"])
-    settings = replace(own, model=replace(own.model, name="/home/me/mine"))
-    publish(tmp_path, "proxy", "offline", settings=settings)
-    profile = load_profile("offline")
+    profile = replace(own, model=replace(own.model, name="/home/me/mine"))
+    publish(tmp_path, "proxy", "offline", settings=profile)
     samples = tmp_path / "offline" / "evaluation-abc" / "samples"
     samples.mkdir()
     (samples / "sft.jsonl").write_text('{"prompt": "how do I", "response": "like this"}\n')
