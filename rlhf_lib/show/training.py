@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import shorten
 from types import ModuleType
@@ -144,17 +144,22 @@ def gradients(found: Mapping[str, Tensor]) -> pd.DataFrame:
     )
 
 
-def directions(found: Mapping[str, Tensor]) -> pd.DataFrame:
-    """Gradients of one batch beside the first of them: angle and length."""
-    first = next(iter(found.values()))
-    return pd.DataFrame(
-        {
+def directions(found: Iterable[tuple[str, Tensor]]) -> pd.DataFrame:
+    """Gradients of one batch beside the first of them: angle and length.
+
+    They are as large as the model: given one by one, two of them are held at a time.
+    """
+    first, rows = None, []
+    for name, gradient in found:
+        first = gradient if first is None else first
+        row = {
             "estimator": name,
-            "cosine with the default": f"{torch.cosine_similarity(g, first, dim=0):.3f}",
-            "length, default = 1": f"{g.norm() / first.norm():.2f}",
+            "cosine with the default": f"{torch.cosine_similarity(gradient, first, dim=0):.3f}",
+            "length, default = 1": f"{gradient.norm() / first.norm():.2f}",
         }
-        for name, g in found.items()
-    )
+        rows.append(row)
+        del gradient  # not beside the next
+    return pd.DataFrame(rows)
 
 
 # ---------------------------------------------------------------------------------------- runs

@@ -109,7 +109,7 @@ def test_gradients_have_a_column_a_word() -> None:
 
 def test_directions_are_measured_against_the_first() -> None:
     both = {"default": torch.tensor([2.0, 0.0]), "other": torch.tensor([0.0, -1.0])}
-    frame = training.directions(both)
+    frame = training.directions(both.items())
     assert frame["cosine with the default"].tolist() == ["1.000", "0.000"]
     assert frame["length, default = 1"].tolist() == ["1.00", "0.50"]
 
