@@ -14,7 +14,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 ARG UID=1000
-RUN useradd --create-home --uid "$UID" rlhf && mkdir -p /rlhf/runs && chown -R rlhf /rlhf
+RUN useradd --create-home --non-unique --uid "$UID" rlhf && mkdir -p /rlhf/runs && chown -R rlhf /rlhf
 USER rlhf
 WORKDIR /rlhf
 

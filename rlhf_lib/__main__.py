@@ -48,7 +48,7 @@ RunDir = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, help="which seed of the study")]
 # typer reads these annotations, and on Python 3.10 wants Optional
 Seeds = Annotated[Optional[int], typer.Option("--seeds", min=1, help="how many")]  # noqa: UP045
-Data = Annotated[str, typer.Option("--data", help="bundled | hub:NAME[:SUBSET] | path:FILE")]
+Data = Annotated[str, typer.Option("--data", help="bundled | hub:NAME[:SUBSET] | path:FILES")]
 Model = Annotated[str, typer.Option("--model", help="tiny | smollm2-135m | gpt2 | hub id | folder")]
 Set = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -201,6 +201,7 @@ def matrix(
     from rlhf_lib.session import matrix as many
 
     folder = many.run(file, run_dir, out)
+    print(many.as_text(folder))
     for path in sorted(folder.iterdir()):
         print(path)
 
@@ -325,7 +326,8 @@ def chat(
 
     study = Study.open(profile, seed, run_dir, _overrides(data, model, settings, None))
     panel = room.Panel(study, policies or room.DEFAULT)
-    print("One request a line; Ctrl-D ends.", file=sys.stderr)
+    if sys.stdin.isatty():
+        print("One request a line; Ctrl-D ends.", file=sys.stderr)
     for answer in room.talk(panel, sys.stdin):
         print(answer, flush=True)
 
@@ -398,11 +400,12 @@ def run_stage(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run one stage of one seed, and what it needs before it."""
+    from rlhf_lib.data.audit import said
     from rlhf_lib.study.stages import Study
 
-    overrides = _overrides(data, model, settings, None)
-    stage = Study.open(profile, seed, run_dir, overrides).stage(name.replace("-", "_"))
-    print(f"{name}: {stage.path}")
+    study = Study.open(profile, seed, run_dir, _overrides(data, model, settings, None))
+    print(*said(study.data.audit), sep="\n", file=sys.stderr)
+    print(f"{name}: {study.stage(name.replace('-', '_')).path}")
 
 
 def _add_stage(name: str, summary: str) -> None:
@@ -431,6 +434,7 @@ def main() -> None:
     """Run the command line; expected errors end with one message and status 2, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = lambda said, *_: print(f"warning: {said}", file=sys.stderr)
     try:
         app(prog_name="rlhf-lib")
     except (UserError, OSError) as error:  # a file that is not there, a disk that is full

@@ -1,8 +1,8 @@
 """The state of a stage under way, in two slots that are overwritten in turn.
 
-A slot counts once its `progress.json` stands, which holds a hash of every other file in it; the
-newest one that is whole is gone on from. Its files are emptied before they are overwritten: a drive
-that keeps what is deleted or replaced would be full of old states in minutes.
+A slot counts once its `progress.json` stands, which holds a hash of every other file in it and one
+of itself; the newest one that is whole is gone on from. Its files are emptied before they are
+overwritten: a drive that keeps what is deleted or replaced would be full of old states in minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from rlhf_lib import files
-from rlhf_lib.settings import UserError
+from rlhf_lib.settings import UserError, content_hash
 
 SLOTS = ("checkpoint-a", "checkpoint-b")
 PROGRESS = "progress.json"
@@ -74,7 +74,8 @@ class Checkpoints:
             if TORCH_WRITES not in str(error):
                 raise
             raise files.unwritten(slot.parent, error) from error
-        files.write_json(slot / PROGRESS, {**progress, "files": _hashes(slot)})
+        state = files.plain({**progress, "files": _hashes(slot)})
+        files.write_json(slot / PROGRESS, state | {"hash": content_hash(state)})
         self._whole = slot
         self._saved = time.perf_counter()
         self.taken = self._saved - began
@@ -107,13 +108,14 @@ def _progress(slot: Path) -> dict[str, Any] | None:
     """What a slot was saved with; None for one that never was, or that says nothing readable."""
     try:
         state = json.loads((slot / PROGRESS).read_text(encoding="utf-8"))
-        whole = isinstance(state["step"], int) and isinstance(state["files"], dict)
-        return state if whole else None
+        if state.pop("hash") == content_hash(state):
+            return state
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
-        log.warning("%s cannot be read: this state is passed over", slot / PROGRESS)
-        return None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass  # as damaged as one whose hash is another
+    log.warning("%s is not what was saved: this state is passed over", slot / PROGRESS)
+    return None
 
 
 def _hashes(slot: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,12 +29,18 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 GONE = {errno.ENOTCONN, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EROFS}
 SPARE = 1 << 24  # bytes: a disk with less is full
 PATIENCE = 1.0  # seconds that a lock is waited for in silence
+PROBE = ".rlhf_lib"  # a file that is written and removed, to see that one can be
 LEASE = 120.0  # seconds without a sign of life from its holder, then another takes the lock
 
 
 def write_json(path: Path, value: object) -> None:
     """Raises UserError for what JSON cannot hold, numbers that are not finite among it."""
     replace_text(path, _json(path, value, indent=2))
+
+
+def plain(value: dict) -> dict:
+    """A value as it is read again from the JSON that it is written to."""
+    return json.loads(json.dumps(value, default=float))
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping]) -> None:
@@ -132,9 +138,12 @@ def below(address: str, name: str) -> str:
 
 
 def check_address(address: str) -> None:
-    """Raises UserError for one that fsspec does not know, before anything is computed for it."""
+    """Raises UserError for one that cannot be written, before anything is computed for it."""
     with _named(address, "written"):
-        url_to_fs(address)
+        system, target = url_to_fs(address)
+        system.makedirs(target, exist_ok=True)
+        system.pipe_file(f"{target}/{PROBE}", b"")
+        system.rm_file(f"{target}/{PROBE}")
 
 
 @contextmanager
@@ -142,7 +151,7 @@ def _named(address: str, done: str) -> Iterator[None]:
     """What goes wrong with an address, as one sentence that names it."""
     try:
         yield
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, NotImplementedError) as error:
         raise UserError(f"{address} cannot be {done}: {error}") from error
 
 
@@ -173,18 +182,37 @@ def _is_there(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path`. Who has to wait is told for whom, and since when."""
+def locked(path: Path) -> Iterator[Callable[[], bool]]:
+    """Hold the lock `path`. Who has to wait is told for whom, and since when.
+
+    Yields a function that says whether it is still held: a lease is lost by who gives no sign of
+    life, such as a machine that sleeps, and when it wakes its work is another's.
+    """
     holder = path.with_suffix(".holder")
     lock = _lock(path, holder)
+    me = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+    def mine() -> bool:
+        return not isinstance(lock, SoftFileLease) or _text(holder) == me
+
     try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {since}")
-        yield
+        holder.write_text(me)
+        yield mine
     finally:
         with suppress(OSError):  # of a drive that has dropped
-            holder.unlink()
+            if mine():
+                holder.unlink()
         lock.release()
+
+
+def _text(path: Path) -> str:
+    """What a file says; nothing where it is gone, and its folder is not."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        if not _is_there(path.parent):
+            raise
+        return ""
 
 
 def _lock(path: Path, holder: Path) -> BaseFileLock:
@@ -221,9 +249,7 @@ def is_held(path: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    except OSError:  # it knows no locks, or cannot be written: then nobody here holds one
         return False
 
 

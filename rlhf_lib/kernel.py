@@ -47,9 +47,12 @@ def without_folders(name: str) -> str:
     """
     kind, _, rest = name.partition(":")
     if kind == "path":
-        return "path:" + ",".join(Path(part).name for part in rest.split(","))
-    local = name and (name.startswith((".", "/", "~")) or users(name).is_dir())
-    return users(name).resolve().name if local else name
+        files = [rest] if users(rest).exists() else rest.split(",")
+        return "path:" + ",".join(Path(part).name for part in files)
+    place, behind, subset = rest.partition(":") if kind == "hub" else (name, "", "")
+    if place and (place.startswith((".", "/", "~")) or users(place).is_dir()):
+        place = users(place).resolve().name
+    return f"hub:{place}{behind}{subset}" if kind == "hub" else place
 
 
 def check_parameters() -> None:

@@ -110,10 +110,13 @@ def as_overrides(given: Overrides) -> list[str]:
             return shlex.split(given)
         except ValueError as error:
             raise SettingsError(f"OVERRIDES={given!r}: {error}") from error
-    if isinstance(given, Mapping):
-        return [f"{path}={_text(path, value)}" for path, value in _flat(given)]
-    if isinstance(given, Sequence):
-        return [item for part in given for item in (_parts(part))]
+    try:
+        if isinstance(given, Mapping):
+            return [f"{path}={_text(path, value)}" for path, value in _flat(given)]
+        if isinstance(given, Sequence):
+            return [item for part in given for item in (_parts(part))]
+    except RecursionError:
+        raise SettingsError("OVERRIDES holds itself: write ppo.kl_coef=0.02") from None
     raise SettingsError(
         f"OVERRIDES={given!r} names no setting: write ppo.kl_coef=0.02, a list of such strings, or "
         "a mapping of settings to values"
@@ -143,9 +146,9 @@ def _text(path: str, value: typing.Any) -> str:
 
 
 def check_seed(seed: typing.Any) -> int:
-    """Raises SettingsError for what is no whole number from 0 on."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
-        raise SettingsError(f"SEED={seed!r}: a seed is a whole number, 0 or above")
+    """Raises SettingsError for what is no whole number from 0 on, of 32 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise SettingsError(f"SEED={seed!r}: a seed is a whole number, 0 or above, below 2**32")
     return int(seed)
 
 

@@ -133,11 +133,11 @@ class Stage:
         """
         if self.done:
             return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with files.locked(self.path.with_name(f"{self.path.name}.lock")):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with files.locked(self.path.with_name(f"{self.path.name}.lock")) as mine:
                 if not self.done:
-                    self._work(build)
+                    self._work(build, mine)
         except OSError as error:
             if said := files.mishap(error, self.path.parent):
                 raise UserError(said) from error
@@ -149,9 +149,9 @@ class Stage:
         """Its folder while it runs."""
         return self.path.with_name(f"{self.path.name}.partial")
 
-    def _work(self, build: Callable[[Work], dict]) -> None:
+    def _work(self, build: Callable[[Work], dict], mine: Callable[[], bool]) -> None:
         if not (self.partial / "DONE").exists():  # else it has ended and was not published
-            work = Work(self)
+            work = Work(self, mine)
             try:
                 work.finish(build(work))
             finally:
@@ -167,10 +167,14 @@ def training_minutes(result: Mapping) -> float:
 
 
 class Work:
-    """A stage under way: logs metrics, saves its state, and picks up where a killed run stopped."""
+    """A stage under way: logs metrics, saves its state, and picks up where a killed run stopped.
 
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+    `mine` says whether its folder is still this process' to write: where it is not, nothing more
+    is written and UserError is raised.
+    """
+
+    def __init__(self, stage: Stage, mine: Callable[[], bool] = lambda: True) -> None:
+        self.stage, self._mine = stage, mine
         self.path = stage.partial
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
@@ -234,6 +238,7 @@ class Work:
 
     def log(self, step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl; `num_tokens`: tokens processed in this step."""
+        self.check_mine()
         now, measured = time.perf_counter(), phase_seconds().get(MEASURING, 0.0)
         duration = now - self._logged - (measured - self._measured)
         self._logged, self._measured = now, measured
@@ -253,8 +258,17 @@ class Work:
         if self.tracker is not None:
             self.tracker.log(trackers.shown(row), step=step)
 
+    def check_mine(self) -> None:
+        """Raises UserError where another process has taken this stage over."""
+        if not self._mine():
+            raise UserError(
+                f"stage {self.stage.name} is worked on by another process now, which took this one "
+                "for dead: it stops here, and the same command takes what the other makes"
+            )
+
     @phase("saving")
     def _save(self, accelerator: Accelerator, step: int) -> None:
+        self.check_mine()
         self.checkpoints.save(accelerator, {"step": step, **self._spent()})
 
     def _spent(self) -> dict:
@@ -281,9 +295,11 @@ class Work:
         """`make()`, on disk until the stage is done: a resumed stage reads it instead."""
         path = self.keep / f"{name}.safetensors"
         if not path.exists():
+            made = make()
+            self.check_mine()
             self.keep.mkdir(exist_ok=True)
             fresh = path.with_suffix(".new")
-            save_file({name: make()}, fresh)
+            save_file({name: made}, fresh)
             fresh.rename(path)
             write_json(self.keep / "progress.json", self._spent())
         return load_file(path)[name]
@@ -292,8 +308,10 @@ class Work:
         """`make()`, a JSON value, kept likewise."""
         path = self.keep / f"{name}.json"
         if not path.exists():
+            made = make()
+            self.check_mine()
             self.keep.mkdir(exist_ok=True)
-            write_json(path, make())
+            write_json(path, made)
             write_json(self.keep / "progress.json", self._spent())
         return json.loads(path.read_text())
 
@@ -318,11 +336,12 @@ class Work:
             self.tracker.finish()
         with suppress(OSError):  # of a drive that has dropped
             done = (self.path / "DONE").exists()
-            if not (done or self.checkpoints.exist or self.keep.exists()):
+            if self._mine() and not (done or self.checkpoints.exist or self.keep.exists()):
                 shutil.rmtree(self.path)
 
     def finish(self, result: dict) -> None:
         """Write the result, and last that it is whole: from here on nothing is computed again."""
+        self.check_mine()
         write_json(self.path / "result.json", {**result, **self._spent()})
         replace_text(self.path / "DONE", self.stage.hash + "\n")
 

@@ -114,6 +114,25 @@ def test_a_state_that_cannot_be_written_is_the_disk_s_fault(
     assert found["step"] == 2, "the newer of the two stays"
 
 
+@pytest.mark.parametrize("change", [("2", "6"), ('"seconds"', '"secondz"'), ("a1", "a2")])
+def test_a_record_with_one_sign_changed_is_passed_over(
+    change: tuple[str, str],
+    accelerator: Accelerator,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A step that is another's would leave out, or repeat, what lies between."""
+    states = Checkpoints(tmp_path, 0)
+    for step in (1, 2):
+        states.save(accelerator, {"step": step, "seconds": 0.5, "note": "a1"})
+    record = states.slots[1] / "progress.json"
+    record.write_text(record.read_text().replace(*change))
+    found = states.restore(accelerator)
+    assert found is not None
+    assert found["step"] == 1
+    assert "checkpoint-b/progress.json is not what was saved" in caplog.text
+
+
 def test_an_unreadable_record_counts_as_none(
     accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,6 +140,6 @@ def test_an_unreadable_record_counts_as_none(
     states.save(accelerator, {"step": 1})
     os.truncate(states.slots[0] / "progress.json", 5)
     assert states.restore(accelerator) is None
-    assert "progress.json cannot be read" in caplog.text
+    assert "progress.json is not what was saved" in caplog.text
     states.discard()
     assert not list(tmp_path.iterdir())

@@ -306,7 +306,8 @@ def test_a_stage_is_run_once_and_shown_by_status(cli: Callable, tmp_path: Path) 
     assert shown[-1] == f"1 done, {len(shown) - 2} missing"
     other = cli("status", "--profile", "smoke").out.splitlines()[-2]
     assert re.fullmatch(
-        r"seed-0 +dataset +stale +\d+\.\d min  source was \S+, is bundled, it read another data",
+        r"seed-0 +dataset +stale +\d+\.\d min  source was \S+, is bundled, "
+        "read before it, and others now: data",
         other,
     )
 

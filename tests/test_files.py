@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_lib import files
 from rlhf_lib.files import read_jsonl, write_json, write_jsonl
@@ -153,6 +154,57 @@ def test_without_locks_a_machine_that_is_gone_stands_in_nobody_s_way_for_long(
     with files.locked(path):
         assert time.monotonic() - began < 30
         assert lease.read_bytes() != record
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_who_was_taken_for_dead_writes_nothing_more(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that slept longer than its lease wakes up beside the one that took over."""
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOTSUP))
+    stage = stage_of(tmp_path)
+    holder = stage.path.with_name(f"{stage.path.name}.holder")
+
+    def taken_over(work: Work) -> dict:
+        work.log(0, 1, {})
+        holder.write_text("process 2 on another, since today")
+        work.log(1, 1, {})
+        return {}
+
+    if locks:  # the system's own is never lost
+        assert stage.ensure(taken_over).done
+        return
+    with pytest.raises(UserError, match="worked on by another process now, which took this one"):
+        stage.ensure(taken_over)
+    assert not stage.done
+    lines = (stage.partial / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 1, "what the other has is left as it is"
+    assert holder.read_text() == "process 2 on another, since today"
+    for write in (
+        lambda work: work.part("rows", lambda: holder.write_text("process 2")),
+        lambda work: work.kept("rows", lambda: torch.full((1,), holder.write_text("process 2"))),
+        lambda work: {"of the other": holder.write_text("process 2")},
+    ):
+        with pytest.raises(UserError, match="worked on by another process now"):
+            stage.ensure(write)
+        assert {path.name for path in stage.partial.iterdir()} <= {
+            "metrics.jsonl", "config.json", "env.json"
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["/proc/x", "data:,x", "nowhere://x"])
+def test_an_address_that_cannot_be_written_is_said_at_once(address: str) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        files.check_address(address)
+
+
+def test_an_address_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    files.check_address(f"{tmp_path}/new")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "new" / "old").write_text("x")
+    files.check_address(f"{tmp_path}/new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["old"]
 
 
 # ------------------------------------------------------------------------------------- mishaps

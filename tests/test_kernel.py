@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
         ("path:/home/me/a.jsonl", "path:a.jsonl"),
         ("path:/home/me/a.jsonl,more/b.csv", "path:a.jsonl,b.csv"),
         ("hub:org/name:part", "hub:org/name:part"),
+        ("hub:/home/me/prefs:part", "hub:prefs:part"),
+        ("hub:models/mine", "hub:mine"),
+        ("path:a,b/c.jsonl", "path:c.jsonl"),
         ("bundled:half", "bundled:half"),
         ("org/name", "org/name"),
         ("tiny", "tiny"),
@@ -40,6 +43,8 @@ def test_what_others_read_names_no_folder(
     name: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b" / "c.jsonl").touch()
     monkeypatch.setenv("RLHF_FOLDER", str(tmp_path))
     assert kernel.without_folders(name) == shown
 

@@ -17,7 +17,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).resolve().parents[1]
 BADGE = "badge"  # id of its cell, and `setup` that of the cell that installs
-ON_GITHUB = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
+ON_GITHUB = re.compile(r"https://github\.com/\w[\w.-]*/\w[\w.-]*")
 TABLE, KEY = "[project.urls]", "Repository"
 MARKDOWN = (
     "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
@@ -63,14 +63,14 @@ def main(arguments: list[str]) -> None:
 
 def stored(root: Path) -> str:
     """The address in pyproject.toml; empty where there is none."""
-    found = re.search(rf'^{KEY} = "(.*)"$', (root / "pyproject.toml").read_text(), re.M)
+    found = re.search(rf'^{KEY}\s*=\s*"(.*)"$', (root / "pyproject.toml").read_text(), re.M)
     return found[1] if found else ""
 
 
 def store(root: Path, address: str) -> None:
     """Write the address into pyproject.toml, in the place of the one before."""
     path = root / "pyproject.toml"
-    text = re.sub(rf'^{KEY} = ".*"\n', "", path.read_text(encoding="utf-8"), flags=re.M)
+    text = re.sub(rf'^{KEY}\s*=\s*".*"\n', "", path.read_text(encoding="utf-8"), flags=re.M)
     if address:
         line = f'{KEY} = "{address}"\n'
         if f"{TABLE}\n" in text:

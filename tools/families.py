@@ -89,6 +89,16 @@ FAMILIES: dict[str, tuple[str, dict, str]] = {
     "OLMo 2": ("Olmo2", USUAL, ""),
     "Granite": ("Granite", {**GROUPED, "logits_scaling": 8.0}, "logits scaled"),
     "Cohere": ("Cohere", {**GROUPED, "logit_scale": 0.0625}, "logits scaled"),
+    "Mixtral": (
+        "Mixtral",
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1},
+        "experts; noise in what chooses them, off here",
+    ),
+    "GPT-OSS": (
+        "GptOss",
+        {**NARROW, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+        "experts; a window; attention with sinks",
+    ),
     "CodeGen": ("CodeGen", {**OLDER, "rotary_dim": 4}, ""),
     "XGLM": ("XGLM", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}, ""),
     "Mamba": (
@@ -96,6 +106,7 @@ FAMILIES: dict[str, tuple[str, dict, str]] = {
         {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
         "no attention",
     ),
+    "LFM 2": ("Lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "convolutions"),
     "BERT": ("Bert", USUAL, "an encoder"),
 }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from rlhf_lib.data.dialogues import turns
+from rlhf_lib.data.dialogues import TextPair, turns
 from rlhf_lib.data.encoding import Pair
 
 SMALLER = "Ask for smaller splits (data.test_pairs ...), or give more pairs"
@@ -28,6 +29,10 @@ ADVICE = {
     "text before": "A whole dialogue begins with \\n\\nHuman:",
     "no place in the chat template": "Take data.template=hh",
     "no reply of the other label": "Unpaired replies become pairs where a prompt has good and bad",
+    "label": "A label is true or false, or 1 or 0",
+    "text of another": "Give lists of messages, or turns behind \\n\\nHuman: and \\n\\nAssistant:",
+    "the chat template leaves": "Take data.template=hh",
+    "the chosen reply has": "A tie is no preference: leave the scores out if the order is right",
     "row too long": "Leave out of a row what is no dialogue",
 }
 EXAMPLES = 5  # row numbers kept for each reason
@@ -41,9 +46,12 @@ class Dropped:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._places: dict[str, list[str]] = {}
+        self._columns: dict[str, str] = {}
 
-    def add(self, reason: str, place: str) -> None:
+    def add(self, reason: str, place: str, columns: Iterable[str] = ()) -> None:
+        """`columns`: those that the row has, for advice."""
         self._counts[reason] += 1
+        self._columns.setdefault(reason, ", ".join(columns))
         places = self._places.setdefault(reason, [])
         if len(places) < EXAMPLES:
             places.append(place)
@@ -59,7 +67,8 @@ class Dropped:
             return SMALLER
         reason = self._counts.most_common(1)[0][0]
         helps = next((way for start, way in ADVICE.items() if reason.startswith(start)), SMALLER)
-        return f"{helps} (first: {self._places[reason][0]}, {reason})"
+        seen = f"; it has {self._columns[reason]}" if reason.startswith("no `") else ""
+        return f"{helps} (first: {self._places[reason][0]}, {reason}{seen})"
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} {n}" for reason, n in self._counts.most_common()) or "none"
@@ -69,6 +78,36 @@ class Dropped:
             reason: {"count": count, "first": self._places[reason]}
             for reason, count in self._counts.most_common()
         }
+
+
+def said(audit: Mapping) -> list[str]:
+    """What was read, what was left out and why, and what there is to know: a line each."""
+    taken = ", ".join(f"{split} {found['pairs']}" for split, found in audit["splits"].items())
+    lines = [f"{audit['rows_read']} rows read, {audit['rows_usable']} usable; pairs: {taken}"]
+    for reason, found in audit["dropped"].items():
+        lines.append(f"left out: {found['count']}, {reason} (first: {found['first'][0]})")
+    return lines + list(audit["notes"])
+
+
+def repeated(pairs: Iterable[TextPair]) -> list[str]:
+    """What there is to know of pairs that stand there more than once."""
+    counts: Counter[bytes] = Counter()
+    either_way = 0
+    for pair in pairs:
+        one = _digest(pair.prompt, pair.chosen, pair.rejected)
+        other = _digest(pair.prompt, pair.rejected, pair.chosen)
+        counts[one] += 1
+        either_way += counts[one] == 1 and counts[other] > 0
+    notes, again = [], sum(counts.values()) - len(counts)
+    if again:
+        notes.append(f"{again} pairs repeat another word for word: they count each time")
+    if either_way:
+        notes.append(f"{either_way} pairs of replies stand there with either one preferred")
+    return notes
+
+
+def _digest(*texts: str) -> bytes:
+    return hashlib.sha256(repr(texts).encode()).digest()[:16]
 
 
 def describe(

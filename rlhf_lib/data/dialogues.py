@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,7 +29,15 @@ ROLE = {name: role for role, names in ROLES.items() for name in names}
 PROMPT = ("prompt", "conversations", "question", "instruction")
 REPLY = ("response", "completion")
 DIALOGUE = ("messages", "conversations", "text")
+SYSTEM = ("system", "system_prompt")
+BESIDE = ("input", "history", "context")  # columns that change what is asked, in ways of their own
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 MARGINS = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+OTHER_FORMAT = re.compile(  # how other formats begin: as text it would be taken for words
+    r"\A\s*(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]"
+    r"|### (?:Human|Assistant):|[\[{]+\s*['\"](?:role|content|from|value)['\"]\s*:)"
+)
+ONE_NEWLINE = re.compile(r"(?<!\n)\n(?:Human|Assistant|System):")
 MAX_CHARACTERS = 50_000  # of one row: beyond it something other than a dialogue was pasted
 
 
@@ -60,6 +68,7 @@ def read_pair(row: Row) -> TextPair:
 
     Raises Unusable with the reason for a row to leave out.
     """
+    _check_beside(row)
     chosen, rejected = _need(row, "chosen"), _need(row, "rejected")
     column = next((name for name in PROMPT if row.values.get(name) is not None), "prompt")
     asked = row.values.get(column)
@@ -70,7 +79,7 @@ def read_pair(row: Row) -> TextPair:
     other_prompt, rejected_reply = _side("rejected", rejected, given)
     if prompt != other_prompt:
         raise Unusable("different prompts")
-    if not MARKER.sub("", prompt).strip():
+    if not _said(prompt):
         raise Unusable("empty prompt")
     if not chosen_reply or not rejected_reply:
         raise Unusable("empty reply")
@@ -86,12 +95,15 @@ def read_demonstration(row: Row) -> tuple[str, str]:
     """(prompt, reply) of a row with a `prompt` and a `response` or `completion`, or with a whole
     dialogue as `messages` or `text`. Raises Unusable.
     """
-    if (asked := row.values.get("prompt")) is None:
-        column = next((name for name in DIALOGUE if row.values.get(name) is not None), "prompt")
-        prompt, reply = _side(column, _need(row, column), None)
-    else:
-        column = next((name for name in REPLY if row.values.get(name) is not None), REPLY[0])
-        prompt, reply = _side(column, _need(row, column), _prompt_of("prompt", asked))
+    _check_beside(row)
+    asked = row.values.get("prompt")
+    columns = DIALOGUE if asked is None else (*REPLY, *DIALOGUE)
+    missing = "prompt" if asked is None else REPLY[0]
+    column = next((name for name in columns if row.values.get(name) is not None), missing)
+    given = None if asked is None else _prompt_of("prompt", asked)
+    prompt, reply = _side(column, _need(row, column), given)
+    if not _said(prompt):
+        raise Unusable("empty prompt")
     if not reply:
         raise Unusable("empty reply")
     prompt = _with_system(row, prompt)
@@ -108,30 +120,33 @@ def read_prompt(row: Row) -> str:
 
 def unpaired(values: Mapping[str, Any]) -> bool:
     """Whether a row has one reply and says whether it is good, as for KTO."""
-    return "label" in values and "completion" in values and "chosen" not in values
+    return "completion" in values and "chosen" not in values and "rejected" not in values
 
 
-def pair_up(rows: Iterable[Row], alone: list[Row]) -> Iterator[Row]:
+def pair_up(rows: Iterable[Row], leave_out: Callable[[str, str], None]) -> Iterator[Row]:
     """Pairs of rows that are `unpaired`: good and bad completions of one prompt, in their order.
 
-    Those without a partner are added to `alone`.
+    Rows of another kind stay as they are. `leave_out` gets the reason and the place of the others.
     """
     by_prompt: dict[str, dict[bool, list[Row]]] = {}
     for row in rows:
-        label = str(row.values["label"]).strip().lower()
-        good = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-        if label not in good:
-            alone.append(row)
+        if not unpaired(row.values):
+            yield row
             continue
-        both = by_prompt.setdefault(repr(row.values.get("prompt")), {True: [], False: []})
-        both[good[label]].append(row)
+        label = row.values.get("label")
+        if (good := LABELS.get(str(label).strip().lower())) is None:
+            leave_out("no `label`" if label is None else f"label {label!r}", row.place)
+            continue
+        asked = [row.values.get(key) for key in ("prompt", *SYSTEM)]
+        by_prompt.setdefault(repr(asked), {True: [], False: []})[good].append(row)
     for both in by_prompt.values():
         several = min(map(len, both.values()))
         for chosen, rejected in zip(both[True][:several], both[False][:several], strict=True):
             sides = {"chosen": chosen, "rejected": rejected}
             replies = {key: row.values["completion"] for key, row in sides.items()}
-            yield replace(chosen, values={"prompt": chosen.values.get("prompt"), **replies})
-        alone += both[True][several:] + both[False][several:]
+            yield replace(chosen, values={**chosen.values, **replies})
+        for row in both[True][several:] + both[False][several:]:
+            leave_out("no reply of the other label to its prompt", row.place)
 
 
 def conversation_key(prompt: str) -> str:
@@ -163,7 +178,12 @@ def as_prompt(text: str) -> str:
         text = f"{HUMAN} {text.strip()}"
     elif not MARKER.match(text):
         raise Unusable("marker inside a turn")
-    return text.rstrip().removesuffix(ASSISTANT) + ASSISTANT
+    if ONE_NEWLINE.search(text):
+        raise Unusable("marker behind one newline, not two")
+    text = text.rstrip().removesuffix(ASSISTANT)
+    if text.rfind(ASSISTANT) > text.rfind(HUMAN):
+        raise Unusable("prompt ends with a reply")
+    return text + ASSISTANT
 
 
 def split_dialogue(dialogue: str) -> tuple[str, str]:
@@ -251,7 +271,7 @@ def _join(turns: list[Turn]) -> str:
 
 def _with_system(row: Row, prompt: str) -> str:
     """The prompt behind what a column of its own tells the assistant to be."""
-    system = row.values.get("system")
+    system = next((row.values[key] for key in SYSTEM if row.values.get(key) is not None), None)
     if not isinstance(system, str) or not system.strip() or prompt.startswith(MARKERS["system"]):
         return prompt
     return _join([Turn("system", system.strip())]) + prompt
@@ -260,12 +280,25 @@ def _with_system(row: Row, prompt: str) -> str:
 def _canonical(text: str) -> str:
     """HH text whose leading newlines somebody stripped gets them back; lines end as in Unix."""
     text = text.replace("\r\n", "\n")
+    if found := OTHER_FORMAT.search(text):
+        raise Unusable(f"text of another format, {found.group().strip()!r}")
     bare = text.lstrip()
     names = tuple(marker.lstrip() for marker in MARKERS.values())
     return f"\n\n{bare}" if bare.startswith(names) else text
 
 
 # ---------------------------------------------------------------------------------------- checks
+
+
+def _check_beside(row: Row) -> None:
+    for key in BESIDE:
+        if row.values.get(key):
+            raise Unusable(f"`{key}` beside the prompt: write it into the prompt")
+
+
+def _said(prompt: str) -> str:
+    """What a prompt says besides its markers."""
+    return MARKER.sub("", prompt).strip()
 
 
 def _need(row: Row, key: str) -> Any:
@@ -299,7 +332,10 @@ def _margin(row: Row) -> float | None:
         return _number("margin", values["margin"])
     for better, worse in MARGINS:
         if values.get(better) is not None and values.get(worse) is not None:
-            return _number(better, values[better]) - _number(worse, values[worse])
+            margin = _number(better, values[better]) - _number(worse, values[worse])
+            if margin <= 0:
+                raise Unusable("the chosen reply has no higher score")
+            return margin
     return None
 
 

@@ -6,6 +6,7 @@ Tokenised together, the boundary can merge into a token that no sampled reply be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,9 @@ from rlhf_lib.settings import DataConfig, SettingsError
 
 CHUNK = 1024  # texts tokenised at once
 HOLDER = "\u2402"  # begins and ends the place of a turn in a template; no template has it
+DAY = "01 Jan 2024"  # some templates write today's date: tomorrow's data would be others
+DATED = ", which writes the day's date: on another day the data are others"
+FAILS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NO_LIMIT = 1_000_000  # tokenizers without a limit say a number far above this
 
 
@@ -99,6 +103,7 @@ class Encoder:
         self.eos = eos_id(tokenizer)
         unknown: int | None = tokenizer.unk_token_id  # type: ignore[assignment]
         self.unknown = None if unknown == self.eos else unknown  # GPT-2 has one id for both
+        self.special = set(tokenizer.all_special_ids) - {unknown}
         # a chat template writes its own beginning
         self.begin = [] if self.chat else _beginning(tokenizer)
         if len(self.begin) >= max_prompt_tokens:
@@ -117,10 +122,18 @@ class Encoder:
         if not self.chat:
             begins = self.tokenizer.convert_ids_to_tokens(self.begin)
             return f"HH format{', behind ' if begins else ''}{' '.join(begins)}"
-        said, end = self._render(("user", "assistant"), answered=True), self.tokenizer.eos_token
-        after = said.rpartition(HOLDER)[2].strip()
+        try:
+            said = self._render(("user", "assistant"), answered=True)
+        except FAILS as error:
+            raise SettingsError(
+                f"this model's chat template fails on a question and its answer ({error}): take "
+                "data.template=hh"
+            ) from error
+        end, after = self.tokenizer.eos_token, said.rpartition(HOLDER)[2].strip()
         if after.startswith(str(end)):
-            return "the model's chat template"
+            template = str(self.tokenizer.get_chat_template())
+            dated = "strftime_now" in template and "date_string" not in template
+            return f"the model's chat template{DATED if dated else ''}"
         return f"the model's chat template, but replies end with {end} and there with {after!r}"
 
     def check(self, prompt: str) -> None:
@@ -129,9 +142,11 @@ class Encoder:
             return
         roles = tuple(turn.role for turn in messages_of(prompt))
         try:
-            self._render(roles)
-        except TemplateError as error:
+            shown = self._render(roles).split(HOLDER)[1::2]
+        except FAILS as error:
             raise Unusable(f"no place in the chat template for {', '.join(roles)}") from error
+        if shown != [str(place) for place in range(len(roles))]:
+            raise Unusable(f"the chat template leaves out one of {', '.join(roles)}")
 
     def pairs(self, texts: Sequence[TextPair]) -> list[Pair]:
         prompts = self._prompt_ids([t.prompt for t in texts])
@@ -188,7 +203,10 @@ class Encoder:
             ]
             self._rendered[roles, answered] = str(
                 self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=not answered
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=not answered,
+                    date_string=DAY,
                 )
             )
         return self._rendered[roles, answered]
@@ -206,13 +224,27 @@ class Encoder:
         if not texts:
             return []
         # split_special_tokens: "<|endoftext|>" typed by a human is text, never the token
-        return self.tokenizer(
+        rows = self.tokenizer(
             list(texts),
             add_special_tokens=False,
             split_special_tokens=not special,
             return_attention_mask=False,
             verbose=False,
         )["input_ids"]
+        if special:
+            return rows
+        # of some tokenizers it is an ordinary piece as well
+        return [
+            row if self.special.isdisjoint(row) else self._apart(text)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def _apart(self, text: str) -> list[int]:
+        """Ids of a text in which somebody typed a special token, cut behind its first sign."""
+        typed = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+        parts = re.sub(f"(?:{typed})", lambda m: m[0][0] + HOLDER + m[0][1:], text).split(HOLDER)
+        rows = self.tokenizer(parts, add_special_tokens=False, split_special_tokens=True)
+        return [i for row in rows["input_ids"] for i in row if i not in self.special]
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encoder:

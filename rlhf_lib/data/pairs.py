@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.audit import SMALLER, Dropped, describe
+from rlhf_lib.data.audit import SMALLER, Dropped, describe, repeated
 from rlhf_lib.data.batches import chunks
 from rlhf_lib.data.dialogues import (
     TextPair,
@@ -97,12 +97,15 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
         demonstrations, prompts = _own_rows(source, config, encoder, dropped)
     else:
         demonstrations, prompts = _rows_of_pairs(pairs, config)
+        notes += _alike(pairs["train"])
     if config.demonstrations_from:
         own = read_source(config.demonstrations_from)
         source.files.extend(own.files)
         demonstrations = _given(own, pairs, config, encoder, dropped)
 
     # 4. audit
+    for split, rows in texts.items():
+        notes += (f"{split}: {note}" for note in repeated(rows))
     splits = {
         split: describe(rows, encoder.cut_prompts, encoder.eos, encoder.unknown)
         for split, rows in pairs.items()
@@ -142,14 +145,10 @@ Rows = tuple[Sequence[Demonstration], Mapping[str, Sequence[Prompt]]]
 
 
 def _paired(rows: Sequence[Row], dropped: Dropped) -> Sequence[Row]:
-    """The same rows; where each has one reply and a label, pairs of them."""
-    if not rows or not unpaired(rows[0].values):
+    """The same rows; those that have one reply and a label each, as pairs."""
+    if not any(unpaired(row.values) for row in rows):
         return rows
-    alone: list[Row] = []
-    found = Stored.of(pair_up(rows, alone))
-    for row in alone:
-        dropped.add("no reply of the other label to its prompt", row.place)
-    return found
+    return Stored.of(pair_up(rows, dropped.add))
 
 
 def _way_out(texts: Mapping[str, Sequence[TextPair]], dropped: Dropped) -> str:
@@ -219,6 +218,18 @@ def _rows_of_pairs(pairs: dict[str, Stored[Pair]], config: DataConfig) -> Rows:
     return demonstrations, prompts
 
 
+def _alike(train: Sequence[Pair]) -> list[str]:
+    """Whether prompts that differ are one once they are token ids."""
+    texts = len(_first_of_each(p.prompt_text for p in train))
+    ids = len(_first_of_each(p.prompt for p in train))
+    if ids == texts:
+        return []
+    return [
+        f"{texts} different training prompts are {ids} to this model: its tokenizer does not tell "
+        "them apart, or they are cut; each is asked once"
+    ]
+
+
 def _first_of_each(values: Iterable[object]) -> np.ndarray:
     """Where each distinct value stands first, in order. Keeps 16 bytes of a value."""
     digests = (hashlib.sha256(repr(value).encode()).digest()[:16] for value in values)
@@ -232,7 +243,7 @@ def _clean(rows: Iterable[Row], read: Callable[[Row], T], dropped: Dropped) -> S
         try:
             found.append(read(row))
         except Unusable as reason:
-            dropped.add(str(reason), row.place)
+            dropped.add(str(reason), row.place, row.values)
     return found.stored()
 
 

@@ -40,7 +40,10 @@ HH = "Anthropic/hh-rlhf"
 NO_DATA = (".", "__MACOSX", "red-team-attempts")  # how names of files and folders begin
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 SPLITS = ("train", "validation", "test")
-SPLIT_WORDS = {"eval": "test", "valid": "validation", "dev": "validation"} | {s: s for s in SPLITS}
+SPLIT_WORDS = {
+    "training": "train", "val": "validation", "valid": "validation", "dev": "validation",
+    "eval": "test", "evaluation": "test", "testing": "test", "heldout": "test",
+} | {s: s for s in SPLITS}  # fmt: skip
 
 
 class DataError(UserError):
@@ -282,9 +285,14 @@ STRANGE = {
     b"\xff\xfe": "is saved as UTF-16: save it as UTF-8",
     b"\xfe\xff": "is saved as UTF-16: save it as UTF-8",
     b"PK\x03\x04": "is a zip archive: unpack it",
+    b"BZh": "is packed by bzip2: unpack it",
+    b"\xfd7zXZ": "is packed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd: unpack it",
     b"<!doctype html": "is a web page, not the file that it leads to: fetch the file itself",
     b"<html": "is a web page, not the file that it leads to: fetch the file itself",
+    b"<?xml": "is XML: write one JSON object a line",
 }
+PARQUET = b"PAR1"
 GZIP = b"\x1f\x8b"
 
 
@@ -308,10 +316,19 @@ def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, dict]]]:
 
 
 def _check_beginning(path: Path, head: bytes) -> None:
+    begins = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     for start, what in STRANGE.items():
-        if head.lower().startswith(start.lower()):
+        if begins.lower().startswith(start.lower()):
             raise DataError(f"{path} {what}")
-    if b"\0" in head and not head.startswith(b"PAR1"):
+    named = path.name.removesuffix(".gz")
+    parquet = named.endswith(".parquet")
+    if head.startswith(PARQUET) and not parquet:
+        raise DataError(f"{path} is a Parquet file: name it .parquet")
+    if head.startswith(GZIP) and parquet:
+        raise DataError(f"{path} is packed by gzip: unpack it, Parquet is read as it is")
+    if begins.startswith((b"{", b"[")) and (parquet or named.endswith((".csv", ".tsv"))):
+        raise DataError(f"{path} holds JSON, not a table: name it .jsonl, or .json for one array")
+    if b"\0" in head and not head.startswith(PARQUET):
         raise DataError(f"{path} is no text (UTF-16 perhaps): save it as UTF-8")
 
 

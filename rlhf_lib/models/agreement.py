@@ -10,7 +10,8 @@ taken. A model that none agrees with is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, product
+from itertools import accumulate, chain, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ EAGER = "eager"  # every model of transformers has this attention; it keeps to w
 TOLERANCE = 1e-3  # of the numbers' standard deviation: rounding stays far below, mistakes far above
 PROMPTS, RESPONSES = (6, 6, 4), (5, 3, 7)  # tokens: two responses share a prompt
 POSITIONS = ("n_positions", "max_position_embeddings", "max_seq_len")  # what configs call these,
-WINDOWS = ("window", "window_size", "attention_chunk_size")  # and how their names for those end
+FIRST = "original_max_position_embeddings"  # up to which such a model reads as it did at first
+WINDOWS = ("window", "window_size", "attention_chunk_size", FIRST)  # how names for those end
+CAP = "softcap"  # in a setting's name: what keeps logits small, and shows in large ones alone
 FAILS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 Rows = list[list[int]]
 
@@ -65,6 +68,14 @@ def find_reading(model: PreTrainedModel) -> None:
             f"{_name(model)} cannot be read by this library, in packed rows or alone: {found}. "
             "Take another model, such as gpt2"
         )
+    model.train()
+    noisy = not _agrees(own, _read(model, prompts, responses))
+    model.eval()
+    if noisy:
+        raise SettingsError(
+            f"{_name(model)} gives other numbers while it trains than when it is read: something "
+            "random in its settings stays on. Take another model, such as gpt2"
+        )
     if causal:
         _check_generation(model, own, prompts, responses)
 
@@ -72,9 +83,21 @@ def find_reading(model: PreTrainedModel) -> None:
 def _ways(model: PreTrainedModel) -> Iterator[tuple[str, Reading]]:
     """From the fastest on."""
     widest = widest_row(model)
-    for packed, attention, own_end in product((True, False), (kernels.NAME, EAGER), (False, True)):
+    caps = [key for key, value in _settings(model.config) if CAP in key and value]
+    capped = {"attn" in key for key in caps}  # a small model's numbers would not show it
+    attentions = (EAGER,) if True in capped else (kernels.NAME, EAGER)
+    ends = (True,) if False in capped and model.can_generate() else (False, True)
+    for packed, attention, own_end in product((True, False), attentions, ends):
         if not own_end or model.can_generate():
             yield attention, Reading(packed, widest, own_end)
+
+
+def _settings(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting of the language model, those inside others as well."""
+    open_ones = [config.get_text_config().to_dict()]
+    for settings in open_ones:
+        open_ones += [value for value in settings.values() if isinstance(value, dict)]
+        yield from ((str(key), value) for key, value in settings.items())
 
 
 def widest_row(model: PreTrainedModel) -> int | None:
@@ -83,23 +106,26 @@ def widest_row(model: PreTrainedModel) -> int | None:
     What a token may see is told outright in a packed row, and a window of the model's own is not
     heard then: in so few places it would hide nothing.
     """
-    settings = model.config.get_text_config().to_dict()
-    windows = [value for key, value in settings.items() if key.endswith(WINDOWS)]
+    windows = [value for key, value in _settings(model.config) if key.endswith(WINDOWS)]
     limits = [value for value in windows if type(value) is int and value > 0]
     return min(chain(limits, positions_of(model.config)), default=None)
 
 
 def positions_of(config: PretrainedConfig) -> list[int]:
     """How many tokens a model has positions for, where its settings say so."""
-    found = (getattr(config.get_text_config(), name, None) for name in POSITIONS)
+    settings = dict(_settings(config))
+    # one that goes over to other rotations beyond these would change them within a reply
+    switches = (FIRST,) if "longrope" in (settings.get("rope_type"), settings.get("type")) else ()
+    found = (settings.get(name) for name in (*POSITIONS, *switches))
     return [value for value in found if isinstance(value, int) and value > 0]
 
 
 def _rows(model: PreTrainedModel) -> tuple[Rows, Rows]:
     """Prompts and responses of ordinary tokens."""
     settings = model.config.get_text_config()
-    special = (getattr(settings, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
-    ids = sorted(set(range(settings.vocab_size)) - set(special))
+    special = [getattr(settings, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos")]
+    named = chain.from_iterable(one if isinstance(one, list) else [one] for one in special)
+    ids = sorted(set(range(settings.vocab_size)) - set(named))
     generator = torch.Generator().manual_seed(0)
 
     def some(length: int) -> list[int]:
@@ -136,20 +162,26 @@ def _agrees(own: Tensor, found: Tensor) -> bool:
 
 def _check_generation(model: PreTrainedModel, own: Tensor, prompts: Rows, responses: Rows) -> None:
     """Sampling step by step, from prompts padded on the left, has to see the same numbers."""
-    rows = [0, 2]  # of different lengths
-    steps = min(len(responses[row]) for row in rows)
-    starts = [0, len(own) - len(responses[-1])]
+    steps = min(map(len, responses))
+    ends = list(accumulate(map(len, responses)))
+    wanted = [own[end - len(said) :][:steps] for end, said in zip(ends, responses, strict=True)]
+    rows = [0, 1, 2]  # two share a prompt, which is computed once; one leaves on the way
     try:
         cache = roomy_cache(model, steps)
-        mask, logits = prefill(model, [prompts[row] for row in rows], 0, cache)
-        found = [logits]
-        for place in range(steps - 1):
-            tokens = torch.tensor([[responses[row][place]] for row in rows])
+        mask, logits = prefill(model, prompts, 0, cache)
+        pairs = [(wanted[row][0], logits[row]) for row in rows]
+        for place in range(1, steps):
+            if place == 2:
+                rows = [2, 0]
+                cache.batch_select_indices(torch.tensor(rows))
+                mask = mask[rows]
+            tokens = torch.tensor([[responses[row][place - 1]] for row in rows])
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            found.append(next_logits(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache))
+            logits = next_logits(model, tokens, mask, mask.sum(1, keepdim=True) - 1, cache)
+            pairs += [(wanted[row][place], logits[at]) for at, row in enumerate(rows)]
         wrong: object = "its numbers differ from those of its own forward pass"
-        wanted = torch.stack([own[start : start + steps] for start in starts])
-        if _agrees(wanted, torch.stack(found, 1).float().log_softmax(-1)):
+        expected, found = map(torch.stack, zip(*pairs, strict=True))
+        if _agrees(expected, found.float().log_softmax(-1)):
             return
     except FAILS as error:
         wrong = error

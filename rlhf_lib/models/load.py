@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -47,6 +48,13 @@ KINDS = {
     AutoModelForCausalLM: "causal language model",
     AutoModelForSequenceClassification: "sequence classifier (a reward model)",
 }
+OPTIONS = {"trust_remote_code": False}  # else it may ask, and a batch run would wait
+# what transformers raises for a folder that holds no model that it can load
+BROKEN = (
+    ArithmeticError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, TypeError,
+    ValueError, SafetensorError,
+)  # fmt: skip
+NOISE = ("drop", "jitter")  # in the name of a setting
 HEAD_STD = 0.01  # small: an untrained reward model has no opinion
 
 
@@ -59,9 +67,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     with _explained(name, options):
         config = AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    if len(tokenizer) > config.get_text_config().vocab_size:
+    tokens = max([len(tokenizer), *(place + 1 for place in tokenizer.get_vocab().values())])
+    if tokens > config.get_text_config().vocab_size:
         raise SettingsError(
-            f"model {str(name)!r}: its tokenizer has {len(tokenizer)} tokens and its embedding "
+            f"model {str(name)!r}: its tokenizer has {tokens} tokens and its embedding "
             f"{config.get_text_config().vocab_size}; save it again after "
             "model.resize_token_embeddings(len(tokenizer))"
         )
@@ -219,10 +228,10 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     """The folder or hub id behind a name, and the options to load it with."""
     name = str(name)
     if name == "tiny":
-        return str(bundled_folder() / "base"), {"local_files_only": True}
+        return str(bundled_folder() / "base"), OPTIONS | {"local_files_only": True}
     if name == "smollm2-135m":
         with _quiet():
-            return str(smollm2.smollm2_folder()), {"local_files_only": True}
+            return str(smollm2.smollm2_folder()), OPTIONS | {"local_files_only": True}
     folder = users(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -230,9 +239,11 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
                 f"model {name!r}: the folder has no config.json; give the one that save_pretrained "
                 "wrote (of a run: the `model/` folder of a stage)"
             )
-        return str(folder), {"local_files_only": True}
+        return str(folder), OPTIONS | {"local_files_only": True}
     # without network there may still be a copy in the hub's cache
-    return HUB_IDS.get(name, name), {"local_files_only": runtime.unreachable() is not None}
+    return HUB_IDS.get(name, name), OPTIONS | {
+        "local_files_only": runtime.unreachable() is not None
+    }
 
 
 @phase("loading models")
@@ -241,12 +252,13 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
     where, options = _locate(name)
     with _quiet(), _explained(name, options):
         config = AutoConfig.from_pretrained(where, **options, **settings)
-        if type(config) not in model_class._model_mapping:
-            raise SettingsError(
-                f"model {str(name)!r}: transformers has no {KINDS[model_class]} for "
-                f"{type(config).__name__}. Take another model, such as gpt2"
-            )
-        _drop_dropout(config)
+    if type(config) not in model_class._model_mapping:
+        raise SettingsError(
+            f"model {str(name)!r}: transformers has no {KINDS[model_class]} for "
+            f"{type(config).__name__}. Take another model, such as gpt2"
+        )
+    _drop_dropout(config)
+    with _quiet(), _explained(name, options):
         model, report = model_class.from_pretrained(
             where, config=config, dtype=torch.float32, attn_implementation=EAGER,
             output_loading_info=True, **options,
@@ -257,6 +269,11 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
             f"model {str(name)!r} is no complete {type(model).__name__}: it has no weights for "
             f"{', '.join(sorted(missing - {may_miss})[:3])}"
         )
+    if scales := sorted(key for key in report["unexpected_keys"] if "scale" in key):
+        raise SettingsError(
+            f"model {str(name)!r} is quantised in a way that transformers does not undo here "
+            f"({scales[0]}): take its weights in fp16, bf16 or fp32"
+        )
     model.missing_keys = missing
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # memory of its own: what was read is a view of the file
@@ -266,10 +283,14 @@ def _load(model_class: Any, name: str | Path, may_miss: str = "", **settings: An
     return model
 
 
-def _drop_dropout(config: PretrainedConfig) -> None:
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, key, 0.0)
+def _drop_dropout(config: PretrainedConfig | dict) -> None:
+    """No dropout, and no noise in what routes tokens, in the config and those inside it."""
+    settings = config if isinstance(config, dict) else vars(config)
+    for key, value in settings.items():
+        if isinstance(value, (PretrainedConfig, dict)):
+            _drop_dropout(value)
+        elif any(name in str(key) for name in NOISE) and type(value) in (int, float):
+            settings[key] = type(value)(0)  # some settings are checked for their type
 
 
 def _with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -309,7 +330,9 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
-    """Turn "not found" into an error that names the nearest known model and the ways offline."""
+    """Turn "not found" into an error that names the nearest known model and the ways offline, and
+    whatever else transformers says of a model into one sentence.
+    """
     try:
         yield
     except (OSError, HFValidationError) as error:
@@ -323,6 +346,11 @@ def _explained(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
             f"{unknown('model', text, known)}. It is not {looked}. Without network use "
             "model.name=tiny, smollm2-135m (make offline-model), a folder written by "
             "save_pretrained, or a hub model that this machine has downloaded before"
+        ) from error
+    except BROKEN as error:
+        said = str(error).strip().partition("\n")[0]
+        raise SettingsError(
+            f"model {str(name)!r} cannot be loaded: {type(error).__name__}: {said}"
         ) from error
 
 
@@ -366,7 +394,10 @@ def save_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         f"base_model.model.{name}": weight.contiguous()
-        for name, weight in get_peft_model_state_dict(model).items()
+        for name, weight in get_peft_model_state_dict(
+            model,
+            save_embedding_layers=False,  # no embedding is trained, and "auto" asks the hub
+        ).items()
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))

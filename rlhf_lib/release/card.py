@@ -17,10 +17,20 @@ from rlhf_lib.show.display import markdown
 from rlhf_lib.show.tables import short, table_of
 
 HUB_ID = "hub:"
+END = " + tokenizer.eos_token"
+CODE = """```python
+from transformers import AutoModelFor{kind}, AutoTokenizer
+
+place = "OWNER/NAME"  # or the folder that this card lies in
+model = AutoModelFor{kind}.from_pretrained(place)
+tokenizer = AutoTokenizer.from_pretrained(place)
+asked = {asked}
+{told}
+```"""
 LIMITS = """- It was trained to learn from, and to be measured. It is not fit for use: a small model
   is often wrong, and what it was taught to like is all that this training gave it.
 - A policy learns what its reward likes, mistakes included: long or flattering replies, if they
-  were preferred. Gains are stated beside a judge that it was not trained on.
+  were preferred.
 - Intervals are of 95 % and speak of what they are over; a difference whose interval holds 0 is not
   shown, which is not to say that there is none."""
 
@@ -39,9 +49,9 @@ def text(
     """
     reward_model, base = not record.role, without_folders(base)
     parts = [
-        _head(reward_model, base, audit["source"]),
+        _head(reward_model, base, without_folders(audit["source"])),
         f"# {record.label}, seed {stage.config['seed']}",
-        _what(record, stage, base, reward_model, adapter),
+        _what(record, stage, base, reward_model, adapter) + "\n\n" + _use(reward_model, audit),
         "## Data\n\n" + _data(audit),
         "## Settings\n\n" + _settings(stage),
         "## Training\n\n" + _training(stage),
@@ -59,7 +69,7 @@ def _head(reward_model: bool, base: str, source: str) -> str:
     }
     if "/" in base:
         lines["base_model"] = base
-    if source.startswith(HUB_ID):
+    if source.startswith(HUB_ID) and "/" in source:
         lines["datasets"] = f"[{source.removeprefix(HUB_ID).partition(':')[0]}]"
     head = [f"{name}: {value}" for name, value in lines.items()]
     return "\n".join(["---", *head, "tags: [rlhf, rlhf_lib]", "---"])
@@ -72,20 +82,36 @@ def _what(record: Record, stage: Stage, base: str, reward_model: bool, adapter: 
         if reward_model
         else "A language model"
     )
-    load = (
-        'AutoModelForSequenceClassification.from_pretrained("...")'
-        if reward_model
-        else 'AutoModelForCausalLM.from_pretrained("...")'
-    )
     beside = (
-        "\n\nIts adapters alone are in `adapter/`, for `PeftModel.from_pretrained(base, ...)`."
+        "\n\nIts adapters alone are in `adapter/`, for `PeftModel.from_pretrained(base, ...)`; "
+        "`adapter_config.json` names the base, the model that training set out from."
         if adapter
         else ""
     )
     return (
         f"{kind}, trained from `{base}` by the stage `{stage.name}` of rlhf_lib {__version__} "
-        f"({stage.hash[:12]}).\n\n```python\n{load}\n```{beside}"
+        f"({stage.hash[:12]}).{beside}"
     )
+
+
+def _use(reward_model: bool, audit: Mapping) -> str:
+    """Code that loads the model and asks it, in the format that it was trained in."""
+    kind = "SequenceClassification" if reward_model else "CausalLM"
+    question, answer = "How are you?", "Well, thank you."
+    if audit["template"].startswith("HH"):
+        text = f'"\\n\\nHuman: {question}\\n\\nAssistant:{f" {answer}" if reward_model else ""}"'
+        asked = f'tokenizer({text}{END if reward_model else ""}, return_tensors="pt")'
+    else:
+        said = [{"role": "user", "content": question}]
+        said += [{"role": "assistant", "content": answer}] if reward_model else []
+        asked = f'tokenizer.apply_chat_template({said}, return_dict=True, return_tensors="pt"'
+        asked += ")" if reward_model else ", add_generation_prompt=True)"
+    told = (
+        "print(model(**asked).logits[0, 0])"
+        if reward_model
+        else "print(tokenizer.decode(model.generate(**asked, max_new_tokens=64)[0]))"
+    )
+    return CODE.format(kind=kind, asked=asked, told=told)
 
 
 def _data(audit: Mapping) -> str:
@@ -96,6 +122,9 @@ def _data(audit: Mapping) -> str:
         f"Dialogues are written in {audit['template']}.",
         f"The preferred reply is the longer in {train['chosen_longer_share']:.0%} of the pairs.",
     ]
+    left = sum(found["count"] for found in audit["dropped"].values())
+    said += [f"{left} rows were left out."] if left else []
+    said += [f"{note[0].upper()}{note[1:]}." for note in audit["notes"]]
     rows = [(file["name"], file["rows"], file["sha256"][:16]) for file in audit["files"]]
     columns = [
         ("file", lambda row: row[0]),

@@ -5,15 +5,17 @@ python -m rlhf_lib push ppo OWNER/NAME
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rlhf_lib import catalogue
+from rlhf_lib.files import write_json
+from rlhf_lib.kernel import without_folders
 from rlhf_lib.release import card
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.runs import Stage
@@ -34,7 +36,10 @@ def push(study: Study, name: str, target: str, public: bool = False) -> str:
         folder = Path(target).expanduser()
         if folder.exists():
             raise UserError(f"{folder} is there already: name a folder that is not")
-        _write(study, stage, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as place:  # nothing half-written stays behind
+            _write(study, stage, Path(place) / "model")
+            (Path(place) / "model").rename(folder)
         return str(folder)
     with TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -59,6 +64,12 @@ def _write(study: Study, stage: Stage, folder: Path) -> None:
     adapter = stage.path / "adapter"
     if adapter.is_dir():
         shutil.copytree(adapter, folder / "adapter")
+        named = folder / "adapter" / "adapter_config.json"
+        read = json.loads(named.read_text(encoding="utf-8"))
+        base = Path(read["base_model_name_or_path"]).parent  # of another stage's model
+        mine = next((s.name for s in study.planned().values() if s.path == base), "")
+        name = mine or without_folders(read["base_model_name_or_path"])
+        write_json(named, {**read, "base_model_name_or_path": name})
     (folder / "README.md").write_text(
         card.text(
             catalogue.record(stage.name), stage, study.run.profile.model.name, study.data.audit,
@@ -85,12 +96,15 @@ def _upload(folder: Path, repository: str, public: bool) -> str:
             "the hub wants to know who you are: hf auth login, or a token in the environment "
             "variable HF_TOKEN"
         )
-    hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+    hub, made = HfApi(endpoint=os.environ.get("HF_ENDPOINT")), None
     try:
         made = hub.create_repo(repository, private=not public, exist_ok=True)
         hub.upload_folder(
             repo_id=made.repo_id, folder_path=folder, commit_message="Upload a model of rlhf_lib"
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"the hub did not take {repository}: {error}") from error
+    except (
+        Exception
+    ) as error:  # of the hub's client, or of the HTTP library under it, which changes
+        stands = f"; {made} is there, without all of the model" if made else ""
+        raise UserError(f"the hub did not take {repository}: {error}{stands}") from error
     return str(made)

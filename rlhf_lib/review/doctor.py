@@ -22,9 +22,11 @@ from rlhf_lib.settings import UserError
 
 KNOWN = {
     "clip_ratio/region_mean", "completions/clipped_ratio", "entropy", "frac_reward_zero_std", "kl",
-    "loss", "objective/entropy", "objective/kl", "policy/clipfrac_avg", "policy/entropy_avg",
+    "loss", "objective/entropy", "objective/kl", "objective/scores", "policy/clipfrac_avg",
+    "policy/entropy_avg",
     "rewards/margins", "val/explained_variance", "val/ratio",
 }  # fmt: skip
+CUT = 2.0  # that a mean reward may lose to the clip, and to what a reply without its end costs
 Series = np.ndarray  # of a metric, where it was logged
 Logs = dict[str, Series]
 
@@ -207,6 +209,21 @@ def cut_replies(logs: Logs) -> Finding | None:
     )
 
 
+def cut_rewards(logs: Logs) -> Finding | None:
+    names = ("objective/scores", "objective/rlhf_reward", "objective/non_score_reward")
+    if not all(name in logs for name in names):
+        return None
+    given, shaped, charged = (float(np.nanmean(_late(logs[name]))) for name in names)
+    if not abs(given - (shaped - charged)) > CUT:
+        return None
+    return Finding(
+        "rewards that are cut",
+        f"the reward model gives {given:.1f} on average, and {shaped - charged:.1f} is learnt from",
+        "reward_clip is far inside these replies' rewards: their unit is the spread over the "
+        "demonstrations, which is small where these resemble one another",
+    )
+
+
 LOOKS: Sequence[Callable[[Logs], Finding | None]] = (
     no_numbers,
     negative_kl,
@@ -217,6 +234,7 @@ LOOKS: Sequence[Callable[[Logs], Finding | None]] = (
     idle_value_model,
     ratio_at_the_start,
     cut_replies,
+    cut_rewards,
 )
 
 

@@ -17,7 +17,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -25,17 +27,20 @@ import yaml
 from matplotlib.figure import Figure
 
 from rlhf_lib import catalogue
-from rlhf_lib.files import below, deliver, fetch, locked, write_json
+from rlhf_lib.files import below, check_address, deliver, fetch, locked, write_json
 from rlhf_lib.measure.statistics import interval, over_seeds
 from rlhf_lib.profiles import as_overrides, check_seed
 from rlhf_lib.review.trials import Trial
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, deciding, unknown
 from rlhf_lib.show import figures
-from rlhf_lib.show.display import write_figure
+from rlhf_lib.show.display import markdown, write_figure
+from rlhf_lib.show.tables import Column, table_of
 from rlhf_lib.study.schedule import worker_pool
 from rlhf_lib.study.tuning import judges, train, try_values
 
+TRIALS = "trials.json"
+MOST = 1000  # seeds
 KEYS = ("profile", "methods", "coefficients", "seeds", "set")
 
 
@@ -68,10 +73,20 @@ def _known() -> list[str]:
     return [name for name in catalogue.methods() if catalogue.record(name).coefficient]
 
 
+class Once(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, the first would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [str(key.value) for key, _ in node.value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.MarkedYAMLError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read(path: Path) -> Matrix:
     """Raises SettingsError, naming the key, for a file that asks for what there is not."""
     try:
-        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+        asked = yaml.load(path.read_text(encoding="utf-8"), Once)
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -82,16 +97,27 @@ def read(path: Path) -> Matrix:
         if key not in KEYS:
             raise unknown(f"key in {path}", str(key), KEYS)
     # a cell is a whole training, whatever share of one a trial of the profile's is
-    overrides = ["tuning.budget=1", *as_overrides(asked.get("set") or [])]
+    given = asked.get("set")
+    overrides = ["tuning.budget=1", *as_overrides([] if given is None else given)]
     profile = catalogue.load(asked.get("profile", "laptop"), overrides)
     judges(profile)
-    seeds = asked.get("seeds", profile.seeds)
-    seeds = seeds if isinstance(seeds, list) else range(check_seed(seeds))
-    seeds = list(dict.fromkeys(map(check_seed, seeds)))
+    seeds = _seeds(path, asked.get("seeds", profile.seeds))
     values = _coefficients(path, profile, asked)
     if not (seeds and values and all(values.values())):
         raise SettingsError(f"{path} asks for nothing: methods, coefficients and seeds need one")
     return Matrix(profile, overrides, values, seeds)
+
+
+def _seeds(path: Path, given: Any) -> list[int]:
+    try:
+        if not isinstance(given, list):
+            given = range(min(check_seed(given), MOST + 1))
+        seeds = list(dict.fromkeys(map(check_seed, given)))
+    except SettingsError as error:
+        raise SettingsError(f"{path}: seeds: {error}") from error
+    if len(seeds) > MOST:
+        raise SettingsError(f"{path}: seeds: more than {MOST} are asked for")
+    return seeds
 
 
 def _coefficients(path: Path, profile: Profile, asked: Mapping) -> dict[str, list[float]]:
@@ -101,14 +127,17 @@ def _coefficients(path: Path, profile: Profile, asked: Mapping) -> dict[str, lis
     for method in [*methods, *(given if isinstance(given, Mapping) else [])]:
         if method not in _known():
             raise unknown(f"method in {path}", str(method), _known())
+        if method not in methods:
+            raise SettingsError(f"{path}: coefficients: {method} is not among its methods")
     found = {}
     for method in methods:
         record = catalogue.record(method)
         own = getattr(record.config(profile), record.coefficient)
         mine = given.get(method, [own]) if isinstance(given, Mapping) else given
         factor = 1 if isinstance(given, Mapping) else own
-        numbers = [_number(path, value) for value in _listed(path, "coefficients", mine)]
-        found[method] = list(dict.fromkeys(float(f"{factor * n:.6g}") for n in numbers))
+        listed = _listed(path, "coefficients", mine)
+        numbers = (factor * _number(path, value) for value in listed)
+        found[method] = list(dict.fromkeys(float(f"{_number(path, n):.6g}") for n in numbers))
     return found
 
 
@@ -119,8 +148,9 @@ def _listed(path: Path, key: str, given: Any) -> list:
 
 
 def _number(path: Path, value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
+    with suppress(ValueError, OverflowError, TypeError):  # YAML takes 1e-3 for a word
+        if not isinstance(value, bool) and 0 <= float(value) < math.inf:
+            return float(value)
     raise SettingsError(f"{path}: coefficients: {value!r} is no number from 0 on")
 
 
@@ -130,24 +160,37 @@ def run(path: Path, run_dir: Path, out: str = "") -> Path:
     `out`: an address that fsspec knows, where the folder is delivered as it grows.
     """
     matrix = read(path)
+    if out:
+        check_address(out)
     folder = run_dir / matrix.profile.name / f"matrix-{path.stem}-{matrix.shared}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f"{folder.name}.lock")):
-        file = folder / "trials.json"
-        if out and not file.exists():
-            fetch(below(out, folder.name), file)
-        trials, wanted = _load(file), list(matrix.cells())
-        done = {(t["method"], *t["values"].values(), t["seed"]) for t in trials}
+        there = below(out, folder.name) if out else ""
+        trials, wanted = _with_delivered(_load(folder / TRIALS), there), list(matrix.cells())
+        done = set(map(_cell, trials))
         missing = [cell for cell in wanted if cell not in done]
         print(f"{len(wanted) - len(missing)} of {len(wanted)} trainings are done", flush=True)
+        if trials:
+            _write(folder, trials, there)
         for trial in _trained(matrix, missing, run_dir):
-            trials.append(trial)
-            _write(folder, trials)
-            if out:
-                deliver(folder, below(out, folder.name))
-        if out and not missing:
-            deliver(folder, below(out, folder.name))
+            trials = _with_delivered([*trials, trial], there)
+            _write(folder, trials, there)
     return folder
+
+
+def _cell(trial: Trial) -> tuple:
+    return (trial["method"], *trial["values"].values(), trial["seed"])
+
+
+def _with_delivered(trials: list[Trial], address: str) -> list[Trial]:
+    """These and those that another machine has delivered meanwhile: it knows no lock of ours."""
+    if not address:
+        return trials
+    with TemporaryDirectory() as place:
+        fetch(address, Path(place) / TRIALS)
+        delivered = _load(Path(place) / TRIALS, address)
+    known = set(map(_cell, trials))
+    return trials + [trial for trial in delivered if _cell(trial) not in known]
 
 
 def _trained(
@@ -208,6 +251,19 @@ def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return found
 
 
+def as_text(folder: Path) -> str:
+    """The table of a matrix, to be read: means with their intervals."""
+    found = rows(_load(folder / TRIALS))
+    columns: list[Column] = [
+        ("method", lambda row: row["method"]),
+        ("setting", lambda row: f"{row['setting']}={row['value']:g}"),
+        ("seeds", lambda row: row["seeds"]),
+        ("reward", lambda row: interval(row if row["seeds"] else None, 3)),
+        ("interval over", lambda row: row["interval"]),
+    ]
+    return markdown(table_of(found, columns))
+
+
 def figure(found: Sequence[Mapping[str, Any]], rater: str) -> Figure:
     """One panel a method: reward on validation prompts by its coefficient, means over seeds."""
     names = list(dict.fromkeys(row["method"] for row in found))
@@ -227,21 +283,25 @@ def figure(found: Sequence[Mapping[str, Any]], rater: str) -> Figure:
     return drawn
 
 
-def _load(path: Path) -> list[Trial]:
+def _load(path: Path, address: str = "") -> list[Trial]:
     if not path.exists():
         return []
     try:
         trials = json.loads(path.read_text(encoding="utf-8"))["trials"]
         _ = [(t["method"], t["values"].items(), t["mean"], t["seed"]) for t in trials]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{path} is no file of trials: move it away to begin anew") from error
+        where = below(address, path.name) if address else path
+        raise SettingsError(f"{where} is no file of trials: move it away to begin anew") from error
     return trials
 
 
-def _write(folder: Path, trials: Sequence[Trial]) -> None:
-    write_json(folder / "trials.json", {"trials": list(trials)})
+def _write(folder: Path, trials: Sequence[Trial], address: str) -> None:
+    """Trials, table and figure; delivered to the address, if there is one."""
+    write_json(folder / TRIALS, {"trials": list(trials)})
     found = rows(trials)
     pd.DataFrame(found).to_csv(folder / "table.csv", index=False)
     judged = [trial["rater"] for trial in trials if trial["mean"] is not None]
     if judged:
         write_figure(figure(found, judged[0]), folder / "figure")
+    if address:
+        deliver(folder, address)

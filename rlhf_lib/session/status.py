@@ -127,7 +127,7 @@ def _differences(had: Mapping[str, Any], has: Mapping[str, Any]) -> Iterator[str
     read, reads = had.get("upstream") or {}, has["upstream"]
     others = sorted(key for key in read.keys() | reads.keys() if read.get(key) != reads.get(key))
     if others:
-        yield f"it read another {listed(others)}"
+        yield f"read before it, and others now: {listed(others)}"
 
 
 def _whole(folder: Path) -> Path:

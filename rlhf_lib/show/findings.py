@@ -136,7 +136,7 @@ def answers(
 ) -> pd.DataFrame:
     """Replies of some policies to the same prompts, prompt by prompt."""
     frames = [tables.replies(said, prompts, tokenizer, policy=p) for p, said in sampled.items()]
-    return pd.concat(frames).sort_values("prompt", kind="stable")
+    return pd.concat(frames).sort_index(kind="stable")
 
 
 # ----------------------------------------------------------------------------- made-up studies

@@ -273,8 +273,8 @@ TRUST = {
     "labels": "agrees with the label",
     "gold": "agrees with the true reward",
     "same_in_both_orders": "agrees with itself in the other order",
-    "first_place": "takes the first more often than half",
-    "longer": "takes the longer more often than is right",
+    "first_place": "leans to the reply that is read first (below 0: to the second)",
+    "longer": "leans to the longer reply, beyond what is right (below 0: to the shorter)",
 }
 
 
@@ -283,7 +283,7 @@ def trust_table(trust: Mapping) -> pd.DataFrame:
     rows = [name for name in TRUST if name in trust]
     columns = [
         ("the judge", TRUST.__getitem__),
-        ("95 % interval over pairs", lambda name: interval(trust[name], 1, percent=True)),
+        ("share, 95 % interval over pairs", lambda name: interval(trust[name], 1, percent=True)),
         ("pairs", lambda name: trust[name]["n"]),
     ]
     return table_of(rows, columns)

@@ -69,7 +69,7 @@ class Panel:
         row["proxy"] = f"{float(rollout.scores):.2f}"
         if rollout.gold is not None:
             row["gold"] = f"{rollout.gold[0]:.2f}"
-        return row | {"log-ratio to SFT": f"{float(rollout.kl):.1f}"}
+        return row | {"log-ratio to SFT": f"{round(float(rollout.kl), 1) + 0.0:.1f}"}
 
 
 def talk(panel: Panel, requests: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,8 @@ from rlhf_lib.settings import (
 )
 from rlhf_lib.study.offer import Offer
 from rlhf_lib.user_code import resolve
+
+log = logging.getLogger(__name__)
 
 
 def stage_of(run: Run, record: Record, data: PreferenceData, needed: Mapping[str, Stage]) -> Stage:
@@ -196,6 +199,7 @@ def reward_model(
     model.config.reward_mean, model.config.reward_std = mean, std
     work.write_samples(_score_rows(*test))
     (_, stats), (_, at_validation) = reward_loss(*test), reward_loss(*validation)
+    _warn_of_chance(float(at_validation.accuracy), len(validation[0]))
     return result | {
         "test_pairs": len(test[0]),
         "accuracy": float(stats.accuracy),
@@ -204,6 +208,16 @@ def reward_model(
         "reward_mean": mean,
         "reward_std": std,
     }
+
+
+def _warn_of_chance(right: float, pairs: int) -> None:
+    """A reward model that has learnt nothing of the labels is no reward to learn from."""
+    if right <= 0.5:
+        log.warning(
+            "the reward model ranks %.0f%% of %d validation pairs as they are labelled, no more "
+            "than chance: what learns from it learns nothing of the labels",
+            100 * right, pairs,
+        )  # fmt: skip
 
 
 def _score_rows(chosen: Tensor, rejected: Tensor, **first: object) -> list[dict]:

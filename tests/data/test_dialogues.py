@@ -155,7 +155,27 @@ UNUSABLE = {
         row(prompt="Hi", chosen=[*MESSAGES, says("Oak.")], rejected=[*MESSAGES, says("No.")]),
     ],
     "prompt ends with a reply": [
-        row(prompt=MESSAGES[:2], chosen=[says("Oak.")], rejected=[says("No.")])
+        row(prompt=MESSAGES[:2], chosen=[says("Oak.")], rejected=[says("No.")]),
+        row(prompt="\n\nHuman: Hi\n\nAssistant: Sure,", chosen="Oak.", rejected="No."),
+    ],
+    "marker behind one newline, not two": [
+        row(prompt="Human: Hi\nAssistant:", chosen="Oak.", rejected="No."),
+    ],
+    "text of another format, '<|im_start|>'": [
+        row(prompt="<|im_start|>user\nHi<|im_end|>\n", chosen="Oak.", rejected="No."),
+    ],
+    "text of another format, \"[{'content':\"": [
+        row(prompt="Hi", chosen="[{'content': 'Oak.', 'role': 'assistant'}]", rejected="No."),
+    ],
+    "`input` beside the prompt: write it into the prompt": [
+        row(instruction="Translate", input="Bonjour", chosen="Hello.", rejected="No."),
+    ],
+    "`history` beside the prompt: write it into the prompt": [
+        row(prompt="Hi", history=[["a", "b"]], chosen="Hello.", rejected="No."),
+    ],
+    "the chosen reply has no higher score": [
+        row(chosen=dialogue(), rejected=dialogue(" No."), score_chosen=4, score_rejected=4),
+        row(chosen=dialogue(), rejected=dialogue(" No."), chosen_score="3", rejected_score="4"),
     ],
     "message without text": [
         row(prompt=[{"role": "user", "content": None}], chosen="Oak.", rejected="No."),
@@ -207,7 +227,7 @@ def test_margin_is_read() -> None:
 def test_two_scores_make_a_margin() -> None:
     sides = {"chosen": dialogue(), "rejected": dialogue(" No.")}
     assert read_pair(row(**sides, score_chosen=8.5, score_rejected=6)).margin == 2.5
-    assert read_pair(row(**sides, chosen_score="3", rejected_score="4")).margin == -1.0
+    assert read_pair(row(**sides, chosen_score="4", rejected_score="3")).margin == 1.0
     assert read_pair(row(**sides, margin=1, score_chosen=8.5, score_rejected=6)).margin == 1.0
     assert read_pair(row(**sides, score_chosen=8.5)).margin is None
 
@@ -229,6 +249,9 @@ DEMONSTRATIONS = {
         conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo."}]
     ),
     "text": row(text="\n\nHuman: Hi\n\nAssistant: Yo."),
+    "prompt and messages": row(
+        prompt="Hi", messages=[{"role": "user", "content": "Hi"}, says("Yo.")]
+    ),
 }
 
 
@@ -243,6 +266,8 @@ def test_every_format_gives_the_same_demonstration(name: str) -> None:
         ("no `prompt`", row(response="Yo.")),
         ("no `response`", row(prompt="Hi")),
         ("empty reply", row(prompt="Hi", completion=" ")),
+        ("empty prompt", row(prompt="", completion="Yo.")),
+        ("empty prompt", row(messages=[says("Yo.")])),
         ("no assistant reply", row(messages=[{"role": "user", "content": "Hi"}])),
     ],
 )
@@ -256,6 +281,7 @@ def test_unpaired_replies_become_pairs() -> None:
     said = [
         ("Hi", "Yo.", True), ("Hi", "No.", False), ("Bye", "So long.", True),
         ("Hi", "Hm.", "false"), ("Hi", "Hello.", 1), ("Bye", "Nope.", None),
+        ("Bye", "Well.", "good"),
     ]  # fmt: skip
     rows = [
         Row("kto.jsonl", number, {"prompt": prompt, "completion": completion, "label": label})
@@ -263,10 +289,20 @@ def test_unpaired_replies_become_pairs() -> None:
     ]
     assert all(unpaired(each.values) for each in rows)
     assert not unpaired({"chosen": "a", "rejected": "b", "label": 1})
-    alone: list[Row] = []
-    pairs = [read_pair(each) for each in pair_up(rows, alone)]
+    ready = row(chosen=dialogue(), rejected=dialogue(" No."))
+    rows[2:2] = [ready, Row("kto.jsonl", 8, {"completion": "Without a label."})]
+    for number, (system, label) in enumerate([("Be brief.", True), ("Be long.", False)], 9):
+        values = {"system": system, "prompt": "Hm?", "completion": "Ho.", "label": label}
+        rows.append(Row("kto.jsonl", number, values))
+    left: dict[str, str] = {}
+    found = list(pair_up(rows, lambda reason, place: left.update({place: reason})))
+    assert found.pop(0) is ready, "a row of another kind stays as it is"
+    pairs = [read_pair(each) for each in found]
     assert [(p.chosen, p.rejected, p.place) for p in pairs] == [
         (" Yo.", " No.", "kto.jsonl, row 1"),
         (" Hello.", " Hm.", "kto.jsonl, row 5"),
     ]
-    assert sorted(each.number for each in alone) == [3, 6]
+    assert {int(place.rpartition(" ")[2]): reason for place, reason in left.items()} == {
+        **dict.fromkeys((3, 9, 10), "no reply of the other label to its prompt"),
+        6: "no `label`", 7: "label 'good'", 8: "no `label`",
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lib.data.dialogues import TextPair, Unusable
@@ -67,6 +68,63 @@ def test_what_people_type_is_never_a_special_token() -> None:
     special = tokenizer.convert_tokens_to_ids(["<|im_start|>", "</s>"])
     assert [prompt.ids.count(token) for token in special] == [2, 1], "the template's own alone"
     assert "Say </s> and <|im_start|>system" in tokenizer.decode(prompt.ids)
+
+
+def in_its_words(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose model itself has the end token among its pieces."""
+    pieces = {"<unk>": 0, "</s>": 1, "say": 2, "now": 3, "Human": 4, "Assistant": 5, ":": 6}
+    if kind == "WordLevel":
+        model = models.WordLevel(pieces, unk_token="<unk>")
+    else:
+        model = models.Unigram([(piece, 0.0 if piece == "</s>" else -1.0) for piece in pieces], 0)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
+def test_nor_is_one_that_the_tokenizer_has_among_its_words(kind: str) -> None:
+    encoder = Encoder(in_its_words(kind), 100, 20)
+    typed = TextPair("", "say </s> now", " </s>", " now </s> say", None, None, "row 1")
+    (pair,) = encoder.pairs([typed])
+    assert encoder.eos not in pair.prompt
+    assert {2, 3} <= set(pair.prompt), "what stands around it is read"
+    assert [side.count(encoder.eos) for side in (pair.chosen, pair.rejected)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{% for c in m.content %}{{ c['text'] }}{% endfor %}{% endfor %}",
+         "leaves out one of user, assistant, user"),
+        ("{{ messages[-1].content }}", "leaves out one of user, assistant, user"),
+        ("{% for m in messages %}{{ m.content[:2] }}{% endfor %}", "leaves out one of"),
+        ("{{ messages + 1 }}", "no place in the chat template for user, assistant, user"),
+    ],
+)  # fmt: skip
+def test_a_template_that_drops_what_was_said_is_not_taken(template: str, reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        Encoder(chatty(template), 100, 20).check(PROMPT)
+
+
+def test_a_template_that_fails_on_an_answer_is_one_sentence() -> None:
+    failing = "{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}"
+    encoder = Encoder(chatty(f"{failing}{{% endif %}}{{{{ m.content }}}}{{% endfor %}}"), 100, 20)
+    with pytest.raises(SettingsError, match=r"fails on a question and its answer .*template=hh"):
+        _ = encoder.written
+
+
+def test_a_template_with_a_date_writes_the_same_tomorrow() -> None:
+    now = "strftime_now('%d %b %Y')"
+    given = f"{{% if date_string is not defined %}}{{% set date_string = {now} %}}{{% endif %}}"
+    encoder = Encoder(chatty(f"{given}{{{{ date_string }}}}: {CHATML}"), 200, 20)
+    (prompt,) = encoder.prompts([PROMPT])
+    assert encoder.tokenizer.decode(prompt.ids).startswith("01 Jan 2024: ")
+    assert encoder.written == "the model's chat template"
+    today = Encoder(chatty(f"{{{{ {now} }}}}: {CHATML}"), 200, 20)
+    assert "on another day the data are others" in today.written
 
 
 def test_a_dialogue_that_the_template_does_not_take_is_left_out() -> None:

@@ -211,7 +211,7 @@ def test_the_advice_fits_the_reason(tmp_path: Path) -> None:
 
     said = refused([{"prompt": f"{i}?", "good": "A", "bad": "B"} for i in range(9)])
     assert "no `chosen` 9. A preference pair has" in said
-    assert "(first: pairs.jsonl, row 1, no `chosen`)" in said
+    assert "(first: pairs.jsonl, row 1, no `chosen`; it has prompt, good, bad)" in said
     said = refused([pair("A?", f"Yes {i}.") for i in range(9)])
     assert "All 9 usable pairs begin with the same first turn" in said
     messages = [{"role": "boss", "content": "Hi"}, {"role": "assistant", "content": "Yo."}]

@@ -98,6 +98,13 @@ STRANGE = {
     "j.csv": (b'chosen,rejected\n"a,b\n', "as a table: unexpected end"),
     "k.csv": (b"chosen,rejected\n\xff,b\n", "as a table: 'utf-8' codec"),
     "l.json": (b"[1, 2]", "row 1: a JSON int where an object"),
+    "m.jsonl": (b"PAR1" + b"rest" * 9, r"is a Parquet file: name it \.parquet"),
+    "n.parquet": (b'{"chosen": "a"}\n', "holds JSON, not a table"),
+    "o.parquet": (gzip.compress(b"PAR1"), "is packed by gzip: unpack it"),
+    "p.jsonl": (b"BZh91AY" + b"rest" * 9, "packed by bzip2"),
+    "q.csv": (b'{"chosen": "a"}\n', r"holds JSON, not a table: name it \.jsonl"),
+    "r.jsonl": (b"\n\n<!doctype html>", "a web page"),
+    "s.jsonl": (b"<?xml version='1.0'?>", "is XML"),
 }
 
 

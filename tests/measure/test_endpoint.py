@@ -152,9 +152,15 @@ def test_an_answer_that_names_no_side_is_counted_and_left_out(
         ("Both", None),
         ("", None),
         ("Neither A nor B", None),
+        ("A tie.", 0.5),
+        ("A or B", None),
+        ("A is worse than B. B", None),
+        ("a good question: B", 0.0),
+        ("B is a better reply", 0.0),
+        ("Reply A.", 1.0),
     ],
 )
-def test_points_are_read_from_the_first_word(text: str, value: float | None) -> None:
+def test_points_are_of_the_one_side_that_is_named(text: str, value: float | None) -> None:
     assert points(text) == value
 
 
@@ -172,11 +178,43 @@ def test_errors_name_the_endpoint_and_nothing_is_cached(server: Server, tmp_path
     with pytest.raises(EndpointError, match=r"chat/completions answered 429: .*too many requests"):
         ask(config(server), "p", "a", "b", tmp_path)
     server.status = 200
-    with pytest.raises(EndpointError, match="no choices"):
-        ask(config(server), "p", "a", "b", tmp_path)
-    with pytest.raises(EndpointError, match="gave no answer"):
-        ask(EndpointConfig(url="http://127.0.0.1:1/v1"), "p", "a", "b", tmp_path)
+    for url in ("http://127.0.0.1:1/v1", "foo", "http://[::1/v1", "http://127.0.0.1/a b"):
+        with pytest.raises(EndpointError, match="gave no answer"):
+            ask(EndpointConfig(url=url), "p", "a", "b", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"choices": []},
+        {"choices": {}},
+        {"choices": [{"text": "A"}]},
+        {"choices": [{"message": None}]},
+        {"choices": [{"message": {"content": ["A"]}}]},
+        {"choices": [{"message": {"content": 1}}]},
+        {**says("A"), "usage": [1]},
+        {**says("A"), "usage": {"prompt_tokens": "many"}},
+        [1],
+        "hi",
+        None,
+    ],
+)
+def test_an_answer_of_another_shape_is_said_and_not_kept(
+    body: Any, server: Server, tmp_path: Path
+) -> None:
+    server.mind = lambda _: body
+    with pytest.raises(EndpointError, match="answered in another shape"):
+        ask(config(server), "p", "a", "b", tmp_path)
+    server.mind = lambda _: says("B")
+    assert ask(config(server), "p", "a", "b", tmp_path).points == 0.0, "asked again"
+
+
+def test_who_says_nothing_names_no_side(server: Server, tmp_path: Path) -> None:
+    refuses = {"choices": [{"message": {"refusal": "no"}}], "usage": {"prompt_tokens": None}}
+    server.mind = lambda _: refuses
+    assert ask(config(server), "p", "a", "b", tmp_path) == (None, 0, 0, False)
 
 
 def test_it_is_off_by_default() -> None:

@@ -40,7 +40,7 @@ from rlhf_lib.proofs import plain
 from rlhf_lib.settings import SettingsError
 from tools import families
 
-REFUSED = ("Mamba", "BERT")
+REFUSED = ("Mamba", "LFM 2", "BERT")
 UNSCORED = ("Granite", "Cohere", "CodeGen", "XGLM")  # transformers has no classifier for them
 WORKS = [name for name in families.FAMILIES if name not in REFUSED]
 SCORED = [name for name in WORKS if name not in UNSCORED]

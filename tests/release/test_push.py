@@ -33,6 +33,8 @@ AUDIT = {
     "files": [{"name": "pairs.jsonl", "rows": 9, "sha256": "ab" * 32}],
     "splits": {"train": {"pairs": 8, "conversations": 7, "chosen_longer_share": 0.5}},
     "demonstrations": 6,
+    "dropped": {"empty reply": {"count": 2, "first": ["pairs.jsonl, row 3"]}},
+    "notes": ["7% of the tokens are unknown to this model"],
 }
 
 
@@ -178,12 +180,38 @@ def test_the_head_is_what_the_hub_reads(finished: Any) -> None:
     assert "adapter/" in text
 
 
+CHATML = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model"])
+@pytest.mark.parametrize("template", ["HH format", "the model's chat template"])
+def test_the_code_on_a_card_runs(
+    name: str, template: str, study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(release.push(study, name, str(tmp_path / "out")))
+    if template != "HH format":
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = CHATML
+        tokenizer.save_pretrained(folder)
+    audit = {**AUDIT, "template": template}
+    stage = study.planned()[name]
+    text = card.text(catalogue.record(name), stage, "tiny", audit, None, adapter=False)
+    code = text.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("OWNER/NAME", str(folder)), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_card_says_data_settings_cost_and_limits(finished: Any) -> None:
     text = written(finished.sft, "sft")
     assert "`path:pairs.jsonl`" in text
     assert "somebody" not in text, "a folder is nobody's business"
     assert f"| `learning_rate` | {finished.sft.config['settings']['learning_rate']} |" in text
     assert "abababababababab…" in text
+    assert "2 rows were left out." in text
+    assert "7% of the tokens are unknown to this model." in text
     assert "Not evaluated" in text
     assert card.LIMITS in text
     assert finished.sft.hash[:12] in text

@@ -168,6 +168,18 @@ def test_an_end_that_is_masked_is_never_reached_again(small: Small) -> None:
     assert "replies that do not end" in findings(rows)
 
 
+def test_a_reward_far_outside_its_clip_is_found(tmp_path: Path) -> None:
+    def log(given: float, learnt: float) -> list[str]:
+        row = {"objective/scores": given, "objective/non_score_reward": -0.5}
+        file = tmp_path / "metrics.jsonl"
+        rows = [json.dumps(row | {"objective/rlhf_reward": learnt - 0.5})] * 4
+        file.write_text("\n".join(rows), encoding="utf-8")
+        return [finding.name for finding in doctor.examine(file)]
+
+    assert log(given=-24.5, learnt=-5.0) == ["rewards that are cut"]
+    assert not log(given=1.2, learnt=0.3)
+
+
 def test_a_log_with_nan_names_metric_and_step(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"loss": 1.0}\n{"loss": NaN}\n', encoding="utf-8")

@@ -73,6 +73,17 @@ def test_values_of_each_method_its_own_and_all_by_default(tmp_path: Path) -> Non
         ("profile: smok", r"unknown profile 'smok'"),
         ("[1, 2]", r"has no keys"),
         ("a: [", r"is no YAML"),
+        ("methods: [ppo]\nmethods: [dpo]", r"is no YAML: methods stands twice"),
+        ("set: {ppo.updates: 2, ppo.updates: 3}", r"ppo\.updates stands twice"),
+        ("set: &a [*a]", r"OVERRIDES holds itself"),
+        ("set: {ppo: &a {kl_coef: *a}}", r"OVERRIDES holds itself"),
+        ("set: 0", r"OVERRIDES=0 names no setting"),
+        ("seeds: 300000000", r"grid\.yaml: seeds: more than 1000 are asked for"),
+        ("seeds: '3'", r"grid\.yaml: seeds: SEED='3'"),
+        ("seeds: [4294967296]", r"grid\.yaml: seeds: SEED=4294967296: .* below 2\*\*32"),
+        (f"coefficients: [1{400 * '0'}]", r"coefficients: 1000+ is no number from 0 on"),
+        ("set: {ppo.kl_coef: 4}\ncoefficients: [1.7e+308]", r"coefficients: inf is no number"),
+        ("methods: [dpo]\ncoefficients: {ppo: [1]}", r"coefficients: ppo is not among its methods"),
         ("", r"has no keys"),
     ],
 )
@@ -84,6 +95,11 @@ def test_a_file_that_asks_for_what_there_is_not(text: str, said: str, tmp_path: 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"none\.yaml: No such file"):
         matrix.read(tmp_path / "none.yaml")
+
+
+def test_a_number_in_words_of_science_is_one(tmp_path: Path) -> None:
+    text = "profile: smoke\nmethods: [dpo]\ncoefficients: {dpo: [1e-3, 2]}\n"
+    assert matrix.read(write(tmp_path, text)).values == {"dpo": [0.001, 2.0]}
 
 
 @pytest.fixture
@@ -174,5 +190,22 @@ def test_results_are_delivered_to_an_address_and_found_there(trained: list, tmp_
     system.rm(place, recursive=True)
     matrix.run(path, tmp_path / "one", address)
     assert system.exists(f"{place}/table.csv"), "what is done already is delivered as well"
-    with pytest.raises(UserError, match=r"nowhere://x/matrix-grid-\w+ cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere://x cannot be written"):
         matrix.run(path, tmp_path / "third", "nowhere://x")
+
+
+def test_what_two_machines_deliver_in_turn_is_kept_of_both(trained: list, tmp_path: Path) -> None:
+    path, address = write(tmp_path, FILE), "memory://both"
+    folder = matrix.run(path, tmp_path / "one", address)
+    whole = json.loads((folder / "trials.json").read_text())
+    early = whole | {"trials": whole["trials"][:2]}  # killed after two, and run again much later
+    (folder / "trials.json").write_text(json.dumps(early))
+    trained.clear()
+    matrix.run(path, tmp_path / "one", address)
+    assert trained == [], "the other machine has trained the rest"
+    system = fsspec.filesystem("memory")
+    with system.open(f"/both/{folder.name}/trials.json") as file:
+        assert json.load(file) == whole
+    system.pipe_file(f"/both/{folder.name}/trials.json", b"{")
+    with pytest.raises(SettingsError, match=r"memory://both/.*trials\.json is no file of trials"):
+        matrix.run(path, tmp_path / "one", address)

@@ -94,7 +94,7 @@ def test_one_that_runs_says_who_runs_it(
         ("sft.learning_rate=0.1", "learning_rate was 0.1, is "),
         ("data.max_response_tokens=20", "other lengths of prompts or replies"),
         ("model.lora_rank=2", "other settings of the model"),
-        ("data.demonstrations=16", "it read another data"),
+        ("data.demonstrations=16", "read before it, and others now: data"),
     ],
 )
 def test_a_stale_folder_says_what_is_another_now(

@@ -116,7 +116,7 @@ def test_replies_of_several_policies_stand_together(
     asked = [Prompt("a", [1]), Prompt("b", [2])]
     monkeypatch.setattr(tables, "replies", replies)
     table = findings.answers({"SFT": "x", "DPO": "y"}, asked, tiny_tokenizer)  # type: ignore[dict-item]
-    assert table["prompt"].tolist() == ["a", "a", "b", "b"]
+    assert table["prompt"].tolist() == ["b", "b", "a", "a"], "in the order of the prompts"
     assert table["policy"].tolist() == ["SFT", "DPO"] * 2
 
 

@@ -407,3 +407,13 @@ def test_a_model_that_cannot_be_used_is_refused_with_the_data(
     run = make_run(tmp_path, f"model.name={families.save(family, tmp_path / 'model')}")
     with pytest.raises(SettingsError, match=message):
         train_stage(run, "dataset", tiny_data)
+
+
+# ----------------------------------------------------------------------------- what is warned of
+
+
+def test_a_reward_model_no_better_than_chance_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    training._warn_of_chance(0.51, 100)
+    assert not caplog.text
+    training._warn_of_chance(0.5, 100)
+    assert "ranks 50% of 100 validation pairs as they are labelled, no more than" in caplog.text

@@ -76,12 +76,18 @@ def test_other_addresses_of_the_project_stay(checkout: Path) -> None:
     assert urls == {"Repository": ADDRESS, "Issues": "https://x.org"}
     colab.store(checkout, "")
     assert path.read_text() == before
+    path.write_text(
+        path.read_text().replace("[project.urls]\n", '[project.urls]\nRepository="x"\n')
+    )
+    colab.store(checkout, ADDRESS)
+    assert tomllib.loads(path.read_text())["project"]["urls"] == urls, "however it is spaced"
 
 
-def test_another_place_than_github_is_refused(checkout: Path) -> None:
+@pytest.mark.parametrize("address", ["https://example.org/rlhf", "https://github.com/../.."])
+def test_another_place_than_github_is_refused(address: str, checkout: Path) -> None:
     before = texts(checkout)
     with pytest.raises(SystemExit, match=r"Colab opens what is at https://github\.com/OWNER/NAME"):
-        colab.main(["https://example.org/rlhf"])
+        colab.main([address])
     assert texts(checkout) == before
 
 
