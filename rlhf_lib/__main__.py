@@ -15,7 +15,7 @@ import typer
 from rlhf_lib import __version__, catalogue
 from rlhf_lib.kernel import check_folder
 from rlhf_lib.profiles import PROFILES, paths
-from rlhf_lib.settings import Profile, UserError, unknown
+from rlhf_lib.settings import Profile, UserError, plain_warnings, unknown
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False,
@@ -434,7 +434,7 @@ def main() -> None:
     """Run the command line; expected errors end with one message and status 2, not a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.showwarning = lambda said, *_: print(f"warning: {said}", file=sys.stderr)
+    plain_warnings()
     try:
         app(prog_name="rlhf-lib")
     except (UserError, OSError) as error:  # a file that is not there, a disk that is full

@@ -7,13 +7,20 @@ import difflib
 import hashlib
 import inspect
 import json
+import sys
 import typing
+import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 
 class UserError(ValueError):
     """An error whose message says all; the command line shows no traceback for it."""
+
+
+def plain_warnings() -> None:
+    """Warnings as one line each, as errors are, without the place in the source."""
+    warnings.showwarning = lambda said, *_: print(f"warning: {said}", file=sys.stderr)
 
 
 class SettingsError(UserError):

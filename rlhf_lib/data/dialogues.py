@@ -101,7 +101,10 @@ def read_demonstration(row: Row) -> tuple[str, str]:
     missing = "prompt" if asked is None else REPLY[0]
     column = next((name for name in columns if row.values.get(name) is not None), missing)
     given = None if asked is None else _prompt_of("prompt", asked)
-    prompt, reply = _side(column, _need(row, column), given)
+    whole = column in DIALOGUE  # then the prompt beside it may be any question of it
+    prompt, reply = _side(column, _need(row, column), None if whole else given)
+    if whole and given and _words(given.removesuffix(ASSISTANT)) not in _words(prompt):
+        raise Unusable("prompt and dialogue differ")
     if not _said(prompt):
         raise Unusable("empty prompt")
     if not reply:

@@ -23,7 +23,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.report import exporters
 from rlhf_lib.runtime import no_gpu, progress, shipped
-from rlhf_lib.settings import Profile, unknown
+from rlhf_lib.settings import Profile, plain_warnings, unknown
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import Study, StudyError, notebook_path, read_data, rival
 
@@ -146,7 +146,8 @@ def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         stack.callback(_restore, before)  # this may be a notebook, which is live again then
-        pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+        made = ProcessPoolExecutor(workers, mp_context=context, initializer=plain_warnings)
+        pool = stack.enter_context(made)
         try:
             yield pool, workers
         except BaseException as error:

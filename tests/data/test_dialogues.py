@@ -255,6 +255,11 @@ DEMONSTRATIONS = {
 }
 
 
+def test_the_first_question_may_stand_beside_a_whole_dialogue() -> None:
+    several = row(prompt=MESSAGES[0]["content"], messages=[*MESSAGES, says("Oak.")])
+    assert read_demonstration(several) == (PROMPT, " Oak.")
+
+
 @pytest.mark.parametrize("name", DEMONSTRATIONS)
 def test_every_format_gives_the_same_demonstration(name: str) -> None:
     assert read_demonstration(DEMONSTRATIONS[name]) == ("\n\nHuman: Hi\n\nAssistant:", " Yo.")
@@ -267,6 +272,7 @@ def test_every_format_gives_the_same_demonstration(name: str) -> None:
         ("no `response`", row(prompt="Hi")),
         ("empty reply", row(prompt="Hi", completion=" ")),
         ("empty prompt", row(prompt="", completion="Yo.")),
+        ("prompt and dialogue differ", row(prompt="Bye", messages=[*MESSAGES, says("Yo.")])),
         ("empty prompt", row(messages=[says("Yo.")])),
         ("no assistant reply", row(messages=[{"role": "user", "content": "Hi"}])),
     ],
