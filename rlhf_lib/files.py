@@ -27,6 +27,7 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 NO_RENAMES = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EPERM}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 GONE = {errno.ENOTCONN, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.EROFS}
+IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EACCES}  # no drive's fault
 SPARE = 1 << 24  # bytes: a disk with less is full
 PATIENCE = 1.0  # seconds that a lock is waited for in silence
 PROBE = ".rlhf_lib"  # a file that is written and removed, to see that one can be
@@ -165,7 +166,7 @@ def mishap(error: OSError, folder: Path) -> str:
     """What befell the disk that `folder` is on, and the way out; empty where nothing did."""
     if error.errno in FULL:
         return f"no space is left where {folder} is written: make room{GOES_ON}"
-    if error.errno in GONE or not _is_there(folder):
+    if error.errno in GONE or (error.errno not in IN_THE_WAY and not _is_there(folder)):
         why = error.strerror or str(error)
         return f"{folder} can be written no more ({why}): mount its drive again{GOES_ON}"
     return ""

@@ -68,14 +68,7 @@ def find_reading(model: PreTrainedModel) -> None:
             f"{_name(model)} cannot be read by this library, in packed rows or alone: {found}. "
             "Take another model, such as gpt2"
         )
-    model.train()
-    noisy = not _agrees(own, _read(model, prompts, responses))
-    model.eval()
-    if noisy:
-        raise SettingsError(
-            f"{_name(model)} gives other numbers while it trains than when it is read: something "
-            "random in its settings stays on. Take another model, such as gpt2"
-        )
+    _check_training(model, own, prompts, responses)
     if causal:
         _check_generation(model, own, prompts, responses)
 
@@ -158,6 +151,18 @@ def _read(model: PreTrainedModel, prompts: Rows, responses: Rows) -> Tensor:
 def _agrees(own: Tensor, found: Tensor) -> bool:
     apart = (own - found).abs().max()
     return bool(apart <= TOLERANCE * own.std())
+
+
+def _check_training(model: PreTrainedModel, own: Tensor, prompts: Rows, responses: Rows) -> None:
+    """A model that trains is the one that is read: nothing random is left on."""
+    model.train()
+    noisy = not _agrees(own, _read(model, prompts, responses))
+    model.eval()
+    if noisy:
+        raise SettingsError(
+            f"{_name(model)} gives other numbers while it trains than when it is read: something "
+            "random in its settings stays on. Take another model, such as gpt2"
+        )
 
 
 def _check_generation(model: PreTrainedModel, own: Tensor, prompts: Rows, responses: Rows) -> None:

@@ -239,7 +239,7 @@ def test_a_model_that_cannot_sample_is_refused(
 
 
 def test_the_narrowest_of_positions_and_windows_counts() -> None:
-    assert agreement.positions_of(GPT2Config(n_positions=64)) == [64, 64]
+    assert set(agreement.positions_of(GPT2Config(n_positions=64))) == {64}
     model = families.make("Mistral")
     assert agreement.widest_row(model) == 16
     model.config.sliding_window = None

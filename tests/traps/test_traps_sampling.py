@@ -18,7 +18,7 @@ from rlhf_lib import profiles
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods import dpo, grpo, ppo, rollout
 from rlhf_lib.methods.rollout import Rollout
-from rlhf_lib.models import generation, load
+from rlhf_lib.models import agreement, generation, load
 from rlhf_lib.models.generation import draw_tokens
 from rlhf_lib.models.logprobs import output_logits
 from rlhf_lib.objectives.kl import k1
@@ -111,6 +111,7 @@ def test_trap_03_sampled_at_one_temperature_scored_at_another(
 def dropout_left_on(patch: pytest.MonkeyPatch) -> None:
     """As GPT-2's own config has it: 0.1 wherever a model is trained."""
     patch.setattr(load, "_drop_dropout", lambda config: None)
+    patch.setattr(agreement, "_check_training", lambda *given: None)  # else it is refused
 
 
 DROPOUT = {
