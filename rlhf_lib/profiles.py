@@ -147,7 +147,7 @@ def _text(path: str, value: typing.Any) -> str:
 
 def check_seed(seed: typing.Any) -> int:
     """Raises SettingsError for what is no whole number from 0 on, of 32 bits."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
         raise SettingsError(f"SEED={seed!r}: a seed is a whole number, 0 or above, below 2**32")
     return int(seed)
 

@@ -83,7 +83,13 @@ PAIRS: dict[str, dict | list[dict]] = {
         "chosen": [says("Yo.")],
         "rejected": [says("No.")],
     },
-}
+    "an input beside the prompt": {
+        "instruction": "Translate.", "input": "Bonjour", "chosen": "Hello.", "rejected": "No.",
+    },
+    "equal scores": {
+        "prompt": "Hi", "chosen": "Yo.", "rejected": "No.", "score_chosen": 4, "score_rejected": 4,
+    },
+}  # fmt: skip
 DEMONSTRATIONS: dict[str, dict] = {
     "prompt and completion": {"prompt": "Hi", "completion": "Yo."},
     "messages": {"messages": [ASKED, says("Yo.")]},
@@ -149,7 +155,7 @@ def _pair(rows: dict | list[dict]) -> str:
     several = rows if isinstance(rows, list) else [rows]
     given = [Row("example", number, values) for number, values in enumerate(several, 1)]
     if unpaired(given[0].values):
-        given = list(pair_up(given, []))
+        given = list(pair_up(given, lambda reason, place: None))
     pair = read_pair(given[0])
     margin = "" if pair.margin is None else f", margin {pair.margin}"
     return _shown(pair.prompt, pair.chosen, pair.rejected) + margin
