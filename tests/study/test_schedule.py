@@ -136,7 +136,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setenv("RLHF_BATCH", "1")  # run_study sets it: put back after the test
     monkeypatch.setattr(schedule, "_run_job", run_job)
     monkeypatch.setattr(
-        schedule, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers)
+        schedule, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
     )
     monkeypatch.setattr(schedule.psutil, "cpu_count", lambda logical: 2)
     monkeypatch.setattr(schedule.torch.cuda, "is_available", lambda: False)
@@ -180,7 +180,7 @@ def test_what_waits_is_cancelled_when_the_user_stops(
                 last.set()
             super().shutdown(wait, cancel_futures=cancel_futures)
 
-    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda workers, mp_context: Pool(workers))
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda workers, **_: Pool(workers))
     begun: list[str] = []
 
     def work(name: str) -> None:
