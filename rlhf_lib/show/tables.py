@@ -391,7 +391,7 @@ def replies(
         ("reply", lambda i: shorten(answered[i], 180) + _cut(rollout.finished[i])),
         ("proxy", lambda i: f"{rollout.scores[i]:.2f}"),
         *([("gold", lambda i: f"{gold[i]:.2f}")] if gold is not None else []),
-        ("log-ratio to SFT", lambda i: f"{rollout.kl[i]:.1f}"),
+        ("log-ratio to SFT", lambda i: f"{round(float(rollout.kl[i]), 1) + 0.0:.1f}"),
     ]
     frame = table_of(range(len(prompts)), columns)
     return pd.DataFrame(first, index=frame.index).join(frame)

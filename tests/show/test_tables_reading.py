@@ -42,7 +42,7 @@ def test_replies_show_the_last_turn_and_what_was_cut(tiny_tokenizer: Any) -> Non
         finished=torch.tensor([True, False]),
         scores=torch.tensor([0.5, -1.25]),
         gold=[2.0, math.pi],
-        kl=torch.tensor([0.0, 3.21]),
+        kl=torch.tensor([-0.01, 3.21]),
     )
     table = tables.replies(rollout, prompts, tiny_tokenizer, step=7)  # type: ignore[arg-type]
     assert table.to_dict("records") == [
