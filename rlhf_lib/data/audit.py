@@ -51,7 +51,8 @@ class Dropped:
     def add(self, reason: str, place: str, columns: Iterable[str] = ()) -> None:
         """`columns`: those that the row has, for advice."""
         self._counts[reason] += 1
-        self._columns.setdefault(reason, ", ".join(columns))
+        if reason not in self._columns:
+            self._columns[reason] = ", ".join(columns)
         places = self._places.setdefault(reason, [])
         if len(places) < EXAMPLES:
             places.append(place)
@@ -94,8 +95,8 @@ def repeated(pairs: Iterable[TextPair]) -> list[str]:
     counts: Counter[bytes] = Counter()
     either_way = 0
     for pair in pairs:
-        one = _digest(pair.prompt, pair.chosen, pair.rejected)
-        other = _digest(pair.prompt, pair.rejected, pair.chosen)
+        one = digest((pair.prompt, pair.chosen, pair.rejected))
+        other = digest((pair.prompt, pair.rejected, pair.chosen))
         counts[one] += 1
         either_way += counts[one] == 1 and counts[other] > 0
     notes, again = [], sum(counts.values()) - len(counts)
@@ -106,8 +107,9 @@ def repeated(pairs: Iterable[TextPair]) -> list[str]:
     return notes
 
 
-def _digest(*texts: str) -> bytes:
-    return hashlib.sha256(repr(texts).encode()).digest()[:16]
+def digest(value: object) -> bytes:
+    """16 bytes that tell a value from others."""
+    return hashlib.sha256(repr(value).encode()).digest()[:16]
 
 
 def describe(

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lib.data.audit import SMALLER, Dropped, describe, repeated
+from rlhf_lib.data.audit import SMALLER, Dropped, describe, digest, repeated
 from rlhf_lib.data.batches import chunks
 from rlhf_lib.data.dialogues import (
     TextPair,
@@ -25,7 +25,6 @@ from rlhf_lib.data.dialogues import (
     read_demonstration,
     read_pair,
     read_prompt,
-    unpaired,
 )
 from rlhf_lib.data.encoding import CHUNK, Demonstration, Encoder, Pair, Prompt, encoder_of
 from rlhf_lib.data.sources import DataError, Row, Source, read_source
@@ -76,8 +75,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
         encoder.check(pair.prompt)
         return pair
 
-    splits_read = {split: _paired(rows, dropped) for split, rows in source.splits.items()}
-    texts = {split: _clean(rows, read, dropped) for split, rows in splits_read.items()}
+    paired = {split: pair_up(rows, dropped.add) for split, rows in source.splits.items()}
+    texts = {split: _clean(rows, read, dropped) for split, rows in paired.items()}
     shared = shared_conversations(texts)
 
     # 3. split and encode
@@ -142,13 +141,6 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prefere
 
 
 Rows = tuple[Sequence[Demonstration], Mapping[str, Sequence[Prompt]]]
-
-
-def _paired(rows: Sequence[Row], dropped: Dropped) -> Sequence[Row]:
-    """The same rows; those that have one reply and a label each, as pairs."""
-    if not any(unpaired(row.values) for row in rows):
-        return rows
-    return Stored.of(pair_up(rows, dropped.add))
 
 
 def _way_out(texts: Mapping[str, Sequence[TextPair]], dropped: Dropped) -> str:
@@ -232,8 +224,7 @@ def _alike(train: Sequence[Pair]) -> list[str]:
 
 def _first_of_each(values: Iterable[object]) -> np.ndarray:
     """Where each distinct value stands first, in order. Keeps 16 bytes of a value."""
-    digests = (hashlib.sha256(repr(value).encode()).digest()[:16] for value in values)
-    return np.sort(np.unique(np.fromiter(digests, "S16"), return_index=True)[1])
+    return np.sort(np.unique(np.fromiter(map(digest, values), "S16"), return_index=True)[1])
 
 
 def _clean(rows: Iterable[Row], read: Callable[[Row], T], dropped: Dropped) -> Stored[T]:

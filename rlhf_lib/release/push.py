@@ -102,9 +102,7 @@ def _upload(folder: Path, repository: str, public: bool) -> str:
         hub.upload_folder(
             repo_id=made.repo_id, folder_path=folder, commit_message="Upload a model of rlhf_lib"
         )
-    except (
-        Exception
-    ) as error:  # of the hub's client, or of the HTTP library under it, which changes
+    except Exception as error:  # of the client, or of whatever HTTP library is under it
         stands = f"; {made} is there, without all of the model" if made else ""
         raise UserError(f"the hub did not take {repository}: {error}{stands}") from error
     return str(made)
