@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ import typer
 from rlhf_lib import __version__, catalogue
 from rlhf_lib.kernel import check_folder
 from rlhf_lib.profiles import PROFILES, paths
-from rlhf_lib.settings import Profile, UserError, plain_warnings, unknown
+from rlhf_lib.settings import UserError, plain_warnings, unknown
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False,
@@ -95,6 +96,7 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
+    from rlhf_lib.release import pages
     from rlhf_lib.report import exporters
     from rlhf_lib.session import fits as sizes
     from rlhf_lib.session import status as standing
@@ -110,7 +112,7 @@ def run(
     if only and only not in catalogue.notebooks():
         raise unknown("notebook", only, catalogue.notebooks())
     if deliver:
-        check_delivery(deliver, only)
+        pages.check(deliver, only)
     if dry_run:
         for line in standing.outlook(chosen, run_dir, only):
             print(line)
@@ -125,28 +127,7 @@ def run(
     for file in ("index.html", "report.pdf") if rendered else []:
         print(f"report: {(book.report_folder(chosen, run_dir) / file).resolve()}")
     if deliver:
-        _deliver(chosen, run_dir, deliver)
-
-
-def check_delivery(address: str, only: str) -> None:
-    """Raises UserError for what could not be delivered in the end."""
-    from rlhf_lib import files
-
-    if only:
-        raise UserError("--deliver copies the pages of a whole study: leave --only out")
-    files.check_address(address)
-
-
-def _deliver(profile: Profile, run_dir: Path, address: str) -> None:
-    """The executed notebooks and the report, at an address that fsspec knows."""
-    from rlhf_lib import files
-    from rlhf_lib.study import book
-
-    report, notebooks = book.report_folder(profile, run_dir), book.notebook_folder(profile, run_dir)
-    for folder in (notebooks, report):
-        if folder.is_dir():
-            files.deliver(folder, files.below(address, folder.name))
-    print(f"delivered: {address}")
+        pages.deliver(chosen, run_dir, deliver)
 
 
 @app.command()
@@ -160,13 +141,14 @@ def report(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Render the executed notebooks into index.html and report.pdf."""
+    from rlhf_lib.release import pages
     from rlhf_lib.study import book
 
     chosen = catalogue.load(profile, _overrides(data, model, settings, seeds))
     for path in book.write_report(chosen, run_dir):
         print(f"report: {path.resolve()}")
     if deliver:
-        _deliver(chosen, run_dir, deliver)
+        pages.deliver(chosen, run_dir, deliver)
 
 
 @app.command()
@@ -400,11 +382,13 @@ def run_stage(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run one stage of one seed, and what it needs before it."""
+    from rlhf_lib import processes
     from rlhf_lib.data.audit import said
     from rlhf_lib.study.stages import Study
 
     study = Study.open(profile, seed, run_dir, _overrides(data, model, settings, None))
-    print(*said(study.data.audit), sep="\n", file=sys.stderr)
+    if processes.first():
+        print(*said(study.data.audit), sep="\n", file=sys.stderr)
     print(f"{name}: {study.stage(name.replace('-', '_')).path}")
 
 
@@ -436,6 +420,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     plain_warnings()
     try:
+        if any(name.endswith(("WORLD_SIZE", "PMI_SIZE")) for name in os.environ):  # with others
+            from rlhf_lib import processes
+
+            processes.begin()
         app(prog_name="rlhf-lib")
     except (UserError, OSError) as error:  # a file that is not there, a disk that is full
         print(f"error: {error}", file=sys.stderr)

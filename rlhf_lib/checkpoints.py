@@ -3,6 +3,10 @@
 A slot counts once its `progress.json` stands, which holds a hash of every other file in it and one
 of itself; the newest one that is whole is gone on from. Its files are emptied before they are
 overwritten: a drive that keeps what is deleted or replaced would be full of old states in minutes.
+
+A state is what has been registered with the `accelerate` handle (learners, and whatever else
+changes), the random numbers' places, and in fp16 the loss's scale: tensors in one safetensors file,
+all else as JSON. Nothing of it hangs on how many processes computed it.
 """
 
 from __future__ import annotations
@@ -10,20 +14,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from rlhf_lib import files
+from rlhf_lib import files, processes
 from rlhf_lib.settings import UserError, content_hash
 
 SLOTS = ("checkpoint-a", "checkpoint-b")
 PROGRESS = "progress.json"
 SHARE = 0.05  # of a stage's time that saving its state may take
-TORCH_WRITES = "PytorchStreamWriter"  # what torch says where a file cannot be written
+TENSORS, REST = "state.safetensors", "state.json"
+PLACE = "tensor at"  # stands for a tensor in the JSON
 CHUNK = 1 << 22  # bytes read at once
 log = logging.getLogger(__name__)
 
@@ -66,13 +77,10 @@ class Checkpoints:
         slot = next(slot for slot in self.slots if slot != self._whole)
         (slot / PROGRESS).unlink(missing_ok=True)  # from here on it does not count
         files.empty(slot)
+        slot.mkdir(exist_ok=True)
         try:
-            accelerator.save_state(str(slot))
+            _write(slot, _state(accelerator))
         except SafetensorError as error:
-            raise files.unwritten(slot.parent, error) from error
-        except RuntimeError as error:
-            if TORCH_WRITES not in str(error):
-                raise
             raise files.unwritten(slot.parent, error) from error
         state = files.plain({**progress, "files": _hashes(slot)})
         files.write_json(slot / PROGRESS, state | {"hash": content_hash(state)})
@@ -82,15 +90,19 @@ class Checkpoints:
 
     def restore(self, accelerator: Accelerator) -> dict[str, Any] | None:
         """Load the newest whole state, and return what it was saved with; None if there is none."""
+        progress, self._whole = processes.told(self._newest)
+        if self._whole is not None:
+            _set(accelerator, _read(self._whole))
+        return progress
+
+    def _newest(self) -> tuple[dict[str, Any], Path] | tuple[None, None]:
+        """The newest slot that is whole, and what it was saved with."""
         found = [(state, slot) for slot in self.slots if (state := _progress(slot))]
         for state, slot in sorted(found, key=lambda each: -each[0]["step"]):
-            if damaged := _damaged(slot, state["files"]):
-                log.warning("%s is damaged (%s): it is passed over", slot, ", ".join(damaged))
-                continue
-            accelerator.load_state(str(slot))
-            self._whole = slot
-            return state
-        return None
+            if not (damaged := _damaged(slot, state["files"])):
+                return state, slot
+            log.warning("%s is damaged (%s): it is passed over", slot, ", ".join(damaged))
+        return None, None
 
     def discard(self) -> None:
         for slot in self.slots:
@@ -98,10 +110,69 @@ class Checkpoints:
 
 
 def _sizes(accelerator: Accelerator) -> tuple[int, int]:
-    """Bytes of all models, and of a state: these, and two moments for each weight that learns."""
-    weights = [w for model in accelerator._models for w in model.parameters()]
+    """Bytes of all models, and of a state: the weights that learn, and two moments for each."""
+    models = [m.model for m in accelerator._custom_objects if hasattr(m, "model")]
+    weights = [w for model in models for w in model.parameters()]
     model = sum(w.numel() * w.element_size() for w in weights)
-    return model, model + sum(2 * w.numel() * w.element_size() for w in weights if w.requires_grad)
+    return model, sum(3 * w.numel() * w.element_size() for w in weights if w.requires_grad)
+
+
+def _state(accelerator: Accelerator) -> dict[str, Any]:
+    """All that a stage has changed up to now."""
+    kind, numbers, *place = np.random.get_state()
+    return {
+        "changed": [one.state_dict() for one in accelerator._custom_objects],
+        "scale": accelerator.scaler.state_dict() if accelerator.scaler else {},  # type: ignore
+        "random": {
+            "python": random.getstate(),
+            "numpy": [kind, numbers.tolist(), *place],  # type: ignore[union-attr]
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+    }
+
+
+def _set(accelerator: Accelerator, state: dict[str, Any]) -> None:
+    for one, found in zip(accelerator._custom_objects, state["changed"], strict=True):
+        one.load_state_dict(found)
+    if accelerator.scaler and state["scale"]:
+        accelerator.scaler.load_state_dict(state["scale"])
+    places = state["random"]
+    version, numbers, *rest = places["python"]
+    random.setstate((version, tuple(numbers), *rest))
+    np.random.set_state(tuple(places["numpy"]))
+    torch.set_rng_state(places["torch"])
+    if len(places["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(places["cuda"])
+
+
+def _write(slot: Path, state: object) -> None:
+    tensors: dict[str, Tensor] = {}
+    rest = _without_tensors(state, "", tensors)
+    save_file(tensors, slot / TENSORS)
+    (slot / REST).write_text(json.dumps(rest))  # a best reward may be infinite still
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A value in which each tensor is put into `tensors`, and where it lies stands in its place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {PLACE: name}
+    if isinstance(value, Mapping):
+        return {k: _without_tensors(v, f"{name}/{k}", tensors) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _read(slot: Path) -> dict[str, Any]:
+    # copies: what was read lies in the file itself, which will be emptied
+    tensors = {name: tensor.clone() for name, tensor in load_file(slot / TENSORS).items()}
+
+    def whole(found: dict) -> Any:
+        return tensors[found[PLACE]] if PLACE in found else found
+
+    return json.loads((slot / REST).read_text(), object_hook=whole)
 
 
 def _progress(slot: Path) -> dict[str, Any] | None:

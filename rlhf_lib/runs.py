@@ -12,19 +12,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_lib import catalogue, files, trackers
+from rlhf_lib import catalogue, files, processes, trackers
 from rlhf_lib.checkpoints import Checkpoints
 from rlhf_lib.code_hash import source_hash
 from rlhf_lib.files import read_jsonl, replace_text, write_json, write_jsonl
@@ -43,6 +45,8 @@ from rlhf_lib.runtime import (
     seed_everything,
 )
 from rlhf_lib.settings import Profile, UserError, as_dict, content_hash
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,15 @@ class Stage:
     def ensure(self, build: Callable[[Work], dict]) -> Stage:
         """Run `build(work)` unless the stage is done, and publish what it wrote and returned.
 
-        A second process that wants the same stage waits for the first and uses its result. Raises
-        UserError where the disk is full, or a drive has dropped.
+        Somebody else who wants the same stage waits for the first and uses its result; processes
+        that were started together run it together. Raises UserError where the disk is full, or a
+        drive has dropped.
         """
-        if self.done:
+        if processes.told(lambda: self.done):
             return self
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with files.locked(self.path.with_name(f"{self.path.name}.lock")) as mine:
-                if not self.done:
+            with self._locked() as mine:
+                if not processes.told(lambda: self.done):
                     self._work(build, mine)
         except OSError as error:
             if said := files.mishap(error, self.path.parent):
@@ -144,18 +148,32 @@ class Stage:
             raise
         return self
 
+    @contextmanager
+    def _locked(self) -> Iterator[Callable[[], bool]]:
+        """Hold the stage's lock, which the first process does for all."""
+        if not processes.first():
+            yield lambda: True
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with files.locked(self.path.with_name(f"{self.path.name}.lock")) as mine:
+            yield mine
+
     @property
     def partial(self) -> Path:
         """Its folder while it runs."""
         return self.path.with_name(f"{self.path.name}.partial")
 
     def _work(self, build: Callable[[Work], dict], mine: Callable[[], bool]) -> None:
-        if not (self.partial / "DONE").exists():  # else it has ended and was not published
+        ended = processes.told((self.partial / "DONE").exists)
+        if not ended:  # else it was only not published
             work = Work(self, mine)
             try:
                 work.finish(build(work))
             finally:
                 work.leave()
+        processes.told(self._publish)
+
+    def _publish(self) -> None:
         Checkpoints(self.partial, 0).discard()
         files.discard(self.partial / "kept")
         files.publish(self.partial, self.path, last="DONE")
@@ -170,23 +188,27 @@ class Work:
     """A stage under way: logs metrics, saves its state, and picks up where a killed run stopped.
 
     `mine` says whether its folder is still this process' to write: where it is not, nothing more
-    is written and UserError is raised.
+    is written and UserError is raised. Of processes that were started together the first alone
+    writes there; the others write where nobody looks.
     """
 
     def __init__(self, stage: Stage, mine: Callable[[], bool] = lambda: True) -> None:
         self.stage, self._mine = stage, mine
-        self.path = stage.partial
+        self.path = stage.partial if processes.first() else Path(tempfile.mkdtemp())
         self.path.mkdir(exist_ok=True)
         self.model_path = self.path / "model"
-        self.checkpoints = Checkpoints(self.path, stage.checkpoint_minutes)
-        self.keep = self.path / "kept"  # what a resumed stage need not make again; gone when done
+        self.checkpoints = Checkpoints(stage.partial, stage.checkpoint_minutes)
+        self.keep = (
+            stage.partial / "kept"
+        )  # what a resumed stage need not make again; gone when done
         self._logged = time.perf_counter()
         self._measured = phase_seconds().get(MEASURING, 0.0)
-        self._go_on_from(*self._kept_cost())
+        self._go_on_from(*processes.told(self._kept_cost))
         self.num_tokens = 0
         folder, run = stage.path.parent, f"seed-{stage.config['seed']}-{stage.path.name}"
         window = folder.parent / stage.tracker
-        self.tracker = trackers.begin(stage.tracker, window, run, stage.config["settings"])
+        tracker = stage.tracker if processes.first() else trackers.OFF
+        self.tracker = trackers.begin(tracker, window, run, stage.config["settings"])
         write_json(self.path / "config.json", stage.config)
         write_json(self.path / "env.json", environment())
         reset_peak_memory()
@@ -215,8 +237,9 @@ class Work:
 
     @property
     def spent(self) -> dict[str, float]:
-        """FLOPs, and tokens generated, without what was spent on measuring."""
-        return _since(self._counted, counted(), self._earlier["spent"])
+        """FLOPs, and tokens generated, in all processes, without what was spent on measuring."""
+        here = _since(self._counted, counted(), {})
+        return dict(sum(map(Counter, processes.gathered(here)), Counter(self._earlier["spent"])))
 
     @property
     def peak_memory_gb(self) -> float:
@@ -228,12 +251,12 @@ class Work:
         The state is that of every model, optimizer and scheduler the accelerator has prepared, and
         of all random number generators: a resumed stage ends bit-identical (on CPU).
         """
-        self.checkpoints.check_space(accelerator)
+        processes.told(partial(self.checkpoints.check_space, accelerator))
         first = self._restore(accelerator)
         self._logged, self._measured = time.perf_counter(), phase_seconds().get(MEASURING, 0.0)
         for step in progress(range(first, total), self.stage.name, total=total, done=first):
             yield step
-            if self.checkpoints.due and step + 1 < total:
+            if step + 1 < total and processes.told(lambda: self.checkpoints.due):
                 self._save(accelerator, step + 1)
 
     def log(self, step: int, num_tokens: int, metrics: Mapping[str, float]) -> None:
@@ -269,7 +292,9 @@ class Work:
     @phase("saving")
     def _save(self, accelerator: Accelerator, step: int) -> None:
         self.check_mine()
-        self.checkpoints.save(accelerator, {"step": step, **self._spent()})
+        cost = self._spent()
+        if processes.first():
+            self.checkpoints.save(accelerator, {"step": step, **cost})
 
     def _spent(self) -> dict:
         """What the stage has cost up to now, as results and progress say it."""
@@ -293,27 +318,33 @@ class Work:
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, on disk until the stage is done: a resumed stage reads it instead."""
-        path = self.keep / f"{name}.safetensors"
-        if not path.exists():
-            made = make()
-            self.check_mine()
-            self.keep.mkdir(exist_ok=True)
+
+        def write(path: Path, made: Tensor) -> None:
             fresh = path.with_suffix(".new")
             save_file({name: made}, fresh)
             fresh.rename(path)
-            write_json(self.keep / "progress.json", self._spent())
-        return load_file(path)[name]
+
+        path = self.keep / f"{name}.safetensors"
+        return self._once(path, make, write, lambda path: load_file(path)[name])
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
         """`make()`, a JSON value, kept likewise."""
         path = self.keep / f"{name}.json"
-        if not path.exists():
+        return self._once(path, make, write_json, lambda path: json.loads(path.read_text()))
+
+    def _once(
+        self, path: Path, make: Callable[[], T], write: Callable[[Path, T], None],
+        read: Callable[[Path], T],
+    ) -> T:  # fmt: skip
+        if not processes.told(path.exists):
             made = make()
-            self.check_mine()
-            self.keep.mkdir(exist_ok=True)
-            write_json(path, made)
-            write_json(self.keep / "progress.json", self._spent())
-        return json.loads(path.read_text())
+            cost = self._spent()
+            if processes.first():
+                self.check_mine()
+                self.keep.mkdir(exist_ok=True)
+                write(path, made)
+                write_json(self.keep / "progress.json", cost)
+        return processes.told(partial(read, path))
 
     def within(self, name: str, run: Callable[[], Stage]) -> dict:
         """Result, and samples as `rows`, of a stage that is a part of this one: kept likewise. It
@@ -334,6 +365,9 @@ class Work:
         """Take away what a stage that failed has left, unless it can go on from there."""
         if self.tracker is not None:
             self.tracker.finish()
+        if not processes.first():
+            shutil.rmtree(self.path)
+            return
         with suppress(OSError):  # of a drive that has dropped
             done = (self.path / "DONE").exists()
             if self._mine() and not (done or self.checkpoints.exist or self.keep.exists()):

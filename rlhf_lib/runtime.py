@@ -27,6 +27,8 @@ from accelerate.utils import set_seed
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
+from rlhf_lib import processes
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 PACKAGES = (
@@ -76,18 +78,10 @@ def no_gpu() -> str:
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
-    """The `accelerate` handle that places models and runs mixed precision, its own in each handle.
-
-    Raises RuntimeError when started in several processes: one process per run is supported.
-    """
+    """The `accelerate` handle that runs mixed precision, and has it for itself."""
     # accelerate's handles share one state; a chapter's small model and its study differ in it
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=PRECISIONS[choose_precision(precision)])
-    if accelerator.num_processes > 1:
-        raise RuntimeError(
-            f"started in {accelerator.num_processes} processes: a stage trains in one process; "
-            "start one process per seed instead (--seed)"
-        )
     accelerator.state.__dict__ = dict(accelerator.state.__dict__)
     return accelerator
 
@@ -95,7 +89,8 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
 def set_up_process(threads: int = 0) -> None:
     """Set torch's CPU threads, and quiet the libraries' bars and advice (errors still show).
 
-    `RLHF_THREADS` in the environment wins over `threads`; 0 means one for each core.
+    `RLHF_THREADS` in the environment wins over `threads`; 0 means one for each core, shared out
+    among the processes that were started together.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -104,8 +99,8 @@ def set_up_process(threads: int = 0) -> None:
         sys.modules["datasets"].disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     _keep_freed_memory()
-    wanted = int(os.environ.get("RLHF_THREADS", 0)) or threads or psutil.cpu_count(logical=False)
-    torch.set_num_threads(wanted or 1)
+    cores = (psutil.cpu_count(logical=False) or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(int(os.environ.get("RLHF_THREADS", 0)) or threads or max(1, cores))
 
 
 def _keep_freed_memory() -> None:
@@ -214,7 +209,8 @@ def progress(items: Iterable[T], description: str, total: int | None = None, don
     from tqdm.auto import tqdm
 
     in_notebook = "ipykernel" in sys.modules
-    batch = bool(os.environ.get("RLHF_BATCH")) or not (in_notebook or sys.stderr.isatty())
+    seen = processes.first() and not os.environ.get("RLHF_BATCH")
+    batch = not seen or not (in_notebook or sys.stderr.isatty())
     return iter(tqdm(items, desc=description, total=total, initial=done, disable=batch))
 
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from rlhf_lib import checkpoints, files
 from rlhf_lib.checkpoints import Checkpoints
@@ -54,15 +55,15 @@ def test_saving_keeps_to_its_share_of_the_time(
 ) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: clock.now)
-    save, saved = accelerator.save_state, 0.0
+    write, saved = checkpoints._write, 0.0
 
-    def slow(folder: str) -> None:
+    def slow(*of: object) -> None:
         nonlocal saved
         clock.now += 30
         saved += 30
-        save(folder)
+        write(*of)
 
-    monkeypatch.setattr(accelerator, "save_state", slow)
+    monkeypatch.setattr(checkpoints, "_write", slow)
     states = Checkpoints(tmp_path, minutes=2)
     times = []
     for second in range(2 * 3600):
@@ -80,7 +81,8 @@ def test_saving_keeps_to_its_share_of_the_time(
 def test_a_disk_too_small_is_said_before_the_first_step(
     accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = sum(w.numel() for model in accelerator._models for w in model.parameters())
+    model = accelerator._custom_objects[0].model
+    weights = sum(w.numel() for w in model.parameters())
     needed = 4 * weights * (1 + 2 * 3)  # the model, and two states of weights and two moments
     states = Checkpoints(tmp_path, 0)
     monkeypatch.setattr(files, "free_space", lambda folder: needed)
@@ -95,14 +97,14 @@ def test_a_disk_too_small_is_said_before_the_first_step(
 def test_a_state_that_cannot_be_written_is_the_disk_s_fault(
     accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(folder: str) -> None:
-        raise RuntimeError("PytorchStreamWriter failed writing file")
+    def fail(*of: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error")
 
     states = Checkpoints(tmp_path, 0)
     for step in (1, 2):
         states.save(accelerator, {"step": step})
-    monkeypatch.setattr(accelerator, "save_state", fail)
-    with pytest.raises(OSError, match="Input/output error: PytorchStreamWriter") as lost:
+    monkeypatch.setattr(checkpoints, "_write", fail)
+    with pytest.raises(OSError, match="Input/output error: Error while serializing") as lost:
         states.save(accelerator, {"step": 3})
     assert lost.value.errno == errno.EIO
     monkeypatch.setattr(files, "free_space", lambda folder: 100)

@@ -27,6 +27,7 @@ ORDER = (
     "catalogue",
     "files",
     "code_hash",
+    "processes",
     "runtime",
     "flops",
     "checkpoints",

@@ -114,7 +114,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     whole = train_a_little(make_model, stage_of(run))
     train_a_little(make_model, eager, die_at=2)  # has saved states after steps 1 and 2
     slot = newest(eager)
-    file = slot / ("progress.json" if damage == "no record" else "random_states_0.pkl")
+    file = slot / ("progress.json" if damage == "no record" else "state.json")
     if damage == "half a file":
         os.truncate(file, file.stat().st_size // 2)
     elif damage == "another file":
@@ -124,7 +124,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     else:
         file.unlink()
     assert train_a_little(make_model, eager) == whole[1:], "goes on from the state before"
-    assert (f"{slot} is damaged (random_states_0.pkl)" in caplog.text) is (damage != "no record")
+    assert (f"{slot} is damaged (state.json)" in caplog.text) is (damage != "no record")
     assert [row["loss"] for row in eager.metrics()] == whole
     assert not list(eager.path.glob("checkpoint*"))
 
@@ -134,7 +134,7 @@ def test_with_no_whole_state_a_run_starts_again(
 ) -> None:
     whole = train_a_little(make_model, stage_of(run))
     train_a_little(make_model, eager, die_at=2)
-    for weights in eager.path.parent.glob("*.partial/checkpoint-?/model.safetensors"):
+    for weights in eager.path.parent.glob("*.partial/checkpoint-?/state.safetensors"):
         os.truncate(weights, 100)
     assert train_a_little(make_model, eager) == whole
 
@@ -251,9 +251,9 @@ def test_the_state_that_was_gone_on_from_is_overwritten_last(
     """The newer one is damaged, and the next save is killed: the older one has to be there."""
     whole = train_a_little(make_model, stage_of(run))
     train_a_little(make_model, eager, die_at=2)
-    os.truncate(newest(eager) / "model.safetensors", 100)
+    os.truncate(newest(eager) / "state.safetensors", 100)
     with monkeypatch.context() as patch:
-        patch.setattr("accelerate.Accelerator.save_state", lambda *a: 1 / 0)
+        patch.setattr("rlhf_lib.checkpoints._write", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_a_little(make_model, eager)
     assert train_a_little(make_model, eager) == whole[1:]

@@ -73,13 +73,6 @@ def test_each_handle_has_its_own_precision() -> None:
         assert dtype == (torch.float32 if name == "fp32" else torch.bfloat16), name
 
 
-def test_the_accelerator_runs_in_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_accelerator("fp32").num_processes == 1
-    monkeypatch.setattr(runtime, "Accelerator", lambda **_: SimpleNamespace(num_processes=4))
-    with pytest.raises(RuntimeError, match=r"started in 4 processes: .* one process per seed"):
-        make_accelerator("fp32")
-
-
 def test_seeding_reaches_all_generators() -> None:
     def draw() -> tuple:
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -110,6 +103,10 @@ def test_threads_from_the_environment_win(
     monkeypatch.setenv("RLHF_THREADS", "3")
     set_up_process(2)
     assert threads == [6, 2, 3]
+    monkeypatch.delenv("RLHF_THREADS")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    set_up_process()
+    assert threads[3:] == [3], "the cores are shared out among processes started together"
 
 
 def test_a_system_that_cannot_count_its_cores_gets_one_thread(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lib import processes
 from rlhf_lib.data.batches import by_length, shuffled_batches
 from rlhf_lib.data.encoding import Pair, Prompt, paired_lengths, sides
 from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
@@ -143,11 +144,11 @@ def reference_logprobs(
 ) -> Tensor:
     """Sequence log-probs of both sides under the frozen reference: (N, 2), chosen then rejected."""
     table = torch.zeros(len(pairs), 2)
-    batches = list(by_length(paired_lengths(pairs), batch_size))
+    batches = list(processes.dealt(by_length, paired_lengths(pairs), size=batch_size))
     for rows in progress(batches, "reference log-probs"):
         both = paired_logprobs(reference, *sides([pairs[i] for i in rows]))
         table[rows] = torch.stack(both, dim=1).cpu()
-    return table
+    return processes.summed(table)
 
 
 def unrelated_replies(pairs: Sequence[Pair]) -> list[list[int]]:
@@ -197,7 +198,7 @@ def update(
         kl = (logprobs - ref_logprobs[:, 2]).mean()
 
     def losses() -> Iterator[Tensor]:
-        for rows in by_length(paired_lengths(batch), micro_batch_size):
+        for rows in processes.dealt(by_length, paired_lengths(batch), size=micro_batch_size):
             pairs = [batch[i] for i in rows]
             with policy.accelerator.autocast():
                 chosen, rejected = paired_logprobs(policy.model, *sides(pairs))
@@ -220,6 +221,7 @@ def update(
             yield loss * len(pairs) / len(batch)
 
     loss, grad_norm = policy.step(losses())
+    averages.put_together()
     step = {"loss": loss, "grad_norm": grad_norm, **policy.logged()}
     # below 0 the loss takes the KL for 0
     return step | averages.means() | ({"kto/kl": float(kl)} if unrelated else {})

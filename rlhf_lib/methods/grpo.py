@@ -150,6 +150,7 @@ def update(
     for _ in range(iterations):
         loss, norm = policy.step(losses())
         averages.add({"loss": loss, "grad_norm": norm})
+    averages.put_together()
     return {
         "loss": averages["loss"],
         "grad_norm": averages["grad_norm"],

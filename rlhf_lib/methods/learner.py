@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
+from rlhf_lib import processes
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import UserError
 
@@ -52,19 +54,22 @@ class Learner:
         max_grad_norm: float = 1.0,
         eps: float = 1e-8,
     ) -> None:
+        self.model = model.to(accelerator.device)  # type: ignore[arg-type]
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=learning_rate,
             betas=(0.9, 0.95), eps=eps, weight_decay=weight_decay, fused=True,
         )  # fmt: skip
-        schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
+        self.schedule = get_scheduler("linear", optimizer, int(warmup_ratio * steps), steps)
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.learning_rate = 0.0  # nothing has been learnt yet
         self.skipped = self._in_a_row = 0
-        self.model, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        accelerator.register_for_checkpointing(self)
 
     @phase("update")
     def step(self, losses: Iterable[Tensor]) -> tuple[float, float]:
-        """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time).
+        """One optimizer step on the sum of `losses` (a generator: one micro-batch at a time) and of
+        those of the other processes, where there are any.
 
         Returns (loss, gradient norm before clipping, 0 for a step that was skipped). Raises
         DivergedError when loss or norm is not finite: nothing has been changed then.
@@ -76,7 +81,9 @@ class Learner:
             self.accelerator.backward(loss)
             total += float(loss.detach())
         self.model.eval()
+        total = float(processes.summed(torch.tensor(total, dtype=torch.float64)))
         self._check("loss", total)
+        processes.sum_gradients(self.model.parameters())
         clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         norm, scaler = float(clipped), self.accelerator.scaler  # type: ignore[arg-type]
         overflow = scaler is not None and not math.isfinite(norm)
@@ -101,6 +108,24 @@ class Learner:
                 f"the {what} is {value}: lower the learning rate or use model.precision=fp32; "
                 "the weights are those of the last step"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training changes, for a checkpoint."""
+        learnt = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "weights": learnt,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["weights"][name])
+        moments = {int(number): each for number, each in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
+        self.schedule.load_state_dict(state["schedule"])
 
     def check_learnt(self) -> None:
         """Raises DivergedError where every step was skipped: the weights are those of the start."""
@@ -128,6 +153,15 @@ class Averages:
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + float(value) * weight
             self._weights[key] = self._weights.get(key, 0.0) + weight
+
+    def put_together(self) -> None:
+        """Take in what the other processes have added: from here on all have the same means."""
+        parts = processes.gathered((self._sums, self._weights))
+        self._sums, self._weights = {}, {}
+        for sums, weights in parts:
+            for key, value in sums.items():
+                self._sums[key] = self._sums.get(key, 0.0) + value
+                self._weights[key] = self._weights.get(key, 0.0) + weights[key]
 
     def __getitem__(self, key: str) -> float:
         return self._sums[key] / self._weights[key]

@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from rlhf_lib import processes
 from rlhf_lib.data.batches import prompt_batches, shuffled_batches
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
@@ -101,6 +102,7 @@ def make_experience(
         with value.accelerator.autocast():
             part = token_values(value.model, micro.prompts, micro.responses)
         values[micro.rows, : micro.width] = part.cpu()
+    processes.summed(values)
     mask = rollout.response_mask
     rewards = kl_shaped_rewards(
         rollout.rewards / reward_scale,
@@ -178,6 +180,7 @@ def update(
             norm = policy.step(policy_losses(rows, tokens))[1]
             value_norm = value.step(value_losses(rows, tokens))[1]
         averages.add({"policy_norm": norm, "value_norm": value_norm})
+    averages.put_together()
     return {
         "loss": averages["policy_loss"] + averages["value_loss"],
         "grad_norm": averages["policy_norm"],

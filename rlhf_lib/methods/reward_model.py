@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf_lib import processes
 from rlhf_lib.data.batches import by_length, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Pair, paired_lengths, sides
 from rlhf_lib.methods.learner import Learner, Log, Steps, unlogged
@@ -48,10 +49,10 @@ def update(
     center_coef: float = 0.0,
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of the batch; a pair's own margin beats `margin`."""
-    chosen_parts, rejected_parts = [], []
+    scores = torch.zeros(2, len(batch))
 
     def losses() -> Iterator[Tensor]:
-        for rows in by_length(paired_lengths(batch), micro_batch_size):
+        for rows in processes.dealt(by_length, paired_lengths(batch), size=micro_batch_size):
             pairs = [batch[i] for i in rows]
             with reward_model.accelerator.autocast():
                 chosen, rejected = paired_scores(reward_model.model, *sides(pairs))
@@ -59,23 +60,20 @@ def update(
             loss, _ = reward_loss(
                 chosen, rejected, torch.tensor(margins, device=chosen.device), center_coef
             )
-            chosen_parts.append(chosen.detach().cpu())
-            rejected_parts.append(rejected.detach().cpu())
+            scores[:, rows] = torch.stack((chosen, rejected)).detach().cpu()
             yield loss * len(pairs) / len(batch)
 
     loss, grad_norm = reward_model.step(losses())
-    chosen, rejected = torch.cat(chosen_parts), torch.cat(rejected_parts)
-    both = torch.cat((chosen, rejected))
-    _, stats = reward_loss(chosen, rejected)
+    _, stats = reward_loss(*processes.summed(scores))
     return {
         "loss": loss,
         "grad_norm": grad_norm,
         **reward_model.logged(),
         "accuracy": float(stats.accuracy),
         "margin": float(stats.margin),
-        "min_reward": float(both.min()),
-        "mean_reward": float(both.mean()),
-        "max_reward": float(both.max()),
+        "min_reward": float(scores.min()),
+        "mean_reward": float(scores.mean()),
+        "max_reward": float(scores.max()),
     }
 
 
@@ -86,10 +84,10 @@ def score_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Raw scores of both sides of each pair: (chosen (N,), rejected (N,)) on the CPU."""
     chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    for rows in by_length(paired_lengths(pairs), batch_size):
+    for rows in processes.dealt(by_length, paired_lengths(pairs), size=batch_size):
         both = paired_scores(model, *sides([pairs[i] for i in rows]))
         chosen[rows], rejected[rows] = (scores.cpu() for scores in both)
-    return chosen, rejected
+    return processes.summed(chosen), processes.summed(rejected)
 
 
 @torch.no_grad()

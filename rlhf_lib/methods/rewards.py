@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lib import processes
 from rlhf_lib.data.encoding import Prompt, eos_id
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.models.logprobs import sequence_scores
@@ -60,10 +62,10 @@ def raw_scores(
 ) -> Tensor:
     """The reward model's own output for each response, (B,) on the CPU."""
     scores = torch.zeros(len(prompts))
-    for rows in by_prompt(prompts, responses, batch_size):
+    for rows in processes.dealt(by_prompt, prompts, responses, size=batch_size):
         batch = [prompts[i] for i in rows], [responses[i] for i in rows]
         scores[rows] = sequence_scores(reward_model, *batch).cpu()
-    return scores
+    return processes.summed(scores)
 
 
 def of_model(model: PreTrainedModel, accelerator: Accelerator, batch_size: int = 64) -> Reward:
@@ -175,7 +177,9 @@ def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Rewar
     found = resolve(name)
     if not callable(found):
         raise SettingsError(f"reward {name}: it is no function")
-    return cast(Reward, found)
+    users = cast(Reward, found)
+    # asked once, whatever it costs, and however it answers the next time
+    return lambda prompts, replies: processes.told(partial(users, prompts, replies))
 
 
 def modules(setting: str) -> list[str]:

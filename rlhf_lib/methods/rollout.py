@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_lib import processes
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.flops import spend
@@ -99,9 +100,11 @@ class Rollout:
         return replace(self, **taken, parts=parts)
 
     def micro_batches(self, rows: Sequence[int], size: int) -> Iterator[MicroBatch]:
-        """The given rows, at most `size` at a time, cut as `by_prompt` does."""
+        """The given rows, at most `size` at a time, cut as `by_prompt` does; with other processes,
+        this one's share of them.
+        """
         prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
-        for places in by_prompt(prompts, responses, size):
+        for places in processes.dealt(by_prompt, prompts, responses, size=size):
             part = [rows[i] for i in places]
             responses = [self.responses[i] for i in part]
             lengths = [len(r) for r in responses]
@@ -179,11 +182,12 @@ class Sampler:
         scores, parts = self.score(prompts, replies)
         mask = length_mask([len(r) for r in responses])
         measured = torch.zeros(4, *mask.shape)  # log-probs, reference's, entropies, exact KL
-        for rows in by_prompt(ids, responses, micro_batch_size):
+        for rows in processes.dealt(by_prompt, ids, responses, size=micro_batch_size):
             batch = [ids[i] for i in rows], [responses[i] for i in rows]
             with self.accelerator.autocast():
                 part = self._measure(policy, *batch, temperature, exact_kl)
             measured[:, rows, : part.shape[-1]] = part
+        processes.summed(measured)
         finished = torch.tensor([reply.finished for reply in replies])
         clipped = scores.clamp(-reward_clip, reward_clip)
         gold = signs = None

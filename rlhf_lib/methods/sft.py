@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rlhf_lib import processes
 from rlhf_lib.data.batches import by_length, chunks, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Prompt
 from rlhf_lib.methods.learner import Learner, Log, Steps, unlogged
@@ -41,11 +42,11 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss over all response tokens of the batch."""
     tokens = sum(len(example.response) for example in batch)
-    entropies = []
+    entropies = [torch.tensor(0.0)]
 
     def losses() -> Iterator[Tensor]:
         lengths = [len(e.prompt) + len(e.response) for e in batch]
-        for rows in by_length(lengths, micro_batch_size):
+        for rows in processes.dealt(by_length, lengths, size=micro_batch_size):
             examples = [batch[i] for i in rows]
             with policy.accelerator.autocast():
                 hidden, labels, mask = response_hidden(
@@ -53,7 +54,7 @@ def update(
                 )
                 flat, entropy = output_logprobs(policy.model, hidden, labels, with_entropy=True)
             logprobs = unflatten(flat, mask)
-            entropies.append(entropy.sum())  # type: ignore[union-attr]
+            entropies.append(entropy.sum().cpu())  # type: ignore[union-attr]
             # a micro-batch counts by its tokens: the sum equals the loss of one big batch
             yield sft_loss(logprobs, mask) * (mask.sum() / tokens)
 
@@ -62,7 +63,7 @@ def update(
         "loss": loss,
         "grad_norm": grad_norm,
         **policy.logged(),
-        "entropy": float(torch.stack(entropies).sum()) / tokens,
+        "entropy": float(processes.summed(torch.stack(entropies).sum())) / tokens,
         "mean_length": tokens / len(batch),
     }
 

@@ -10,6 +10,7 @@ tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 import transformers
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from rlhf_lib import processes
 from rlhf_lib.data.batches import by_length
 from rlhf_lib.data.encoding import eos_id
 from rlhf_lib.flops import spend
@@ -57,26 +59,26 @@ def generate(
     """
     if uniforms is None:
         uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64)
-    responses: list[list[int]] = [[] for _ in prompts]
+    drawn: dict[int, list[int]] = {}
     eos = eos_id(tokenizer)
 
     def draw(logits: Tensor, luck: Tensor) -> Tensor:
         return draw_tokens(logits / temperature, luck)
 
-    for rows in by_length([len(p) for p in prompts], batch_size):
+    for rows in processes.dealt(by_length, [len(p) for p in prompts], size=batch_size):
         cache = roomy_cache(model, max_new_tokens)
         mask, logits = prefill(model, [prompts[i] for i in rows], eos, cache)
         plain = all(type(layer) is RoomyLayer for layer in cache.layers)
         decode = decode_recorded if plain and model.device.type == "cuda" else _decode
         luck = uniforms[rows].to(model.device)
-        drawn = decode(model, cache, mask, logits, draw, luck, eos)
-        for row, response in zip(rows, drawn, strict=True):
-            responses[row] = response
-        generated = sum(map(len, drawn))
+        responses = decode(model, cache, mask, logits, draw, luck, eos)
+        drawn |= zip(rows, responses, strict=True)
+        generated = sum(map(len, responses))
         asked = {tuple(prompts[i]) for i in rows}
         spend(model, sum(map(len, asked)) + generated, generated)
         count(generated=generated)
-    return responses
+    everywhere = dict(chain.from_iterable(part.items() for part in processes.gathered(drawn)))
+    return [everywhere[row] for row in range(len(prompts))]
 
 
 def _decode(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from rlhf_lib import processes
 from rlhf_lib.flops import spend
 from rlhf_lib.models.graphs import last_hidden
 from rlhf_lib.models.packing import (
@@ -31,7 +32,7 @@ from rlhf_lib.models.packing import (
     reading_of,
     unflatten,
 )
-from rlhf_lib.objectives.masked import entropy
+from rlhf_lib.objectives.masked import entropy, wide
 from rlhf_lib.runtime import phase
 
 CHUNK = 512  # response tokens that reach the output layer at once
@@ -40,7 +41,7 @@ CHUNK = 512  # response tokens that reach the output layer at once
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """log p(label) under softmax(logits); (..., V) and (...) -> (...), float32."""
     return -F.cross_entropy(
-        logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none"
+        wide(logits).reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none"
     ).view(labels.shape)
 
 
@@ -67,9 +68,9 @@ def response_hidden(
 def output_logits(model: torch.nn.Module, hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """The output layer: (N, width) -> (N, V), float32."""
     if reading_of(model).own_end:
-        logits = _own_end(model, hidden).float()
+        logits = wide(_own_end(model, hidden))
     else:
-        logits = model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+        logits = wide(model.get_output_embeddings()(hidden))  # type: ignore[operator]
     return logits if temperature == 1.0 else logits / temperature
 
 
@@ -150,10 +151,10 @@ def reply_logprobs(
 ) -> Tensor:
     """Log-probability of each whole response: (N,), on the CPU and without gradient."""
     sums = torch.zeros(len(prompts))
-    for rows in by_prompt(prompts, responses, batch_size):
+    for rows in processes.dealt(by_prompt, prompts, responses, size=batch_size):
         batch = [prompts[i] for i in rows], [responses[i] for i in rows]
         sums[rows] = response_logprobs(model, *batch)[0].sum(1).cpu()
-    return sums
+    return processes.summed(sums)
 
 
 def paired_logprobs(
@@ -209,4 +210,4 @@ def paired_scores(
 def _head(model: torch.nn.Module, hidden: Tensor) -> Tensor:
     """The scalar head in fp32: bf16 would round scores to three digits and make ties."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.float()).squeeze(-1)  # type: ignore[operator]
+        return model.score(wide(hidden)).squeeze(-1)  # type: ignore[operator]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf_lib.objectives.masked import wide
+
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log(policy / reference): unbiased, may be negative."""
@@ -32,7 +34,7 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """Exact KL at each position, summed over the vocabulary; (B, T, V) twice -> (B, T)."""
-    logprobs, ref_logprobs = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    logprobs, ref_logprobs = wide(logits).log_softmax(-1), wide(ref_logits).log_softmax(-1)
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
 
 

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 where it is that: half precision is too coarse to take a softmax of."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
     """`x` with 0 where masked out. Not a product: 0 times nan is nan, also in gradients."""
     return torch.where(mask.bool(), x, torch.zeros_like(x))
@@ -44,7 +49,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of the categorical over the last dimension; (..., V) -> (...)."""
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = wide(logits).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 

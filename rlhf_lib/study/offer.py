@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_lib import catalogue
+from rlhf_lib import catalogue, processes
 from rlhf_lib.catalogue import Record
 from rlhf_lib.data.encoding import Demonstration, Encoder, Pair, Prompt, encoder_of
 from rlhf_lib.data.pairs import PreferenceData
@@ -86,6 +86,8 @@ class Offer:
         """
         for learner in (made for made in self.__dict__.values() if isinstance(made, Learner)):
             learner.check_learnt()
+        if not processes.first():
+            return
         for name in ("policy", "reward_model"):
             if name in self.__dict__:  # it was asked for
                 model = self.__dict__[name].model

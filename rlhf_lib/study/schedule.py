@@ -6,20 +6,20 @@ import multiprocessing
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
 from traitlets.config import Config
 
-from rlhf_lib import catalogue
+from rlhf_lib import catalogue, processes
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.report import exporters
 from rlhf_lib.runtime import no_gpu, progress, shipped
@@ -136,8 +136,10 @@ def without_reports(jobs: Sequence[Job]) -> list[Job]:
 
 
 @contextmanager
-def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
-    """Processes that work side by side, and how many: on a CPU `profile.jobs` or its cores."""
+def worker_pool(profile: Profile) -> Iterator[tuple[Pool, int]]:
+    """Processes that work side by side, and how many: on a CPU `profile.jobs` or its cores. Where
+    this one was started together with others, they go through all jobs side by side.
+    """
     cores = psutil.cpu_count(logical=False) or 1
     workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
     # workers and kernels inherit both: no progress bars in there, and where the user's files are
@@ -146,6 +148,9 @@ def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         stack.callback(_restore, before)  # this may be a notebook, which is live again then
+        if processes.count() > 1:
+            yield Together(), 1
+            return
         made = ProcessPoolExecutor(workers, mp_context=context, initializer=plain_warnings)
         pool = stack.enter_context(made)
         try:
@@ -157,13 +162,29 @@ def worker_pool(profile: Profile) -> Iterator[tuple[ProcessPoolExecutor, int]]:
             raise
 
 
+class Pool(Protocol):
+    """What does jobs: a `concurrent.futures` executor, or what is used as one."""
+
+    def submit(self, run: Callable[..., float], job: Job, /, *arguments: Any) -> Future[float]: ...
+
+
+class Together:
+    """Processes that were started together: all work on a stage, the first on what is written."""
+
+    def submit(self, run: Callable[..., float], job: Job, /, *arguments: Any) -> Future[float]:
+        future: Future[float] = Future()
+        took = run(job, *arguments) if job.kind == "stage" or processes.first() else 0.0
+        future.set_result(took)
+        return future
+
+
 def _restore(environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
 
 
 def _run_jobs(
-    pool: ProcessPoolExecutor,
+    pool: Pool,
     workers: int,
     jobs: list[Job],
     profile: str,

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_lib import runs, runtime
+from rlhf_lib import checkpoints, runs, runtime
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.models import generation, load
 from rlhf_lib.models.logprobs import sequence_scores
@@ -209,13 +209,13 @@ def test_trap_14_checkpointing_leaves_generation_its_cache(
 
 
 def _after_loading(patch: pytest.MonkeyPatch, forget: Callable[[Accelerator], None]) -> None:
-    load = Accelerator.load_state
+    load = checkpoints._set
 
-    def load_some(accelerator: Accelerator, folder: str) -> None:
-        load(accelerator, folder)
+    def load_some(accelerator: Accelerator, state: dict) -> None:
+        load(accelerator, state)
         forget(accelerator)
 
-    patch.setattr(Accelerator, "load_state", load_some)
+    patch.setattr(checkpoints, "_set", load_some)
 
 
 def only_the_weights_are_saved(patch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def the_generator_starts_anew(patch: pytest.MonkeyPatch) -> None:
 
 def the_step_is_kept_and_the_state_lost(patch: pytest.MonkeyPatch) -> None:
     """The log goes on, and the policy is the SFT model again."""
-    patch.setattr(Accelerator, "load_state", lambda accelerator, folder: None)
+    patch.setattr(checkpoints, "_set", lambda accelerator, state: None)
 
 
 class KilledError(Exception):
