@@ -62,6 +62,7 @@ Set = Annotated[
 Deliver = Annotated[
     str, typer.Option("--deliver", help="copy the pages there as well, like s3://bucket/folder")
 ]
+Engine = Annotated[str, typer.Option("--engine", help="who does the jobs: processes | ray")]
 Only = typer.Option(help="one notebook, e.g. 04_ppo", autocompletion=_among(catalogue.notebooks))
 
 
@@ -88,6 +89,7 @@ def run(
     seeds: Seeds = None,
     only: Annotated[str, Only] = "",
     fits: Annotated[str, typer.Option(help="make it fit so long a session: 55m, 1h30m")] = "",
+    engine: Engine = "",
     dry_run: Annotated[bool, typer.Option(help="say what would be run, and run nothing")] = False,
     deliver: Deliver = "",
     data: Data = "",
@@ -102,7 +104,7 @@ def run(
     from rlhf_lib.session import status as standing
     from rlhf_lib.study import book, schedule
 
-    overrides = _overrides(data, model, settings, seeds)
+    overrides = _overrides(data, model, settings, seeds) + ([f"engine={engine}"] if engine else [])
     chosen = catalogue.load(profile, overrides)
     if fits:
         choice = sizes.fitted(chosen, overrides, sizes.minutes_of(fits), run_dir)
@@ -177,12 +179,13 @@ def status(
 def matrix(
     file: Annotated[Path, typer.Argument(help="YAML: methods, coefficients, seeds")],
     out: Annotated[str, typer.Option(help="deliver it there as well: s3://bucket/folder")] = "",
+    engine: Engine = "",
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Train methods x coefficients x seeds from one file: results in one table and figure."""
     from rlhf_lib.session import matrix as many
 
-    folder = many.run(file, run_dir, out)
+    folder = many.run(file, run_dir, out, engine)
     print(many.as_text(folder))
     for path in sorted(folder.iterdir()):
         print(path)

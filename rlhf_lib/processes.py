@@ -27,6 +27,7 @@ from torch import Tensor
 T = TypeVar("T")
 # of torchrun and accelerate, and of what else starts processes (MPI)
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+PLACES = "RANK", "LOCAL_RANK"
 LONG = timedelta(days=7)  # one waits for the other while that one alone does something
 
 
@@ -38,7 +39,7 @@ def begin() -> None:
     if max(int(os.environ.get(name, 1)) for name in SIZES) > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=LONG)
         atexit.register(_part)
-        for name in SIZES:
+        for name in (*SIZES, *PLACES):
             os.environ.pop(name, None)
         if not first():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to its end

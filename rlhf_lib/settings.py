@@ -279,6 +279,7 @@ class Profile:
     jobs: int = 1  # stages that run side by side on a CPU; never more than it has cores
     threads: int = 0  # of torch on a CPU, for each job; 0: one for each core
     checkpoint_minutes: float = 2.0
+    engine: Literal["processes", "ray"] = "processes"  # of this machine, or of a Ray cluster
     extras: bool = True  # what seed 0 alone runs beside the comparison: sweep, other labels
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # shows metrics as well
     methods: str = ""  # records of further methods, package.module:RECORD, separated by commas
@@ -327,7 +328,7 @@ def content_hash(value: object) -> str:
 
 
 # how a profile is run or was found, not what it finds
-RUNNING = ("jobs", "threads", "checkpoint_minutes", "tracker", "tuning")
+RUNNING = ("jobs", "threads", "engine", "checkpoint_minutes", "tracker", "tuning")
 
 
 def deciding(settings: typing.Mapping) -> dict:

@@ -28,6 +28,7 @@ ORDER = (
     "files",
     "code_hash",
     "processes",
+    "pools",
     "runtime",
     "flops",
     "checkpoints",

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from rlhf_lib import catalogue
 from rlhf_lib.files import below, check_address, deliver, fetch, locked, write_json
 from rlhf_lib.measure.statistics import interval, over_seeds
+from rlhf_lib.pools import worker_pool
 from rlhf_lib.profiles import as_overrides, check_seed
 from rlhf_lib.review.trials import Trial
 from rlhf_lib.runtime import progress
@@ -36,7 +37,6 @@ from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash, dec
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import markdown, write_figure
 from rlhf_lib.show.tables import Column, table_of
-from rlhf_lib.study.schedule import worker_pool
 from rlhf_lib.study.tuning import judges, train, try_values
 
 TRIALS = "trials.json"
@@ -83,8 +83,11 @@ class Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(path: Path) -> Matrix:
-    """Raises SettingsError, naming the key, for a file that asks for what there is not."""
+def read(path: Path, besides: Sequence[str] = ()) -> Matrix:
+    """What a file asks for, with overrides besides its own.
+
+    Raises SettingsError, naming the key, for a file that asks for what there is not.
+    """
     try:
         asked = yaml.load(path.read_text(encoding="utf-8"), Once)
     except OSError as error:
@@ -98,7 +101,7 @@ def read(path: Path) -> Matrix:
             raise unknown(f"key in {path}", str(key), KEYS)
     # a cell is a whole training, whatever share of one a trial of the profile's is
     given = asked.get("set")
-    overrides = ["tuning.budget=1", *as_overrides([] if given is None else given)]
+    overrides = ["tuning.budget=1", *besides, *as_overrides([] if given is None else given)]
     profile = catalogue.load(asked.get("profile", "laptop"), overrides)
     judges(profile)
     seeds = _seeds(path, asked.get("seeds", profile.seeds))
@@ -154,12 +157,13 @@ def _number(path: Path, value: Any) -> float:
     raise SettingsError(f"{path}: coefficients: {value!r} is no number from 0 on")
 
 
-def run(path: Path, run_dir: Path, out: str = "") -> Path:
+def run(path: Path, run_dir: Path, out: str = "", engine: str = "") -> Path:
     """Train and judge every cell that is not done; the folder of trials, table and figure.
 
-    `out`: an address that fsspec knows, where the folder is delivered as it grows.
+    `out`: an address that fsspec knows, where the folder is delivered as it grows. `engine`: who
+    does it, where the file leaves that open.
     """
-    matrix = read(path)
+    matrix = read(path, [f"engine={engine}"] if engine else [])
     if out:
         check_address(out)
     folder = run_dir / matrix.profile.name / f"matrix-{path.stem}-{matrix.shared}"

@@ -20,6 +20,7 @@ from rlhf_lib import catalogue
 from rlhf_lib.files import read_jsonl, write_json
 from rlhf_lib.flops import sizes_of
 from rlhf_lib.models.load import load_policy
+from rlhf_lib.pools import worker_pool
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.runs import Stage
 from rlhf_lib.runtime import MEASURING, computed_by, environment
@@ -27,7 +28,6 @@ from rlhf_lib.session.counted import Lengths, draws, held, lengths_of, measured,
 from rlhf_lib.session.forecast import Forecast, Rate
 from rlhf_lib.session.work import Sizes
 from rlhf_lib.settings import Profile, as_dict, content_hash
-from rlhf_lib.study.schedule import worker_pool
 from rlhf_lib.study.stages import Study
 from rlhf_lib.study.training import run_stage
 

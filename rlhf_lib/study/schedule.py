@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import psutil
-import torch
 from traitlets.config import Config
 
 from rlhf_lib import catalogue, processes
+from rlhf_lib.pools import GOES_ON, Pool, worker_pool
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.report import exporters
 from rlhf_lib.runtime import no_gpu, progress, shipped
-from rlhf_lib.settings import Profile, plain_warnings, unknown
+from rlhf_lib.settings import Profile, unknown
 from rlhf_lib.study import book
 from rlhf_lib.study.stages import Study, StudyError, notebook_path, read_data, rival
 
-GOES_ON = "What was finished is kept: the same command goes on from here."
 NOTEBOOK_FOLDER = shipped("notebooks")
 
 
@@ -135,54 +130,6 @@ def without_reports(jobs: Sequence[Job]) -> list[Job]:
     return [replace(job, needs=tuple(need for need in job.needs if need in keys)) for job in kept]
 
 
-@contextmanager
-def worker_pool(profile: Profile) -> Iterator[tuple[Pool, int]]:
-    """Processes that work side by side, and how many: on a CPU `profile.jobs` or its cores. Where
-    this one was started together with others, they go through all jobs side by side.
-    """
-    cores = psutil.cpu_count(logical=False) or 1
-    workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
-    # workers and kernels inherit both: no progress bars in there, and where the user's files are
-    before = os.environ.copy()
-    os.environ |= {"RLHF_BATCH": "1", "RLHF_FOLDER": str(Path.cwd())}
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-        stack.callback(_restore, before)  # this may be a notebook, which is live again then
-        if processes.count() > 1:
-            yield Together(), 1
-            return
-        made = ProcessPoolExecutor(workers, mp_context=context, initializer=plain_warnings)
-        pool = stack.enter_context(made)
-        try:
-            yield pool, workers
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun does not begin
-            if isinstance(error, KeyboardInterrupt):
-                print(f"Stopping. {GOES_ON}", flush=True)
-            raise
-
-
-class Pool(Protocol):
-    """What does jobs: a `concurrent.futures` executor, or what is used as one."""
-
-    def submit(self, run: Callable[..., float], job: Job, /, *arguments: Any) -> Future[float]: ...
-
-
-class Together:
-    """Processes that were started together: all work on a stage, the first on what is written."""
-
-    def submit(self, run: Callable[..., float], job: Job, /, *arguments: Any) -> Future[float]:
-        future: Future[float] = Future()
-        took = run(job, *arguments) if job.kind == "stage" or processes.first() else 0.0
-        future.set_result(took)
-        return future
-
-
-def _restore(environment: Mapping[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-
-
 def _run_jobs(
     pool: Pool,
     workers: int,
@@ -229,6 +176,8 @@ def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> floa
         study = Study.open(profile, job.seed, run_dir, overrides)
         study.read = _read_once
         study.stage(job.name)
+    elif not processes.first():
+        pass  # of processes that were started together one writes
     elif job.kind == "notebook":
         whole = load_profile(profile, overrides)
         target = notebook_path(whole, run_dir, job.name)

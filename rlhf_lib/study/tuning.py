@@ -26,6 +26,7 @@ from rlhf_lib.files import write_json
 from rlhf_lib.measure.evaluate import random_numbers, read_policy
 from rlhf_lib.measure.statistics import estimate
 from rlhf_lib.methods.learner import DivergedError
+from rlhf_lib.pools import worker_pool
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.review.trials import BEFORE, Trial, as_text, best, load, of, ranked
 from rlhf_lib.runs import Stage
@@ -34,7 +35,6 @@ from rlhf_lib.settings import Profile, SettingsError, as_dict, content_hash
 from rlhf_lib.show import figures
 from rlhf_lib.show.display import write_figure
 from rlhf_lib.study.offer import Offer
-from rlhf_lib.study.schedule import worker_pool
 from rlhf_lib.study.stages import Study
 from rlhf_lib.study.training import run_stage
 

@@ -15,7 +15,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from rlhf_lib import catalogue
+from rlhf_lib import catalogue, pools
 from rlhf_lib.profiles import load_profile
 from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.study import book, schedule
@@ -138,8 +138,8 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(
         schedule, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
     )
-    monkeypatch.setattr(schedule.psutil, "cpu_count", lambda logical: 2)
-    monkeypatch.setattr(schedule.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pools.psutil, "cpu_count", lambda logical: 2)
+    monkeypatch.setattr(pools.torch.cuda, "is_available", lambda: False)
     return state
 
 
@@ -191,7 +191,7 @@ def test_what_waits_is_cancelled_when_the_user_stops(
     futures = []
 
     def stopped() -> None:
-        with schedule.worker_pool(load_profile("laptop", ["jobs=1"])) as (pool, _):
+        with pools.worker_pool(load_profile("laptop", ["jobs=1"])) as (pool, _):
             futures.extend(pool.submit(work, name) for name in ("first", "second", "third"))
             running.wait()
             raise KeyboardInterrupt
@@ -325,6 +325,6 @@ def test_a_pool_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch
     """A probe may be asked for in a notebook, whose widgets live on."""
     monkeypatch.delenv("RLHF_BATCH", raising=False)
     before = dict(os.environ)
-    with schedule.worker_pool(load_profile("smoke")):
+    with pools.worker_pool(load_profile("smoke")):
         assert os.environ["RLHF_BATCH"] == "1"
     assert dict(os.environ) == before
