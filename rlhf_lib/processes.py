@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import islice
@@ -53,13 +54,31 @@ def _part() -> None:
     dist.destroy_process_group()
 
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is computed within is this process' own: the others know nothing of it."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def _with_others() -> bool:
+    return dist.is_initialized() and not _alone
+
+
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _with_others() else 1
 
 
 def rank() -> int:
     """The number of this process, from 0 on."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _with_others() else 0
 
 
 def first() -> bool:
@@ -105,7 +124,8 @@ def told(find: Callable[[], T]) -> T:
     said: list[Any] = [None, False]
     try:
         if first():
-            said = [find(), True]
+            with alone():
+                said = [find(), True]
     finally:
         dist.broadcast_object_list(said, group=_on_cpus())
     if not said[1]:

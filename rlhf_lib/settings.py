@@ -126,10 +126,12 @@ class PPOConfig:
     value_clip_range: float = 0.2
     value_model: Literal["separate", "shared"] = "separate"  # shared: one trunk, two heads
     value_coef: float = 0.1  # weight of the value loss in a shared trunk
+    entropy_coef: float = 0.0  # reward for a nat of entropy, a mean over the states visited
     gamma: float = 1.0
     gae_lambda: float = 0.95
     reward: str = "model"  # model, gold, a rule, FILE.py:FUNCTION; several: 0.5*gold, model
     missing_eos_penalty: float = 1.0
+    overlong_buffer: int = 0  # tokens at the end of the longest reply that cost up to a point
     reward_clip: float = 5.0  # normalised reward is kept within plus and minus this
     reward_normalization: Literal["none", "batch", "running"] = "none"  # on top of the model's own
     max_grad_norm: float = 1.0
@@ -164,6 +166,8 @@ class GRPOConfig:
     kl_reward_estimator: Literal["k1", "k2", "k3"] = "k1"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    ratio: Literal["token", "sequence"] = "token"  # sequence: GSPO, with clips of about 3e-4
+    surrogate: Literal["clip", "cispo"] = "clip"  # cispo: weights are limited, no gradient goes
     advantage: Literal["group", "leave_one_out"] = "group"  # leave_one_out: RLOO, has no scale
     scale: Literal["group", "batch", "none"] = "group"
     aggregation: Literal["sequence", "token", "constant"] = "sequence"
@@ -171,6 +175,7 @@ class GRPOConfig:
     mask_overlong: bool = False  # a response without its end gives no gradient
     reward: str = "model"  # as in PPO
     missing_eos_penalty: float = 1.0
+    overlong_buffer: int = 0  # as in PPO
     reward_clip: float = 5.0
     max_grad_norm: float = 1.0
     patience: int = 0  # as in PPO
@@ -206,6 +211,10 @@ class DPOConfig:
     desirable_weight: float = 1.0  # of chosen replies, in kto
     undesirable_weight: float = 1.0  # of rejected replies, in kto
     max_grad_norm: float = 1.0
+    online: bool = False  # of two replies of the policy's own, the better is chosen
+    reward: str = "model"  # which chooses then, as in PPO
+    missing_eos_penalty: float = 1.0  # as in PPO, and the next
+    overlong_buffer: int = 0
     probes: int = 10  # how often the policy answers validation prompts during training
     probe_prompts: int = 128
     patience: int = 0  # as in PPO

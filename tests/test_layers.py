@@ -24,6 +24,7 @@ ORDER = (
     "profiles",
     "kernel",
     "user_code",
+    "records",
     "catalogue",
     "files",
     "code_hash",

@@ -73,12 +73,12 @@ def test_two_processes_learn_the_same_weights_and_say_the_same(
 def test_what_processes_share(found: list[dict[str, Tensor]]) -> None:
     alone, *both = ({k[7:]: v.tolist() for k, v in f.items() if k[:6] == "shared"} for f in found)
     assert alone == {
-        "told": [10, 1], "gathered": [0], "summed": [1, 0], "gradients": [[1, 1], [5, 5]],
-        "dealt": [0, 1, 2, 3, 4, 5, 6],
+        "told": [10, 1], "told alone": [0], "gathered": [0], "summed": [1, 0],
+        "gradients": [[1, 1], [5, 5]], "dealt": [0, 1, 2, 3, 4, 5, 6],
     }  # fmt: skip
     for rank, shared in enumerate(both):
         assert shared == {
-            "told": [10, 1 - rank], "gathered": [0, 1], "summed": [2, 1],
+            "told": [10, 1 - rank], "told alone": [0], "gathered": [0, 1], "summed": [2, 1],
             "gradients": [[3, 3], [5, 5]], "dealt": [[0, 1, 2, 6], [3, 4, 5]][rank],
         }  # fmt: skip
 

@@ -120,6 +120,7 @@ def shared() -> dict[str, Tensor]:
     assert nobodys.grad is None
     return {
         "told": torch.tensor([float(told), float(len(asked))]),
+        "told alone": torch.tensor(processes.told(lambda: processes.gathered(rank))),
         "gathered": torch.tensor(processes.gathered(rank)),
         "summed": processes.summed(torch.tensor([1.0, rank])),
         "gradients": torch.stack((ours.grad, theirs.grad)),  # type: ignore[arg-type]

@@ -2,13 +2,15 @@
 
 Source: Rafailov et al. 2023, arXiv:2305.18290. It learns from no sample and no reward model; the
 reference's log-probabilities are computed once. `dpo.loss` puts another loss of the family in its
-place.
+place; `dpo.online` puts two replies of the policy's own in place of a pair's, the better of which
+the reward chooses (Guo et al. 2024, arXiv:2402.04792).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from rlhf_lib import processes
 from rlhf_lib.data.batches import by_length, shuffled_batches
 from rlhf_lib.data.encoding import Pair, Prompt, paired_lengths, sides
 from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
+from rlhf_lib.methods.rewards import read_replies
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.load import adapters_off
 from rlhf_lib.models.logprobs import paired_logprobs, reply_logprobs
@@ -33,7 +36,7 @@ from rlhf_lib.objectives.preference import (
     simpo_loss,
 )
 from rlhf_lib.runtime import MEASURING, phase, progress
-from rlhf_lib.settings import DPOConfig, SettingsError, unknown
+from rlhf_lib.settings import DPOConfig, SettingsError, numbers, unknown
 
 Kept = Callable[[str, Callable[[], Tensor]], Tensor]
 
@@ -59,13 +62,14 @@ def train(
     loss_of = preference_loss(config)
     # 1. the reference's log-probs, once for all epochs
     unrelated = unrelated_replies(pairs) if config.loss == "kto" else []
-    with sampler.accelerator.autocast(), adapters_off(sampler.reference):
-        table = kept(
-            "reference",
-            lambda: reference_table(
-                sampler.reference, pairs, unrelated, config.loss, config.micro_batch_size
-            ),
+
+    def of_reference() -> Tensor:
+        return reference_table(
+            sampler.reference, pairs, unrelated, config.loss, config.micro_batch_size
         )
+
+    with sampler.accelerator.autocast(), adapters_off(sampler.reference):
+        table = torch.zeros(len(pairs), 2) if config.online else kept("reference", of_reference)
     batches = shuffled_batches(len(pairs), config.batch_size, config.epochs, seed)
     every = max(1, len(batches) // config.probes)
     step = -1
@@ -75,11 +79,13 @@ def train(
             probe = sampler.sample(policy.model, probes).metrics() if step % every == 0 else {}
         # 3. a step on the next pairs
         rows = batches[step]
-        batch = [pairs[i] for i in rows]
+        batch, of_batch = [pairs[i] for i in rows], table[rows]
+        if config.online:
+            batch, of_batch = own_pairs(sampler, policy.model, batch, config)
         metrics = update(
             policy,
             batch,
-            table[rows],
+            of_batch,
             loss_of,
             [unrelated[i] for i in rows] if unrelated else [],
             micro_batch_size=config.micro_batch_size,
@@ -87,6 +93,27 @@ def train(
         learnt = {"reply_tokens": sum(len(p.chosen) + len(p.rejected) for p in batch)}
         log(step, sum(paired_lengths(batch)), metrics | probe | learnt)
     return {"train_pairs": min(len(pairs), (step + 1) * config.batch_size)}
+
+
+def own_pairs(
+    sampler: Sampler, policy: PreTrainedModel, pairs: Sequence[Pair], config: DPOConfig
+) -> tuple[list[Pair], Tensor]:
+    """Two replies of the policy's own to each pair's prompt, the one with more reward chosen (a tie
+    is decided by which was drawn first), and the reference's log-probs of both, (B, 2).
+    """
+    prompts = [Prompt(pair.prompt_text, pair.prompt) for pair in pairs for _ in range(2)]
+    rollout = sampler.sample(policy, prompts, **numbers(sampler.sample, config))
+    better = rollout.rewards.view(-1, 2).argmax(1)
+    places = 2 * torch.arange(len(pairs)) + torch.stack((better, 1 - better))  # chosen, rejected
+    replies = read_replies(sampler.tokenizer, rollout.responses)
+    drawn = [
+        replace(
+            pair, chosen=replies[good].ids, rejected=replies[bad].ids,
+            chosen_text=replies[good].text, rejected_text=replies[bad].text, margin=None,
+        )
+        for pair, (good, bad) in zip(pairs, places.T.tolist(), strict=True)
+    ]  # fmt: skip
+    return drawn, rollout.ref_logprobs.sum(1)[places.T]
 
 
 class PairLogprobs(NamedTuple):
@@ -129,6 +156,11 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     }
     if config.loss not in family:
         raise unknown("dpo.loss =", config.loss, family)
+    if config.online and config.loss == "kto":
+        raise SettingsError(
+            "dpo.online makes pairs, and dpo.loss=kto reads a reply to another prompt as well: "
+            "leave one of them out"
+        )
     if smoothing and config.loss not in SMOOTHED:
         raise SettingsError(
             f"dpo.label_smoothing={smoothing} means nothing to "

@@ -110,6 +110,8 @@ def update(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     aggregation: str = "sequence",
+    ratio: str = "token",
+    surrogate: str = "clip",
 ) -> dict[str, float]:
     """`iterations` optimizer steps on one batch of samples; metrics are means over them.
 
@@ -138,6 +140,8 @@ def update(
                 clip_high,
                 aggregation,
                 kl_estimator,
+                ratio,
+                surrogate,
             )
             averages.add(stats.policy._asdict(), micro.tokens)
             share = {

@@ -18,11 +18,11 @@ from rlhf_lib.data.batches import prompt_batches, shuffled_batches
 from rlhf_lib.data.encoding import Prompt
 from rlhf_lib.methods.learner import Averages, Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rollout import Rollout, Sampler
-from rlhf_lib.models.logprobs import response_logprobs, token_values
+from rlhf_lib.models.logprobs import logprobs_and_entropies, response_logprobs, token_values
 from rlhf_lib.objectives.advantages import explained_variance, gae, kl_shaped_rewards
 from rlhf_lib.objectives.kl import AdaptiveKL
 from rlhf_lib.objectives.losses import ppo_policy_loss, ppo_value_loss
-from rlhf_lib.objectives.masked import RunningScale, masked_whiten
+from rlhf_lib.objectives.masked import RunningScale, masked_mean, masked_whiten
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import PPOConfig, numbers
 
@@ -130,13 +130,15 @@ def update(
     clip_range: float = 0.2,
     value_clip_range: float = 0.2,
     value_coef: float = 0.1,
+    entropy_coef: float = 0.0,
     seed: int = 0,
 ) -> dict[str, float]:
     """Several epochs of minibatch steps on one batch of experience; metrics are means over them.
 
     `seed` fixes the order of the minibatches: a fresh permutation in each epoch. Where `value` is
     `policy` itself, one step descends the policy loss plus value_coef times the value loss. The
-    losses of micro-batches add up to a minibatch's mean over tokens.
+    losses of micro-batches add up to a minibatch's mean over tokens. `entropy_coef`: what a nat of
+    entropy earns, as a mean over the states that were visited (arXiv:1707.06347, eq. 9).
     """
     averages = Averages()
     rollout, device = experience.rollout, policy.accelerator.device
@@ -145,9 +147,12 @@ def update(
         for micro in rollout.micro_batches(rows, micro_batch_size):
             place = micro.rows, slice(micro.width)
             with policy.accelerator.autocast():
-                logprobs, mask = response_logprobs(
-                    policy.model, micro.prompts, micro.responses, temperature
-                )
+                rows_of = policy.model, micro.prompts, micro.responses, temperature
+                if entropy_coef:
+                    logprobs, entropies, mask = logprobs_and_entropies(*rows_of)
+                    bonus = entropy_coef * masked_mean(entropies, mask)
+                else:
+                    (logprobs, mask), bonus = response_logprobs(*rows_of), 0.0
             old_logprobs = rollout.logprobs[place].to(device)
             advantages = experience.advantages[place].to(device)
             loss, stats = ppo_policy_loss(logprobs, old_logprobs, advantages, mask, clip_range)
@@ -155,7 +160,7 @@ def update(
             square = float(stats.ratio_var) + float(stats.ratio_mean) ** 2
             measured = {"ratio_square": square, "policy_loss": loss.detach()}
             averages.add(stats._asdict() | measured, micro.tokens)
-            yield loss * micro.tokens / tokens
+            yield (loss - bonus) * micro.tokens / tokens
 
     def value_losses(rows: list[int], tokens: int) -> Iterator[Tensor]:
         for micro in rollout.micro_batches(rows, micro_batch_size):

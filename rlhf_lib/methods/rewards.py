@@ -23,6 +23,7 @@ from rlhf_lib.data.encoding import Prompt, eos_id
 from rlhf_lib.data.truth import Truth
 from rlhf_lib.models.logprobs import sequence_scores
 from rlhf_lib.models.packing import Tokens, by_prompt
+from rlhf_lib.records import ENSEMBLES
 from rlhf_lib.runtime import phase
 from rlhf_lib.settings import SettingsError, UserError
 from rlhf_lib.user_code import resolve
@@ -79,6 +80,20 @@ def of_model(model: PreTrainedModel, accelerator: Accelerator, batch_size: int =
         with accelerator.autocast():
             scores = raw_scores(model, *ids, batch_size)
         return (scores - model.config.reward_mean) / model.config.reward_std
+
+    return reward
+
+
+def of_ensemble(members: Sequence[Reward], minimum: bool = False) -> Reward:
+    """The mean of several reward models, or the lowest: where they differ nobody knows.
+
+    Source: Coste et al. 2024, arXiv:2310.02743; that it does not end over-optimisation, Eisenstein
+    et al. 2023, arXiv:2312.09244.
+    """
+
+    def reward(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor:
+        each = torch.stack([torch.as_tensor(member(prompts, replies)) for member in members])
+        return each.amin(0) if minimum else each.mean(0)
 
     return reward
 
@@ -149,20 +164,25 @@ def terms(setting: str) -> dict[str, float]:
     return found
 
 
-def named(setting: str, model: Callable[[], Reward], truth: Truth | None) -> WeightedSum:
+Models = Callable[[], Sequence[Reward]]
+
+
+def named(setting: str, models: Models, truth: Truth | None) -> WeightedSum:
     """The rewards that a setting such as `ppo.reward` names.
 
-    `model` stands for what `model()` returns, `gold` for the gold reward, others for a rule of
-    RULES, or a function `package.module:name` or `FILE.py:name`. Raises SettingsError for a name
-    that leads nowhere.
+    `model` stands for the first of `models()`, `mean` and `minimum` for those of them all, `gold`
+    for the gold reward, others for a rule of RULES, or a function `package.module:name` or
+    `FILE.py:name`. Raises SettingsError for a name that leads nowhere.
     """
     parts = terms(setting).items()
-    return WeightedSum({name: (weight, _named(name, model, truth)) for name, weight in parts})
+    return WeightedSum({name: (weight, _named(name, models, truth)) for name, weight in parts})
 
 
-def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Reward:
+def _named(name: str, models: Models, truth: Truth | None) -> Reward:
     if name == "model":
-        return model()
+        return models()[0]
+    if name in ENSEMBLES:
+        return of_ensemble(models(), minimum=name == "minimum")
     if name == "gold":
         if truth is None:
             raise SettingsError("reward gold: nobody knows the true reward of these data")
@@ -170,7 +190,7 @@ def _named(name: str, model: Callable[[], Reward], truth: Truth | None) -> Rewar
     if name in RULES:
         return RULES[name]
     if ":" not in name:
-        known = ", ".join(("model", "gold", *RULES))
+        known = ", ".join(("model", *ENSEMBLES, "gold", *RULES))
         raise SettingsError(
             f"reward {name!r}: choose among {known}, package.module:function and FILE.py:function"
         )

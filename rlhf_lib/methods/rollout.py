@@ -21,6 +21,7 @@ from rlhf_lib.models.generation import generate
 from rlhf_lib.models.load import adapters_off
 from rlhf_lib.models.logprobs import CHUNK, output_logits, response_hidden, token_logprobs
 from rlhf_lib.models.packing import Tokens, by_prompt, length_mask, unflatten
+from rlhf_lib.objectives.advantages import soft_overlong_penalty
 from rlhf_lib.objectives.kl import full_kl
 from rlhf_lib.objectives.masked import entropy, masked_mean
 from rlhf_lib.runtime import phase
@@ -47,7 +48,7 @@ class Rollout:
     ref_logprobs: Tensor  # (B, T) under the reference
     finished: Tensor  # (B,) bool
     scores: Tensor  # (B,) what the reward says
-    rewards: Tensor  # (B,) clipped scores, less the penalty where the end is missing
+    rewards: Tensor  # (B,) clipped scores, less the penalties for length and a missing end
     entropies: Tensor  # (B, T) of the policy at each position, nats
     gold: list[float] | None  # gold rewards, where the world has them
     exact_kl: Tensor | None  # (B, T) full-vocabulary KL at each position, where it was asked for
@@ -170,12 +171,14 @@ class Sampler:
         micro_batch_size: int = 64,
         reward_clip: float = math.inf,
         missing_eos_penalty: float = 0.0,
+        overlong_buffer: int = 0,
         exact_kl: bool = False,
         uniforms: Tensor | None = None,
     ) -> Rollout:
         """Sample one reply per prompt, score it, take log-probs under policy and reference.
 
-        `micro_batch_size`: replies whose log-probs are taken at once.
+        `micro_batch_size`: replies whose log-probs are taken at once. `overlong_buffer`: the last
+        tokens of the longest reply, over which it loses a point (`soft_overlong_penalty`).
         """
         ids, replies = [p.ids for p in prompts], self.draw(policy, prompts, temperature, uniforms)
         responses = [reply.ids for reply in replies]
@@ -190,6 +193,8 @@ class Sampler:
         processes.summed(measured)
         finished = torch.tensor([reply.finished for reply in replies])
         clipped = scores.clamp(-reward_clip, reward_clip)
+        longest = self.max_new_tokens
+        overlong = soft_overlong_penalty(mask.sum(1), longest, overlong_buffer)
         gold = signs = None
         if self.truth is not None:
             gold = torch.as_tensor(of_truth(self.truth)(prompts, replies)).tolist()
@@ -203,7 +208,7 @@ class Sampler:
             ref_logprobs=measured[1],
             finished=finished,
             scores=scores,
-            rewards=clipped - missing_eos_penalty * (~finished).float(),
+            rewards=clipped - missing_eos_penalty * (~finished).float() + overlong,
             entropies=measured[2],
             gold=gold,
             exact_kl=measured[3] if exact_kl else None,

@@ -12,8 +12,7 @@ from rlhf_lib.data.batches import by_length, chunks, shuffled_batches
 from rlhf_lib.data.encoding import Demonstration, Prompt
 from rlhf_lib.methods.learner import Learner, Log, Steps, unlogged
 from rlhf_lib.methods.rollout import Sampler
-from rlhf_lib.models.logprobs import output_logprobs, response_hidden
-from rlhf_lib.models.packing import unflatten
+from rlhf_lib.models.logprobs import logprobs_and_entropies
 from rlhf_lib.objectives.losses import sft_loss
 from rlhf_lib.runtime import progress
 from rlhf_lib.settings import SFTConfig
@@ -49,12 +48,13 @@ def update(
         for rows in processes.dealt(by_length, lengths, size=micro_batch_size):
             examples = [batch[i] for i in rows]
             with policy.accelerator.autocast():
-                hidden, labels, mask = response_hidden(
-                    policy.model, [e.prompt for e in examples], [e.response for e in examples]
+                logprobs, entropy, mask = logprobs_and_entropies(
+                    policy.model,
+                    [e.prompt for e in examples],
+                    [e.response for e in examples],
+                    learn=False,
                 )
-                flat, entropy = output_logprobs(policy.model, hidden, labels, with_entropy=True)
-            logprobs = unflatten(flat, mask)
-            entropies.append(entropy.sum().cpu())  # type: ignore[union-attr]
+            entropies.append(entropy.sum().cpu())
             # a micro-batch counts by its tokens: the sum equals the loss of one big batch
             yield sft_loss(logprobs, mask) * (mask.sum() / tokens)
 

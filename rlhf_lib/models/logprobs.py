@@ -13,6 +13,7 @@ at a time: the vocabulary-sized tensor is the large one, and the backward pass c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -121,11 +122,27 @@ def response_logprobs(
     return unflatten(output_logprobs(model, hidden, labels, temperature)[0], mask), mask
 
 
+def logprobs_and_entropies(
+    model: torch.nn.Module, prompts: Tokens, responses: Tokens, temperature: float = 1.0,
+    learn: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `response_logprobs`, with the entropy in nats of each state in between, (B, T) too.
+
+    Without `learn` the entropies have no gradient.
+    """
+    hidden, labels, mask = response_hidden(model, prompts, responses)
+    both = output_logprobs(model, hidden, labels, temperature, "learnt" if learn else "read")
+    logprobs, entropies = (unflatten(x, mask) for x in both)  # type: ignore[arg-type]
+    return logprobs, entropies, mask
+
+
 def output_logprobs(
     model: torch.nn.Module, hidden: Tensor, labels: Tensor, temperature: float = 1.0,
-    with_entropy: bool = False,
+    entropies: Literal["", "read", "learnt"] = "",
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Log-probability of each label and, if asked for, the entropy there (nats, no gradient): (N,).
+    """Log-probability of each label and, if asked for, the entropy there in nats: (N,).
+
+    Entropies that are "read" have no gradient.
 
     CHUNK tokens at a time: their logits are computed again in the backward pass, not kept.
     """
@@ -133,15 +150,17 @@ def output_logprobs(
     def chunk(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = output_logits(model, hidden, temperature)
         logprobs = token_logprobs(logits, labels)
-        return logprobs, entropy(logits.detach()) if with_entropy else None
+        if not entropies:
+            return logprobs, None
+        return logprobs, entropy(logits if entropies == "learnt" else logits.detach())
 
     spend(model, 0, len(labels))
     parts = [
         checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     ]
-    logprobs, entropies = zip(*parts, strict=True)  # type: ignore[arg-type]
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+    logprobs, of_states = zip(*parts, strict=True)  # type: ignore[arg-type]
+    return torch.cat(logprobs), torch.cat(of_states) if entropies else None
 
 
 @phase("log-probs")

@@ -32,6 +32,16 @@ def kl_shaped_rewards(
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
+def soft_overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
+    """What long responses lose: (B,), from 0 where `buffer` tokens are left to -1 at `longest`.
+
+    Source: DAPO, arXiv:2503.14476, eq. 13. A buffer of 0 takes nothing.
+    """
+    if not buffer:
+        return torch.zeros_like(lengths)
+    return -((lengths - (longest - buffer)) / buffer).clamp(0, 1)
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,

@@ -60,15 +60,24 @@ def _clipped_policy(
     mask: Tensor,
     low: float,
     high: float,
+    level: str = "token",
+    surrogate: str = "clip",
 ) -> tuple[Tensor, PolicyStats]:
-    """Per-token clipped surrogate loss (B, T) (PPO, arXiv:1707.06347, eq. 7) and its statistics."""
+    """Per-token surrogate loss (B, T) and its statistics; `grpo_loss` says which there are."""
     # exp() of what stands at padding must not reach gradients
     logprobs, old_logprobs, advantages = (
         zero_padding(x, mask) for x in (logprobs, old_logprobs, advantages)
     )
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - low, 1 + high)
-    per_token = torch.max(-advantages * ratio, -advantages * clipped)
+    log_ratio = logprobs - old_logprobs
+    if level == "sequence":
+        log_ratio = masked_mean(log_ratio, mask, dim=1)[:, None].expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    if surrogate == "clip":
+        clipped = ratio.clamp(1 - low, 1 + high)
+        per_token = torch.max(-advantages * ratio, -advantages * clipped)
+    else:
+        clipped = ratio.clamp(max=1 + high)
+        per_token = -advantages * clipped.detach() * logprobs
     with torch.no_grad():
         mean = masked_mean(ratio, mask)
         stats = PolicyStats(
@@ -137,6 +146,8 @@ def grpo_loss(
     clip_high: float = 0.2,
     aggregation: str = "sequence",
     kl_estimator: str = "k3",
+    ratio: str = "token",
+    surrogate: str = "clip",
 ) -> tuple[Tensor, GRPOStats]:
     """Clipped loss plus kl_coef * KL to the reference; log-probs (B, T), advantages (B,) or (B, T).
 
@@ -147,11 +158,19 @@ def grpo_loss(
     `aggregation`: "sequence" averages tokens within a response, then responses (GRPO,
     arXiv:2402.03300, eq. 3); "token" averages all tokens (DAPO, arXiv:2503.14476, eq. 8);
     "constant" divides the sum by B*T, a constant for every response (Dr. GRPO, arXiv:2503.20783).
+
+    `ratio`: "token" weighs each token by its own probability ratio; "sequence" all of a response by
+    the geometric mean of theirs, so that a response is clipped as a whole (GSPO, arXiv:2507.18071,
+    eqs. 5 and 7; its clip ranges are some hundred times narrower). `surrogate`: "clip" takes the
+    gradient off a token that has gone too far (PPO, arXiv:1707.06347, eq. 7); "cispo" leaves it and
+    limits its weight to 1 + clip_high (CISPO, arXiv:2506.13585, eqs. 4 and 5).
     """
+    if ratio not in ("token", "sequence") or surrogate not in ("clip", "cispo"):
+        raise ValueError(f"ratio={ratio!r}, surrogate={surrogate!r}: token|sequence, clip|cispo")
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand_as(logprobs)
     per_token, stats = _clipped_policy(
-        logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high
+        logprobs, old_logprobs, advantages, response_mask, clip_low, clip_high, ratio, surrogate
     )
     kl = torch.zeros_like(per_token)
     if ref_logprobs is not None:

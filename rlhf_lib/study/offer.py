@@ -41,6 +41,8 @@ from rlhf_lib.runtime import make_accelerator
 from rlhf_lib.settings import SettingsError, SFTConfig
 from rlhf_lib.world.rewards import DOSES
 
+DRAW = 1000  # between the seeds of trainings that differ in luck alone
+
 
 class Offer:
     """What a stage may ask for. Each thing is made when it is asked for, and once.
@@ -57,7 +59,8 @@ class Offer:
         work: Work | None = None,
     ) -> None:
         self.run, self.record, self.data, self.needed = run, record, data, needed
-        self.profile, self.seed, self.truth = run.profile, run.seed, data.truth
+        self.profile, self.truth = run.profile, data.truth
+        self.seed = run.seed + DRAW * record.draw
         self.config = record.config(run.profile)
         if work is not None:
             self.work, self.log, self.kept = work, work.log, work.kept
@@ -231,11 +234,16 @@ class Offer:
         else:
             reference = freeze(self.accelerator, load_reference(self.start))
         setting = getattr(self.config, "reward", "model")
-        reward = rewards.named(setting, lambda: self.rater(self._proxy), self.truth)
+        reward = rewards.named(setting, self._reward_models, self.truth)
         return Sampler(
             self.accelerator, self.tokenizer, reference, reward,
             max_new_tokens=self.profile.data.max_response_tokens, truth=self.truth,
         )  # fmt: skip
+
+    def _reward_models(self) -> list[rewards.Reward]:
+        """That of the labels, and the rest of its ensemble where the stage reads it."""
+        members = [name for name in catalogue.MEMBERS if name in self.needed]
+        return [self.rater(name) for name in (self._proxy, *members)]
 
     @property
     def raters(self) -> dict[str, rewards.Reward]:

@@ -16,7 +16,6 @@ from traitlets.config import Config
 
 from rlhf_lib import catalogue, processes
 from rlhf_lib.pools import GOES_ON, Pool, worker_pool
-from rlhf_lib.profiles import load_profile
 from rlhf_lib.report import exporters
 from rlhf_lib.runtime import no_gpu, progress, shipped
 from rlhf_lib.settings import Profile, unknown
@@ -176,19 +175,23 @@ def _run_job(job: Job, profile: str, run_dir: str, overrides: list[str]) -> floa
         study = Study.open(profile, job.seed, run_dir, overrides)
         study.read = _read_once
         study.stage(job.name)
-    elif not processes.first():
-        pass  # of processes that were started together one writes
-    elif job.kind == "notebook":
-        whole = load_profile(profile, overrides)
+    elif processes.first():
+        with processes.alone():  # of processes that were started together one writes
+            _write_pages(job, profile, run_dir, overrides)
+    return time.perf_counter() - started
+
+
+def _write_pages(job: Job, profile: str, run_dir: str, overrides: list[str]) -> None:
+    """A notebook, executed, or a report."""
+    whole = catalogue.load(profile, overrides)
+    if job.kind == "notebook":
         target = notebook_path(whole, run_dir, job.name)
         run_notebook(job.name, profile, run_dir, [*overrides, *job.overrides], target)
-    else:
-        whole = catalogue.load(profile, overrides)
-        spoken_of = catalogue.load(profile, [*overrides, *job.overrides])
-        page, _ = book.write_report(spoken_of, Path(run_dir), whole)
-        if job.tier:
-            print(f"report, {tier_name(job.tier)}: {page.resolve()}", flush=True)
-    return time.perf_counter() - started
+        return
+    spoken_of = catalogue.load(profile, [*overrides, *job.overrides])
+    page, _ = book.write_report(spoken_of, Path(run_dir), whole)
+    if job.tier:
+        print(f"report, {tier_name(job.tier)}: {page.resolve()}", flush=True)
 
 
 def run_notebook(

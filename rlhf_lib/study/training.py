@@ -117,7 +117,7 @@ def check_stage(record: Record, profile: Profile, truth: Truth | None) -> Callab
                 + ", ".join(sorted(offered))
             )
     if reward := getattr(record.config(profile), "reward", ""):
-        rewards.named(reward, lambda: rewards.ended, truth)
+        rewards.named(reward, lambda: [rewards.ended], truth)
     return function
 
 
@@ -128,7 +128,8 @@ def _settings(run: Run, record: Record) -> dict:
     for name in others:
         found |= {f"{name}.{k}": v for k, v in _constants(getattr(run.profile, name)).items()}
     found = {name: value for name, value in found.items() if name not in record.unread}
-    return found | {"runs": record.runs, "pairs": record.pairs}
+    drawn = {"draw": record.draw} if record.draw else {}
+    return found | {"runs": record.runs, "pairs": record.pairs} | drawn
 
 
 def _constants(config: Any) -> dict:

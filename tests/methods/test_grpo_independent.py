@@ -56,6 +56,8 @@ def changed_loss(patch: pytest.MonkeyPatch, change: Callable[[dict], dict]) -> N
         "clip_high",
         "aggregation",
         "kl_estimator",
+        "ratio",
+        "surrogate",
     )
 
     def loss(*values: Any) -> tuple:

@@ -43,7 +43,7 @@ def count(prompts: list[Prompt], replies: list[Reply]) -> list[int]:
     return [len(reply.ids) for reply in replies]
 
 
-def no_model() -> rewards.Reward:
+def no_model() -> list[rewards.Reward]:
     raise AssertionError("nobody asked for the reward model")
 
 
@@ -136,7 +136,7 @@ def test_a_function_of_the_users_in_a_file_or_a_package(user_folder: Path) -> No
 
 
 def test_the_sum_weighs_what_each_says() -> None:
-    reward = named("0.5*gold, model,-2 * ended", lambda: count, FAKE_TRUTH)
+    reward = named("0.5*gold, model,-2 * ended", lambda: [count], FAKE_TRUTH)
     each = reward.each(PROMPTS, REPLIES)
     assert {name: part.tolist() for name, part in each.items()} == {
         "gold": [5.5, 6.0, 0.5],
@@ -149,7 +149,7 @@ def test_the_sum_weighs_what_each_says() -> None:
 
 def test_one_reward_alone_is_what_it_is_to_the_bit() -> None:
     values = torch.randn(3, dtype=torch.double)
-    alone = named("model", lambda: lambda prompts, replies: values, None)
+    alone = named("model", lambda: [lambda prompts, replies: values], None)
     assert torch.equal(alone(PROMPTS, REPLIES), values.float())
 
 
@@ -161,7 +161,10 @@ def test_one_reward_alone_is_what_it_is_to_the_bit() -> None:
         ("nan*model", "'nan' is no weight"),
         ("ended, inf*model", "'inf' is no weight"),
         ("model, 0.5*model", "names model twice"),
-        ("modle", "'modle': choose among model, gold, brevity, ended, package.module:function"),
+        (
+            "modle",
+            "'modle': choose among model, mean, minimum, gold, brevity, ended, package.module",
+        ),
         ("", "reward '': choose among"),
         ("ended,", "reward '': choose among"),
         ("gold", "nobody knows the true reward of these data"),
@@ -246,7 +249,7 @@ def test_out_of_memory_is_no_mistake_of_a_reply() -> None:
 
 
 def test_whoever_fails_among_several_is_named_once() -> None:
-    inner = named("model", lambda: fixed(math.nan, 1.0, 1.0), None)
+    inner = named("model", lambda: [fixed(math.nan, 1.0, 1.0)], None)
     with pytest.raises(RewardError, match=r"^reward model is nan for the reply 'a b c'"):
         checked("outer", inner, PROMPTS, REPLIES)
 

@@ -101,7 +101,7 @@ def test_the_output_layer_in_parts_equals_the_whole(
 ) -> None:
     def scored() -> tuple[Tensor, Tensor, Tensor]:
         hidden, labels, _ = response_hidden(causal_model, PROMPTS, RESPONSES)
-        values, entropies = output_logprobs(causal_model, hidden, labels, 0.7, with_entropy=True)
+        values, entropies = output_logprobs(causal_model, hidden, labels, 0.7, "read")
         assert entropies is not None
         logits = causal_model.get_output_embeddings()(hidden) / 0.7
         assert torch.allclose(values, logits.log_softmax(-1)[range(len(labels)), labels], atol=1e-5)
