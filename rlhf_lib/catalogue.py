@@ -9,18 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
 
 from rlhf_lib.profiles import Overrides, load_profile, paths
 from rlhf_lib.records import (
     CATALOGUE,
-    ENSEMBLES,
     GREY,
     LABELS,
     LIBRARY,
     MEMBERS,
     ROLES,
     Record,
+    asks_ensemble,
 )
 from rlhf_lib.settings import Profile, SettingsError, unknown
 from rlhf_lib.user_code import resolve
@@ -155,12 +154,8 @@ def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
         present |= {r.name for r in stages(profile)}
     config = CATALOGUE[name].config(profile)
     judge = ["judge"] if getattr(config, "patience", 0) else []
-    more = [*judge, *(MEMBERS if _asks_ensemble(config) else ())]
+    more = [*judge, *(MEMBERS if asks_ensemble(config) else ())]
     return [need for need in [*_expanded(CATALOGUE[name]), *more] if need in present]
-
-
-def _asks_ensemble(config: Any) -> bool:
-    return bool({*ENSEMBLES} & {*re.split(r"[\s,*]+", getattr(config, "reward", ""))})
 
 
 def _expanded(stage: Record) -> Iterator[str]:

@@ -7,6 +7,7 @@ when asked for. `catalogue` answers questions about all of them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,6 +91,16 @@ def _of_world(profile: Profile, seed: int) -> bool:
 
 def _attributed(profile: Profile, seed: int) -> bool:
     return profile.extras and _of_world(profile, seed)
+
+
+def asks_ensemble(config: Any) -> bool:
+    """Whether some settings name a reward of several reward models."""
+    return bool({*ENSEMBLES} & {*re.split(r"[\s,*]+", getattr(config, "reward", ""))})
+
+
+def _in_ensemble(profile: Profile, seed: int) -> bool:
+    asked = any(map(asks_ensemble, (profile.ppo, profile.grpo, profile.dpo)))
+    return asked or _attributed(profile, seed)
 
 
 def _relabelled(of: str, labels: str) -> Record:
@@ -223,6 +234,23 @@ for _suffix, _factor, _word in (("weak", "weaker", "low"), ("strong", "stronger"
     )
 add(_relabelled("reward_model", "half"), _relabelled("reward_model", "double"))
 add(*(_relabelled(of, labels) for labels in LABELS for of in ("ppo", "dpo")))
+# GRPO once more, with another reward: its name here, and the setting
+REWARDED = {
+    "gold": ("the gold reward itself", "gold"), "rule": ("brevity alone", "brevity"),
+    "both": ("model and brevity", "model, brevity"), "mean": ("mean of three models", "mean"),
+    "minimum": ("lowest of three models", "minimum"),
+}  # fmt: skip
+for _draw, _name in enumerate(MEMBERS, start=1):
+    add(replace(
+        CATALOGUE["reward_model"], name=_name, label=f"reward model, draw {_draw + 1}", draw=_draw,
+        color=GREY, exists=_in_ensemble, notebook="", help="", held=None,
+    ))  # fmt: skip
+for _name, (_label, _reward) in REWARDED.items():
+    add(replace(
+        CATALOGUE["grpo"], name=f"grpo_{_name}", label=f"GRPO, {_label}", exists=_attributed,
+        changes=lambda profile, reward=_reward: {"reward": reward},
+        role="", notebook="", help="", coefficient="", tuned=(), held=None,
+    ))  # fmt: skip
 add(
     Record(
         "probes", "probes",
@@ -245,6 +273,13 @@ add(
         needs=("sft", "reward_model", "ppo", "dpo",
                *(f"{of}_{labels}" for labels in LABELS for of in ("ppo", "dpo"))),
         sections=("evaluation",), exists=_attributed, notebook="07_evaluation",
+        unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "baseline_samples",
+                "heldout_texts", "bootstrap_samples", "probe_prompts", "probe_samples"),
+    ),
+    Record(
+        "rewards_compared", "rewards compared", runs="rlhf_lib.measure.attribution:measure",
+        needs=("sft", "reward_model", "grpo", *(f"grpo_{name}" for name in REWARDED)),
+        sections=("evaluation",), exists=_attributed, notebook="05_grpo",
         unread=("best_of_n", "best_of_n_prompts", "samples_per_prompt", "baseline_samples",
                 "heldout_texts", "bootstrap_samples", "probe_prompts", "probe_samples"),
     ),

@@ -1,4 +1,4 @@
-"""Who taught what: the same methods on labels of annotators with another taste, or none."""
+"""Who taught what: the same methods on labels of other annotators, or with other rewards."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def measure(
     config: EvaluationConfig,
     seed: int,
 ) -> dict:
-    """SFT, and each method on each labels, answer the same prompts with the same random numbers.
+    """SFT, and each other policy that is needed, answer the same prompts with the same luck.
 
     `samples.jsonl` has a row a reply: gold reward, polite words, and words.
     """
     prompts = list(data.prompts["evaluation"])[: config.measured_prompts]
     shape = config.measured_samples, len(prompts), sampler.max_new_tokens
     luck, rows = random_numbers(seed, "attribution", shape), []
-    for name in ("sft", *(run for runs in DOSED.values() for run in runs.values())):
+    for name in [name for name in needed if not name.startswith("reward_model")]:
         policy = read_policy(str(needed[name].model_path), sampler.accelerator)
         for k, numbers in enumerate(luck):
             replies = sampler.draw(policy, prompts, config.temperature, numbers)

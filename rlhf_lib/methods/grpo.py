@@ -19,7 +19,7 @@ from rlhf_lib.objectives.advantages import group_advantages, leave_one_out_advan
 from rlhf_lib.objectives.kl import ESTIMATORS
 from rlhf_lib.objectives.losses import grpo_loss
 from rlhf_lib.objectives.masked import zero_padding
-from rlhf_lib.settings import GRPOConfig, numbers
+from rlhf_lib.settings import GRPOConfig, SettingsError, numbers
 
 
 def train(
@@ -36,6 +36,11 @@ def train(
 
     `steps` yields the rounds still to do, `log` is told of each. Returns what was done in all.
     """
+    if config.ratio == "sequence" and config.aggregation != "sequence":
+        raise SettingsError(
+            f"grpo.ratio=sequence gives a reply one weight, and grpo.aggregation="
+            f"{config.aggregation} counts a long reply several times: set it to sequence"
+        )
     candidates = config.prompts_per_update * config.dynamic_sampling
     batches = prompt_batches(len(prompts), candidates, config.updates, seed)
     sampling, comparing, learning = (

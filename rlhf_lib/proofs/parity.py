@@ -54,8 +54,11 @@ PROOFS = (
     policy.ppo,
     policy.groups,
     policy.sampled,
+    policy.ratios,
+    policy.entropy_bonus,
     policy.identities,
     policy.dpo,
+    policy.online_dpo,
     kl.best_of_n,
 )
 
@@ -261,15 +264,27 @@ def grpo_rows() -> list[Proof]:
         "num_items_in_batch": mask.sum(),
     }
     low, high = 0.2, 0.28
-    rest: dict[str, Any] = {"epsilon_low": low, "epsilon_high": high}
-    rest |= {"max_completion_length": mask.shape[1], "importance_sampling_level": "token"}
-    names = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
-    for name, how in names.items():
+    rest: dict[str, Any] = {"epsilon_low": low, "max_completion_length": mask.shape[1]}
+    # TRL's loss_type and level, its upper limit of a ratio, and how we say it
+    variants: list[tuple[str, str, float, dict[str, str]]] = [
+        ("grpo", "token", high, {"aggregation": "sequence"}),
+        ("bnpo", "token", high, {"aggregation": "token"}),
+        ("dapo", "token", high, {"aggregation": "token"}),
+        ("dr_grpo", "token", high, {"aggregation": "constant"}),
+        ("grpo", "sequence", high, {"aggregation": "sequence", "ratio": "sequence"}),
+        ("cispo", "token", 1 + high, {"aggregation": "token", "surrogate": "cispo"}),
+    ]
+    for name, level, limit, how in variants:
         for beta in (0.0, 0.1):
-            trainer = parity_trl.bare_trainer("GRPOTrainer", loss_type=name, beta=beta, **rest)
+            trainer = parity_trl.bare_trainer(
+                "GRPOTrainer", loss_type=name, importance_sampling_level=level, beta=beta,
+                epsilon_high=limit, **rest,
+            )  # fmt: skip
             trl = trainer.compute_loss(parity_trl.Table(policy), batch)
-            ours = losses.grpo_loss(policy, old, advantage, mask, reference, beta, low, high, how)
-            claim = f"GRPO loss, {how} ({name})" + (", KL" if beta else "")
+            given = policy, old, advantage, mask, reference, beta, low, high
+            ours = losses.grpo_loss(*given, **how)
+            word = {"sequence": "GSPO", "token": name}[level]
+            claim = f"GRPO loss, {how['aggregation']} ({word})" + (", KL" if beta else "")
             rows.append((claim, ours, trl, f"GRPOTrainer._compute_loss, loss_type='{name}'"))
     return _loss_rows(policy, *rows)
 
@@ -295,6 +310,10 @@ def advantage_rows() -> list[Proof]:
     )
     trl = parity_trl.advantages("RLOOTrainer", rewards, size, (policy, reference, mask), beta=0.1)
     rows.append(_row("leave-one-out advantages, KL in the reward", ours, trl, "RLOOTrainer"))
+    lengths = torch.arange(1.0, 13.0)
+    ours = advantages.soft_overlong_penalty(lengths, 12, 5)
+    trl = parity_trl.overlong([int(n) for n in lengths], 12, 5)
+    rows.append(_row("soft overlong penalty", ours, trl, "get_soft_overlong_punishment"))
     return rows
 
 

@@ -196,6 +196,14 @@ def advantages(
     return trainer._generate_and_score_completions([{"prompt": "a prompt"}] * count)["advantages"]
 
 
+def overlong(lengths: list[int], longest: int, buffer: int) -> Tensor:
+    """What TRL takes off replies of these lengths."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    punished = get_soft_overlong_punishment(longest, buffer)
+    return torch.tensor(punished([[0] * length for length in lengths]))
+
+
 def padded_logprobs(model: nn.Module, prompts: list, responses: list) -> Tensor:
     """Token log-probs (B, T) as `GRPOTrainer` computes them: prompts are padded on the left.
 

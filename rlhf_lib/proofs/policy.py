@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lib.objectives import advantages, losses, preference
+from rlhf_lib.objectives.masked import entropy
 from rlhf_lib.proofs import plain
 from rlhf_lib.proofs.claims import Proof, angle, equal
 from rlhf_lib.proofs.enumeration import Example, example
@@ -26,6 +27,9 @@ GRPO = "GRPO, arXiv:2402.03300, eq. 3"
 DR_GRPO = "Dr. GRPO, arXiv:2503.20783"
 RLOO = "RLOO, arXiv:2402.14740, eq. 9"
 DPO = "DPO, arXiv:2305.18290"
+GSPO = "GSPO, arXiv:2507.18071, eqs. 5, 7"
+CISPO = "CISPO, arXiv:2506.13585, eqs. 4, 5"
+ONLINE = "online DPO, arXiv:2402.04792"
 Advantages = Callable[[Tensor, int], Tensor]  # of rewards (N*G,) and the group size
 
 
@@ -122,6 +126,93 @@ def sampled() -> list[Proof]:
         shown = slopes.mean().item(), length.item(), error.item()
         proofs.append(Proof(claim, *shown, 4.0, source, "standard errors"))
     return proofs
+
+
+def ratios() -> list[Proof]:
+    """What becomes of samples of an older policy: token ratios, a sequence's, limited weights.
+
+    The reference stands for the older policy: its responses, as often as it gives them.
+    """
+    given = example()
+    policy, mask, old = given.policy, given.policy.mask, given.ref_logprobs
+    often, clips = old.sum(1).exp(), (0.2, 0.28)
+    logprobs, lengths = policy.token_logprobs(), mask.sum(1)
+    sequence = ((logprobs - old).sum(1) / lengths).exp()
+    token = (logprobs - old).exp() * mask
+    limited = token.detach().clamp(max=1.28)
+
+    def step(aggregation: str, low: float = 1e9, high: float = 1e9, **how: str) -> Tensor:
+        """The expected step (minus the gradient), "constant" in units of one token."""
+        advantage = given.rewards * often * len(often)
+        loss, _ = losses.grpo_loss(
+            logprobs, old, advantage, mask, None, 0.0, low, high, aggregation, **how
+        )
+        return policy.gradient(-loss * (mask.shape[1] if aggregation == "constant" else 1))
+
+    unlimited = step("constant")
+    weighed = policy.gradient((often * given.rewards * sequence).sum())
+    by_hand = policy.gradient((often * given.rewards * (limited * logprobs).sum(1)).sum())
+    cispo = step("constant", *clips, surrogate="cispo")
+    on_policy = {"ratio": "sequence", "aggregation": "sequence"}
+    (advantage,) = _random(7, 1, len(often))
+    same = [
+        policy.gradient(losses.grpo_loss(logprobs, logprobs.detach(), advantage, mask, **how)[0])
+        for how in (on_policy, {"aggregation": "sequence"})
+    ]
+    return [
+        equal("GSPO at ratio 1 = GRPO, mean over a reply's tokens", *same, GSPO),
+        equal("GSPO off-policy: grad of E_old[s A], s a geometric mean",
+              step("sequence", ratio="sequence"), weighed, GSPO),
+        equal("CISPO without a limit = the surrogate without a clip",
+              step("constant", surrogate="cispo"), unlimited, CISPO),
+        equal("CISPO: sum of min(ratio, 1.28) A grad log p", cispo, by_hand, CISPO),
+        angle("CISPO, weights limited at 1.28: from the surrogate's", cispo, unlimited, CISPO),
+        angle("clip at 0.8, 1.28: from the surrogate's", step("constant", *clips), unlimited, PPO),
+    ]  # fmt: skip
+
+
+def entropy_bonus() -> list[Proof]:
+    """The gradient of a state's entropy, and what a bonus on it leaves out."""
+    given = example()
+    policy = given.policy
+    logp = policy.logits.log_softmax(-1)
+    each = entropy(policy.logits)
+    formula = -(logp.exp() * (logp + each[:, None])).detach()
+    often = given.weights[:, None] * policy.mask  # how often a state is visited: constants
+    bonus = policy.gradient((often * each[policy.states]).sum())
+    whole = policy.gradient(-policy.expectation(policy.logprobs()))
+    return [
+        equal("entropy of a state: gradient -p (log p + H)",
+              policy.gradient(each.sum()), formula, "definition"),
+        angle("entropy bonus on visited states: from that of whole replies", bonus, whole,
+              "PPO, arXiv:1707.06347, eq. 9"),
+    ]  # fmt: skip
+
+
+def online_dpo() -> list[Proof]:
+    """The first step on the policy's own pairs, over all pairs that there are."""
+    given = example()
+    policy, logprobs = given.policy, given.policy.logprobs()
+    numbers = torch.arange(len(policy.responses))
+    first, second = torch.cartesian_prod(numbers, numbers).T
+    won = given.rewards[first] > given.rewards[second]
+    chosen, rejected = torch.where(won, first, second), torch.where(won, second, first)
+    drawn = given.weights[first] * given.weights[second]
+
+    def of_pair(*logs: Tensor) -> Tensor:
+        return preference.dpo_loss(*logs, beta=BETA)[0]
+
+    own = logprobs.detach()  # the reference is the policy as it is
+    sides = logprobs[chosen], logprobs[rejected], own[chosen], own[rejected]
+    step = policy.gradient(-(drawn * torch.vmap(of_pair)(*sides)).sum())
+    signs = torch.sign(given.rewards[first] - given.rewards[second])
+    told_apart = policy.gradient((drawn * signs * (logprobs[first] - logprobs[second])).sum())
+    claim = "online DPO's first step: beta/2 sign(r - r') (grad log p - grad log p')"
+    exact = _exact(given)
+    return [
+        equal(claim, step, BETA / 2 * told_apart, ONLINE),
+        angle("online DPO's first step: from grad E[reward]", step, exact, ONLINE),
+    ]
 
 
 def identities() -> list[Proof]:

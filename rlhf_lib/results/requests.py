@@ -101,6 +101,30 @@ def attribution(
     }
 
 
+def rewarded(stage: Stage, unit: Callable[[str], str] = str) -> dict[str, dict]:
+    """What one GRPO becomes with another reward each time: gold reward and words of SFT's replies
+    and each policy's, and gold reward less that of GRPO with the reward model, as one family.
+    """
+    rows = stage.samples()
+    names = dict.fromkeys(row["policy"] for row in rows)
+    parts = {name: [[row for row in rows if row["policy"] == name]] for name in names}
+    samples = Samples(parts, [], [], unit)
+    gaps = {
+        name: samples.estimate(samples.difference(name, "grpo", "gold"), key="gold")
+        for name in names
+        if name not in ("sft", "grpo")
+    }
+    judged = compare(gaps)
+    return {
+        name: {
+            "gold": samples.estimate(samples.column(name, "gold"), key="gold"),
+            "words": samples.estimate(samples.column(name, "words"), key="words"),
+            "gap": judged.get(name),
+        }
+        for name in names
+    }
+
+
 def slopes(samples: Samples, runs: Mapping[float, str], key: str) -> list[np.ndarray]:
     """Of each prompt, the slope of the least-squares line through a quantity over the dose."""
     centred = np.array(list(runs)) - np.mean(list(runs))

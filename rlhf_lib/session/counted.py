@@ -9,7 +9,6 @@ from rlhf_lib.catalogue import Record
 from rlhf_lib.data.pairs import PreferenceData
 from rlhf_lib.data.truth import truth_of
 from rlhf_lib.measure import opinions
-from rlhf_lib.measure.attribution import CONTROLS
 from rlhf_lib.measure.probes import load_probes
 from rlhf_lib.session.work import Sizes, Work, count
 from rlhf_lib.settings import (
@@ -99,6 +98,8 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths, seed: int = 0) -> li
             add(stage, "grpo", samples, prompts, samples, config.iterations)
         elif isinstance(config, DPOConfig):
             add_pairs(stage, "dpo", data.train_pairs * config.epochs)
+            if config.online:
+                add_samples(f"{stage}: own replies", data.train_pairs * config.epochs, 2)
         elif stage == "probes":
             probes = len(load_probes(truth, config.probe_prompts))
             add_samples(stage, probes, asked * config.probe_samples)
@@ -106,8 +107,8 @@ def parts(profile: Profile, sizes: Sizes, lengths: Lengths, seed: int = 0) -> li
             each = draws(config, asked)
             add_samples(f"{stage}: answers", data.evaluation_prompts, each)
             add_samples(f"{stage}: best of n", config.best_of_n_prompts, config.best_of_n)
-        elif stage == "attribution":
-            answering = 1 + 2 * len(CONTROLS)  # SFT, and each method on either labels
+        elif stage in ("attribution", "rewards_compared"):
+            answering = sum(not need.startswith("reward_model") for need in record.needs)
             add_samples(stage, config.measured_prompts, answering * config.measured_samples)
         elif stage == "second_opinion":
             scores = 2 * len(opinions.watched()) * data.evaluation_prompts

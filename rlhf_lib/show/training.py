@@ -331,6 +331,19 @@ def stability(runs: Runs, names: Mapping[str, str] = COURSES) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def rewards_table(found: Mapping[str, Mapping]) -> pd.DataFrame:
+    """What each reward made of the same method (`results.requests.rewarded`)."""
+    rows = [{"name": name, **record} for name, record in found.items()]
+    columns = [
+        ("policy", lambda row: label(row["name"])),
+        ("gold reward", lambda row: interval(row["gold"])),
+        ("less that of GRPO", lambda row: interval(row["gap"])),
+        ("p (Holm)", lambda row: "–" if row["gap"] is None else f"{row['gap']['p_adjusted']:.3f}"),
+        ("words", lambda row: interval(row["words"], 1)),
+    ]
+    return tables.table_of(rows, columns)
+
+
 def change_table(metrics: Sequence[Mapping], names: Mapping[str, str]) -> pd.DataFrame:
     """`contrast` of the quarters of each named metric that was logged: one row a metric."""
     logged = set().union(*metrics)

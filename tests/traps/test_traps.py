@@ -68,6 +68,12 @@ TRAPS = {
     21: "a reference in another precision than its policy",
     22: "an fp16 step that overflowed, counted as one",
     23: "a finished stage kept in memory",
+    24: "a sequence's ratio that is a product, or a mean over padding",
+    25: "a limited weight that is learnt, or that takes the gradient",
+    26: "an entropy bonus without gradient, or with its sign reversed",
+    27: "a length penalty of the padded batch, or one that pays for being short",
+    28: "online pairs with the dataset's log-probs, or the worse one chosen",
+    29: "an ensemble of rewards on different scales",
 }
 WITHOUT_MODEL = {
     9: "a dialogue is cut as text",
@@ -246,7 +252,7 @@ def _mistakes(test: ast.FunctionDef) -> int:
 
 def test_every_trap_has_a_test_that_can_fail() -> None:
     tests = _trap_tests()
-    assert sorted(tests) == sorted(TRAPS) == list(range(1, 24))
+    assert sorted(tests) == sorted(TRAPS) == list(range(1, 30))
     for test in (t for group in tests.values() for t in group):
         assert _mistakes(test) > 0, f"{test.name}: no mistake is put back"
         guarded = [ast.unparse(n.items[0]) for n in ast.walk(test) if isinstance(n, ast.With)]
