@@ -20,6 +20,7 @@ from rlhf_lib.measure.statistics import (
     interval,
     minus,
 )
+from rlhf_lib.methods import rewards
 from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rewards import Reply
 from rlhf_lib.models.load import (
@@ -29,6 +30,7 @@ from rlhf_lib.models.load import (
     load_tokenizer,
     trainable,
 )
+from rlhf_lib.results.requests import rewarded
 from rlhf_lib.results.summary import load_results
 from rlhf_lib.review import reader
 from rlhf_lib.runs import training_minutes

@@ -8,12 +8,14 @@ from textwrap import fill
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from rlhf_lib.catalogue import GREY
+from rlhf_lib.catalogue import GREY, color
 from rlhf_lib.show.figures import WIDTH
 from rlhf_lib.show.findings import WRONG
 from rlhf_lib.show.training import update_panels
@@ -153,6 +155,31 @@ def trial(
         axis.set_visible(False)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=2)
+    return figure
+
+
+def weights(tokens: Tensor, replies: Tensor, clip: float) -> Figure:
+    """The weight of a token's gradient over its ratio, under a clip and under CISPO's limit, for
+    better and worse replies; below, the ratios of a batch: of its tokens, and of its replies.
+    """
+    ratios = torch.linspace(0.4, 1.8, 281)
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (title, inside) in zip(
+        axes,
+        {"advantage above 0": ratios < 1 + clip, "advantage below 0": ratios > 1 - clip}.items(),
+        strict=True,
+    ):
+        axis.plot(ratios, ratios * inside, color=color("ppo"), lw=1.8, label="clip")
+        limited = ratios.clamp(max=1 + clip)
+        axis.plot(ratios, limited, "--", color=color("grpo"), lw=1.8, label="CISPO")
+        for seen, height, name in ((tokens, -0.12, "tokens"), (replies, -0.3, "replies (GSPO)")):
+            shown = seen[(seen > ratios[0]) & (seen < ratios[-1])]
+            axis.plot(shown, [height] * len(shown), "|", color=GREY, ms=6, alpha=0.5)
+            axis.text(0.4, height, name, fontsize=7, va="center", ha="left", backgroundcolor="w")
+        axis.set(title=title, xlabel="ratio", ylim=(-0.42, 1.85))
+    axes[0].set_ylabel("weight of the gradient")
+    axes[1].legend(loc="upper left")
     return figure
 
 

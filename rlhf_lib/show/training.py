@@ -209,16 +209,20 @@ def loosened(
     return [*said, finding]
 
 
-def first_updates(runs: Mapping[str, Sequence[Mapping]]) -> pd.DataFrame:
+SETTLING = {
+    "kl_coef": "β",
+    "kl": "KL to SFT",
+    "reward": "proxy reward",
+    "loss/value_avg": "value loss",
+    "val/explained_variance": "explained variance",
+    "peak_memory_gb": "peak memory (GB)",
+}
+
+
+def first_updates(
+    runs: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] = SETTLING
+) -> pd.DataFrame:
     """The updates of several PPO runs one below the other, as many as the shortest has."""
-    titles = {
-        "kl_coef": "β",
-        "kl": "KL to SFT",
-        "reward": "proxy reward",
-        "loss/value_avg": "value loss",
-        "val/explained_variance": "explained variance",
-        "peak_memory_gb": "peak memory (GB)",
-    }
     count = min(map(len, runs.values()))
     return pd.DataFrame(
         {"update": row["step"], "run": name} | {t: f"{row[key]:.3f}" for key, t in titles.items()}
