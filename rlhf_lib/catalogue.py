@@ -145,12 +145,13 @@ def stages(profile: Profile, seed: int = 0) -> list[Record]:
 def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
     """The stages of the same seed that `name` reads.
 
-    What a study runs in its first seed alone may be asked for in any: it reads what it would there.
+    What a study runs in its first seed alone may be asked for in any: it reads what it would there,
+    and so does a record of the user's own.
     Who may stop early (`patience`) asks the judge, where there is one; whose reward is that of an
     ensemble, the rest of it.
     """
     present = {r.name for r in stages(profile, seed)}
-    if name not in present:
+    if name not in present or name not in LIBRARY:
         present |= {r.name for r in stages(profile)}
     config = CATALOGUE[name].config(profile)
     judge = ["judge"] if getattr(config, "patience", 0) else []
