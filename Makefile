@@ -55,7 +55,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "make: '$(PYTHON)' has no venv module; install your system's python3-venv package" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[report,lab,dev,parity]"
+	$(PIP_INSTALL) --quiet --progress-bar off -c requirements.lock -e ".[report,lab,dev,parity,ray]"
 	@mkdir -p $(VENV)/etc/ipython
 	@echo '$(KERNEL)' > $(VENV)/etc/ipython/ipython_kernel_config.json
 	@touch $@

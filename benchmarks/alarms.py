@@ -12,7 +12,6 @@ chose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -70,20 +69,29 @@ def outcome(change: np.ndarray, threshold: float, falls: int | None) -> tuple[bo
     return early, falls - alarm if early else 0  # type: ignore[operator]
 
 
-def best_threshold(changes: Sequence[np.ndarray], falls: Sequence[int | None]) -> float:
-    """The one with the most falls warned of, less false alarms, as shares; of equals the highest.
+def peak(change: np.ndarray, falls: int | None) -> float:
+    """The highest threshold, or just above, at which a run would have its alarm: a right one where
+    it falls, a false one where it does not.
+    """
+    before = change if falls is None else change[: falls - WINDOW + 1]
+    return float(before.max(initial=-np.inf))
 
-    Infinite, which never warns, where no threshold does better than that.
+
+def best_threshold(peaks: np.ndarray, fell: np.ndarray) -> float:
+    """Midway between two peaks, where the share of falls warned of is furthest above that of false
+    alarms; of equals the highest. Infinite, which never warns, where no threshold does better.
     """
     best, at = 0.0, np.inf
-    for threshold in sorted({float(x) for x in chain.from_iterable(changes)}, reverse=True):
-        right = {True: [0.0], False: [0.0]}
-        for change, when in zip(changes, falls, strict=True):
-            right[when is not None].append(float(outcome(change, threshold, when)[0]))
-        warned, false = (sum(right[k]) / max(1, len(right[k]) - 1) for k in (True, False))
+    levels = np.unique(peaks[np.isfinite(peaks)])[::-1]
+    lower = [*levels[1:], levels[-1] - 1.0] if len(levels) else []
+    for above, below in zip(levels, lower, strict=True):
+        threshold = (above + below) / 2
+        warned, false = (
+            (peaks[some] > threshold).mean() if some.any() else 0.0 for some in (fell, ~fell)
+        )
         if warned - false > best:
             best, at = warned - false, threshold
-    return at
+    return float(at)
 
 
 def score(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,14 +99,15 @@ def score(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     intervals, and the updates of lead. `runs`: their `seed`, and a record for each update.
     """
     falls = [fall([step["gold"] for step in run["steps"]]) for run in runs]
+    fell = np.array([when is not None for when in falls])
     seeds = np.array([run["seed"] for run in runs])
     found = {}
     for key, (name, direction) in SIGNALS.items():
         changes = [moved([step[key] for step in run["steps"]], direction) for run in runs]
+        peaks = np.array([peak(*each) for each in zip(changes, falls, strict=True)])
         warned, false, leads = [], [], []
-        for i, (change, when) in enumerate(zip(changes, falls, strict=True)):
-            others = [j for j in range(len(runs)) if seeds[j] != seeds[i]]
-            threshold = best_threshold([changes[j] for j in others], [falls[j] for j in others])
+        for seed, change, when in zip(seeds, changes, falls, strict=True):
+            threshold = best_threshold(peaks[seeds != seed], fell[seeds != seed])
             right, lead = outcome(change, threshold, when)
             (false if when is None else warned).append(right)
             leads += [lead] if lead else []
@@ -108,8 +117,7 @@ def score(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "false": share(np.array(false)) if false else None,
             "leads": leads,
         }
-    count = sum(when is not None for when in falls)
-    return {"falls": count, "quiet": len(runs) - count, "signals": found}
+    return {"falls": int(fell.sum()), "quiet": int((~fell).sum()), "signals": found}
 
 
 def table(found: Mapping[str, Any]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ none is assumed. Token lengths are the means of that benchmark's rows, cut at th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -23,9 +23,9 @@ def gpt2_sizes() -> Sizes:
         return Sizes(*sizes_of(AutoModelForCausalLM.from_config(GPT2Config())))
 
 
-def predict(measured: Mapping, profile_name: str = "full") -> dict:
+def predict(measured: Mapping, profile_name: str = "full", overrides: Sequence[str] = ()) -> dict:
     """FLOPs and, where the stage's rate was measured, hours of each stage on that device."""
-    profile = load_profile(profile_name)
+    profile = load_profile(profile_name, list(overrides))
     tokens = measured["settings"]["mean_tokens"]
     lengths = Lengths(
         min(tokens["prompt"], profile.data.max_prompt_tokens),

@@ -132,7 +132,7 @@ def stages(profile: Profile, seed: int = 0) -> list[Record]:
         if stage.name in above:
             circle = " needs ".join((*above, stage.name))
             raise SettingsError(f"these stages can never be run: {circle}")
-        for need in _expanded(stage):
+        for need in _asked(stage, profile):
             if need in present and need not in placed:  # a record that was added later
                 place(present[need], (*above, stage.name))
         placed.setdefault(stage.name, stage)
@@ -153,10 +153,17 @@ def needs(profile: Profile, name: str, seed: int = 0) -> list[str]:
     present = {r.name for r in stages(profile, seed)}
     if name not in present or name not in LIBRARY:
         present |= {r.name for r in stages(profile)}
-    config = CATALOGUE[name].config(profile)
-    judge = ["judge"] if getattr(config, "patience", 0) else []
-    more = [*judge, *(MEMBERS if asks_ensemble(config) else ())]
-    return [need for need in [*_expanded(CATALOGUE[name]), *more] if need in present]
+    return [need for need in _asked(CATALOGUE[name], profile) if need in present]
+
+
+def _asked(stage: Record, profile: Profile) -> Iterator[str]:
+    """What a stage reads, whether it exists or not."""
+    yield from _expanded(stage)
+    config = stage.config(profile)
+    if getattr(config, "patience", 0):
+        yield "judge"
+    if asks_ensemble(config):
+        yield from MEMBERS
 
 
 def _expanded(stage: Record) -> Iterator[str]:
