@@ -22,6 +22,7 @@ import typer
 
 from benchmarks.predict import gpt2_sizes, predict
 from benchmarks.studies import watched
+from benchmarks.text import engines_summary
 from rlhf_lib import catalogue
 from rlhf_lib.files import write_json
 from rlhf_lib.pools import worker_pool
@@ -71,7 +72,7 @@ def main(
         ways.append({"way": name, "seconds": seconds, "peak_gb": peak})
         write_json(out, found)  # a run that is cut off keeps it
         print(f"{name}: {seconds:.0f} s, {peak:.1f} GB", flush=True)
-    print(summary(found))
+    print(engines_summary(found))
 
 
 @app.command()
@@ -85,23 +86,6 @@ def stages(profile: str, folder: Path, overrides: str) -> None:
     jobs = [job for job in plan(chosen) if job.kind == "stage"]
     with worker_pool(chosen) as (pool, workers):
         schedule._run_jobs(pool, workers, jobs, profile, folder, given)
-
-
-def summary(results: Mapping[str, Any]) -> str:
-    """What each way took, as Markdown."""
-    first = results["ways"][0]["seconds"]
-    columns = [
-        ("who", lambda way: way["way"]),
-        ("minutes", lambda way: f"{way['seconds'] / 60:.1f}"),
-        ("in order ÷ this", lambda way: f"{first / way['seconds']:.2f}"),
-        ("GB", lambda way: f"{way['peak_gb']:.1f}"),
-    ]
-    env = results["environment"]
-    return (
-        f"All stages of profile {results['profile']}, {results['seeds']} seeds, without notebooks "
-        f"and report, on {env.get('cpu', 'a CPU')}, {env['cpu_cores']} cores; one run each, "
-        f"starting included.\n\n{markdown(table_of(results['ways'], columns))}"
-    )
 
 
 @app.command()

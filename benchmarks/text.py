@@ -1,4 +1,4 @@
-"""What benchmarks measured, as Markdown for the README: speed beside peers, growth, noise, GPU."""
+"""What benchmarks measured, as Markdown for the README: speed, growth, noise, warnings, GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from benchmarks import alarms
 from benchmarks.ratios import spread
 from rlhf_lib.catalogue import label
 from rlhf_lib.measure.statistics import interval
 from rlhf_lib.show.display import markdown
+from rlhf_lib.show.tables import table_of
 
 # items a second of this library over the peer's, in one run
 ANYWHERE = {"ppo": 2.0, "generation": 2.0}
@@ -28,6 +30,10 @@ def summary(results: Mapping) -> str:
         return growth_summary(results)
     if "cpu_seconds" in results:
         return stages_summary(results)
+    if "ways" in results:
+        return engines_summary(results)
+    if "warnings" in results:
+        return alarms.summary(results)
     if "studies" in results:
         return studies_summary(results)
     if isinstance(results.get("pairs"), list):
@@ -249,6 +255,23 @@ def studies_summary(results: Mapping) -> str:
         f"Profile {results['profile']}, with notebooks and report, on {env.get('cpu', 'a CPU')}, "
         f"{env['cpu_cores']} cores; one run each.{f' {note}' if note else ''}\n\n"
         f"{markdown(pd.DataFrame(rows))}"
+    )
+
+
+def engines_summary(results: Mapping) -> str:
+    """What each way took, as Markdown."""
+    first = results["ways"][0]["seconds"]
+    columns = [
+        ("who", lambda way: way["way"]),
+        ("minutes", lambda way: f"{way['seconds'] / 60:.1f}"),
+        ("in order ÷ this", lambda way: f"{first / way['seconds']:.2f}"),
+        ("GB", lambda way: f"{way['peak_gb']:.1f}"),
+    ]
+    env = results["environment"]
+    return (
+        f"All stages of profile {results['profile']}, {results['seeds']} seeds, without notebooks "
+        f"and report, on {env.get('cpu', 'a CPU')}, {env['cpu_cores']} cores; one run each, "
+        f"starting included.\n\n{markdown(table_of(results['ways'], columns))}"
     )
 
 
