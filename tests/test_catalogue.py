@@ -10,6 +10,7 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import CATALOGUE, ROLES, Record
 from rlhf_lib.profiles import PROFILES, load_profile
+from rlhf_lib.records import MEMBERS
 from rlhf_lib.runtime import bundled_folder
 from rlhf_lib.settings import SettingsError, as_dict
 from rlhf_lib.user_code import resolve
@@ -75,7 +76,11 @@ REAL = ["dataset", "reward_model", "reward_model_curve", "judge"]
 ASKED = ["probes", "evaluate"]
 TASTES = ["reward_model_half", "reward_model_double"]
 UNBIASED = ["ppo_control", "dpo_control", "ppo_half", "dpo_half", "ppo_double", "dpo_double"]
-LONE = ["reward_model_curve", *TRAINED, *SWEEP, *TASTES, *UNBIASED, *ASKED, "attribution"]
+REWARDED = ["grpo_gold", "grpo_rule", "grpo_both", "grpo_mean", "grpo_minimum"]
+LONE = [
+    "reward_model_curve", *TRAINED, *SWEEP, *TASTES, *UNBIASED, *MEMBERS, *REWARDED, *ASKED,
+    "attribution", "rewards_compared",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,9 @@ def test_what_each_stage_needs(profile: str, measured: list[str]) -> None:
         "second_opinion": ["evaluate", "reward_model"],
         **{name: ["sft", f"reward_model_{name[4:]}"] for name in UNBIASED},
         "attribution": ["sft", "reward_model", "ppo", "dpo", *UNBIASED],
+        **dict.fromkeys(REWARDED[:3], trained_from),
+        **{name: [*trained_from, *MEMBERS] for name in REWARDED[3:]},
+        "rewards_compared": ["sft", "reward_model", "grpo", *REWARDED],
     }
     for seed in (0, 1):
         present = named(catalogue.stages(chosen, seed))
@@ -136,7 +144,7 @@ def test_what_each_notebook_trains() -> None:
         ("02_reward_model", ["reward_model", "reward_model_control", "reward_model_curve"]),
         ("03_sft", ["sft", "rejection_sft"]),
         ("04_ppo", ["ppo", "ppo_low_kl"]),
-        ("05_grpo", ["grpo"]),
+        ("05_grpo", ["grpo", "rewards_compared"]),
         ("06_dpo", ["dpo"]),
         ("07_evaluation", ["probes", "evaluate", "attribution"]),
     ]
