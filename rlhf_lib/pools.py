@@ -7,6 +7,7 @@ was saved.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -97,7 +98,7 @@ class OnRay:
         found = ray.cluster_resources()
         gpus = int(found.get("GPU", 0))
         self.places = gpus or max(1, int(found["CPU"]) // threads)
-        needs = {"num_gpus": 1} if gpus else {"num_cpus": threads}
+        needs: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": threads}
         self._start = ray.remote(max_retries=RETRIES, **needs)(_there).remote
 
     @classmethod
@@ -107,11 +108,11 @@ class OnRay:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
         import ray
 
-        own = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads}
+        own: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads}
         passed = {name: os.environ[name] for name in ("RLHF_BATCH", "RLHF_FOLDER")}
         ray.init(
             **own, runtime_env={"env_vars": passed}, include_dashboard=False, log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
         )  # fmt: skip
         try:
             yield cls(threads)

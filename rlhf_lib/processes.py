@@ -25,6 +25,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from rlhf_lib.settings import UserError
+
 T = TypeVar("T")
 # of torchrun and accelerate, and of what else starts processes (MPI)
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -35,8 +37,15 @@ LONG = timedelta(days=7)  # one waits for the other while that one alone does so
 def begin() -> None:
     """Meet the other processes, where this one was started with others; the first one speaks.
 
-    What this process starts later, such as a notebook's kernel, computes alone.
+    What this process starts later, such as a notebook's kernel, computes alone. Raises UserError
+    where weights are to be shared out among the processes: here each holds them whole.
     """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise UserError(
+                f"accelerate launch was asked for {name}, and here every process holds all weights "
+                f"(models of GPT-2's size): leave --use_{name.lower()} out"
+            )
     if max(int(os.environ.get(name, 1)) for name in SIZES) > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=LONG)
         atexit.register(_part)
@@ -87,7 +96,7 @@ def first() -> bool:
 
 
 @cache
-def _on_cpus() -> dist.ProcessGroup | None:
+def _on_cpus() -> Any:
     """What tables and objects travel through: the default of GPUs carries neither."""
     return dist.new_group(backend="gloo", timeout=LONG)
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from rlhf_lib import pools
+from rlhf_lib.__main__ import app
 from rlhf_lib.files import read_jsonl
 from rlhf_lib.profiles import load_profile
+from rlhf_lib.settings import Profile, SettingsError, as_dict, deciding
 from rlhf_lib.study import schedule
 from rlhf_lib.study.schedule import Job
 
@@ -104,3 +107,27 @@ def test_without_ray_this_machine_does_the_jobs(
     with pools.worker_pool(load_profile("smoke", ["engine=ray"])) as (pool, _):
         assert pool.submit(divmod, 7, 2).result() == (3, 1)
     assert capsys.readouterr().out.startswith("Ray is not installed (pip install 'rlhf-lib[ray]')")
+
+
+def test_the_command_line_says_who_does_the_jobs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def run_study(profile: Profile, run_dir: Path, overrides: list[str], only: object) -> list:
+        asked.append(profile.engine)
+        return []
+
+    monkeypatch.setattr(schedule, "run_study", run_study)
+    run = ["run", "--profile", "smoke", "--run-dir", str(tmp_path)]
+    for given in ([], ["--engine", "ray"]):
+        CliRunner().invoke(app, [*run, *given], catch_exceptions=False)
+    assert asked == ["processes", "ray"]
+    with pytest.raises(SettingsError, match="engine"):
+        CliRunner().invoke(app, [*run, "--engine", "dask"], catch_exceptions=False)
+
+
+def test_who_does_the_jobs_is_not_in_the_hash_of_what_is_found() -> None:
+    settings = [as_dict(load_profile("smoke", [f"engine={e}"])) for e in ("processes", "ray")]
+    assert settings[0] != settings[1]
+    assert deciding(settings[0]) == deciding(settings[1])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_lib import processes
+from rlhf_lib.settings import UserError
 from tests.three_steps import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,15 @@ def test_nobody_goes_without_where_rows_are_few(monkeypatch: pytest.MonkeyPatch)
     assert shares(3, 64, 4) == [[0], [1], [2], []]
     assert shares(0, 64, 2) == [[], []]
     assert shares(64, 8, 1) == [list(range(64))]
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_weights_that_are_to_be_shared_out_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"{name}, .* leave --use_{name.lower()} out"):
+        processes.begin()
 
 
 SMOKE = "--profile", "smoke", "--set", "checkpoint_minutes=0"

@@ -173,11 +173,13 @@ def weights(tokens: Tensor, replies: Tensor, clip: float) -> Figure:
         axis.plot(ratios, ratios * inside, color=color("ppo"), lw=1.8, label="clip")
         limited = ratios.clamp(max=1 + clip)
         axis.plot(ratios, limited, "--", color=color("grpo"), lw=1.8, label="CISPO")
-        for seen, height, name in ((tokens, -0.12, "tokens"), (replies, -0.3, "replies (GSPO)")):
+        for seen, height in ((tokens, -0.15), (replies, -0.4)):
             shown = seen[(seen > ratios[0]) & (seen < ratios[-1])]
             axis.plot(shown, [height] * len(shown), "|", color=GREY, ms=6, alpha=0.5)
-            axis.text(0.4, height, name, fontsize=7, va="center", ha="left", backgroundcolor="w")
-        axis.set(title=title, xlabel="ratio", ylim=(-0.42, 1.85))
+        axis.set(title=title, xlabel="ratio", ylim=(-0.55, 1.85))
+        axis.set_yticks(
+            [-0.4, -0.15, 0, 0.5, 1, 1.5], ["replies (GSPO)", "tokens", "0", "0.5", "1", "1.5"]
+        )
     axes[0].set_ylabel("weight of the gradient")
     axes[1].legend(loc="upper left")
     return figure

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
@@ -63,7 +64,7 @@ class Learner:
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.learning_rate = 0.0  # nothing has been learnt yet
         self.skipped = self._in_a_row = 0
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.optimizer = cast(AcceleratedOptimizer, accelerator.prepare_optimizer(optimizer))
         accelerator.register_for_checkpointing(self)
 
     @phase("update")

@@ -64,7 +64,8 @@ def update(
             yield loss * len(pairs) / len(batch)
 
     loss, grad_norm = reward_model.step(losses())
-    _, stats = reward_loss(*processes.summed(scores))
+    chosen, rejected = processes.summed(scores)
+    _, stats = reward_loss(chosen, rejected)
     return {
         "loss": loss,
         "grad_norm": grad_norm,

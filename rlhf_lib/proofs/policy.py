@@ -153,14 +153,15 @@ def ratios() -> list[Proof]:
     weighed = policy.gradient((often * given.rewards * sequence).sum())
     by_hand = policy.gradient((often * given.rewards * (limited * logprobs).sum(1)).sum())
     cispo = step("constant", *clips, surrogate="cispo")
-    on_policy = {"ratio": "sequence", "aggregation": "sequence"}
     (advantage,) = _random(7, 1, len(often))
-    same = [
-        policy.gradient(losses.grpo_loss(logprobs, logprobs.detach(), advantage, mask, **how)[0])
-        for how in (on_policy, {"aggregation": "sequence"})
-    ]
+
+    def at_once(ratio: str) -> Tensor:
+        loss, _ = losses.grpo_loss(logprobs, logprobs.detach(), advantage, mask, ratio=ratio)
+        return policy.gradient(loss)
+
     return [
-        equal("GSPO at ratio 1 = GRPO, mean over a reply's tokens", *same, GSPO),
+        equal("GSPO at ratio 1 = GRPO, mean over a reply's tokens",
+              at_once("sequence"), at_once("token"), GSPO),
         equal("GSPO off-policy: grad of E_old[s A], s a geometric mean",
               step("sequence", ratio="sequence"), weighed, GSPO),
         equal("CISPO without a limit = the surrogate without a clip",
