@@ -4,9 +4,9 @@ where none came.
 A run *falls* where its gold reward, a mean over `WINDOW` updates, ends at least `DROP` below its
 highest; the fall comes at the first update at which it is so far below. An alarm goes off where a
 signal, a mean over as many updates, has moved from where it began by more than a threshold. It is
-*in time* before the fall comes. The threshold is chosen on the other seeds, where it tells falls
-from the rest best, and tried on the seed at hand, so that no run is judged by a threshold that it
-chose.
+*in time* before the fall comes. The threshold is chosen on runs of other seeds *and* other
+coefficients, where it tells falls from the rest best: a signal that only knows the coefficient
+again warns of nothing. The coefficient itself, known before a run begins, is judged beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rlhf_lib.measure.statistics import interval, share
 from rlhf_lib.show.display import markdown
 from rlhf_lib.show.figures import WIDTH
 
-WINDOW, DROP = 5, 0.2
+WINDOW = 5
+DROP = 0.4  # of noise alone, with a deviation of 0.15 an update, fewer than one run in fifty falls
 # column -> what readers call it, and the direction that is feared: up, down, or either (0)
 SIGNALS = {
     "kl": ("KL to SFT", 1),
@@ -96,18 +97,24 @@ def best_threshold(peaks: np.ndarray, fell: np.ndarray) -> float:
 
 def score(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of each signal: shares of falls warned of in time and of quiet runs with a false alarm, with
-    intervals, and the updates of lead. `runs`: their `seed`, and a record for each update.
+    intervals, and the updates of lead; of the coefficient the shares. `possible`: the updates of
+    lead that an alarm at the first moment would have. `runs`: `seed`, `coefficient`, and a record
+    for each update.
     """
     falls = [fall([step["gold"] for step in run["steps"]]) for run in runs]
     fell = np.array([when is not None for when in falls])
-    seeds = np.array([run["seed"] for run in runs])
+    seeds, coefficients = (np.array([run[key] for run in runs]) for key in ("seed", "coefficient"))
     found = {}
+
+    def others(i: int) -> np.ndarray:
+        return (seeds != seeds[i]) & (coefficients != coefficients[i])
+
     for key, (name, direction) in SIGNALS.items():
         changes = [moved([step[key] for step in run["steps"]], direction) for run in runs]
         peaks = np.array([peak(*each) for each in zip(changes, falls, strict=True)])
         warned, false, leads = [], [], []
-        for seed, change, when in zip(seeds, changes, falls, strict=True):
-            threshold = best_threshold(peaks[seeds != seed], fell[seeds != seed])
+        for i, (change, when) in enumerate(zip(changes, falls, strict=True)):
+            threshold = best_threshold(peaks[others(i)], fell[others(i)])
             right, lead = outcome(change, threshold, when)
             (false if when is None else warned).append(right)
             leads += [lead] if lead else []
@@ -117,12 +124,30 @@ def score(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "false": share(np.array(false)) if false else None,
             "leads": leads,
         }
-    return {"falls": int(fell.sum()), "quiet": int((~fell).sum()), "signals": found}
+    small = np.array([
+        -coefficients[i] > best_threshold(-coefficients[others(i)], fell[others(i)])
+        for i in range(len(runs))
+    ])  # fmt: skip
+    return {
+        "falls": int(fell.sum()),
+        "quiet": int((~fell).sum()),
+        "possible": [when - WINDOW for when in falls if when is not None],
+        "coefficient": {
+            "warned": share(small[fell]) if fell.any() else None,
+            "false": share(small[~fell]) if not fell.all() else None,
+        },
+        "signals": found,
+    }
 
 
 def table(found: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
-    for signal in found["signals"].values():
+    known = {
+        "name": "kl_coef itself, before anything is trained",
+        **found["coefficient"],
+        "leads": [],
+    }
+    for signal in (*found["signals"].values(), known):
         lead = f"{np.median(signal['leads']):.0f}" if signal["leads"] else "–"
         rows.append({
             "watched": signal["name"],
@@ -141,12 +166,21 @@ def summary(results: Mapping[str, Any]) -> str:
     head = (
         f"PPO on the bundled world, profile {settings['profile']}, {settings['updates']} updates, "
         f"{seeds} seeds and kl_coef {', '.join(f'{c:g}' for c in coefficients)}. The gold reward "
-        f"fell by {DROP} or more in {found['falls']} of {len(results['runs'])} runs; a false alarm "
-        f"is one in the other {found['quiet']}. Thresholds were chosen on the other seeds. "
-        "Intervals (95 %, Jeffreys) take runs for independent, and runs of a seed share their "
-        "reward models."
+        f"ended {DROP} or more below its best in {found['falls']} of {len(results['runs'])} runs; "
+        f"a false alarm is one in the other {found['quiet']}. {_possible(found['possible'])}"
+        "Thresholds were chosen on runs of other seeds and other coefficients. Intervals (95 %, "
+        "Jeffreys) take runs for independent, and runs of a seed share their reward models."
     )
     return f"{head}\n\n{markdown(table(found))}"
+
+
+def _possible(updates: Sequence[int]) -> str:
+    if not updates:
+        return ""
+    return (
+        f"An alarm at the first moment would have come {np.median(updates):.0f} updates before the "
+        "fall (median). "
+    )
 
 
 def figure(found: Mapping[str, Any]) -> Figure:

@@ -76,8 +76,13 @@ def _overrides(data: str, model: str, settings: list[str] | None, seeds: int | N
 
 @app.callback(invoke_without_command=True)
 def _version(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
+    shared = ("run", "stage", *(name.replace("_", "-") for name in catalogue.CATALOGUE))
+    met = sys.modules.get("rlhf_lib.processes")  # where this was started together with others
+    if met is not None and context.invoked_subcommand not in shared:
+        met.refuse(str(context.invoked_subcommand))
     if version:
         print(f"rlhf_lib {__version__}")
         raise typer.Exit
@@ -98,6 +103,7 @@ def run(
     run_dir: RunDir = Path("runs"),
 ) -> None:
     """Run the study: the seven notebooks, every seed, and the report."""
+    from rlhf_lib import processes
     from rlhf_lib.release import pages
     from rlhf_lib.report import exporters
     from rlhf_lib.session import fits as sizes
@@ -107,6 +113,7 @@ def run(
     overrides = _overrides(data, model, settings, seeds) + ([f"engine={engine}"] if engine else [])
     chosen = catalogue.load(profile, overrides)
     if fits:
+        processes.refuse("--fits")
         choice = sizes.fitted(chosen, overrides, sizes.minutes_of(fits), run_dir)
         overrides += choice["overrides"]
         chosen = catalogue.load(profile, overrides)
@@ -129,7 +136,7 @@ def run(
     for file in ("index.html", "report.pdf") if rendered else []:
         print(f"report: {(book.report_folder(chosen, run_dir) / file).resolve()}")
     if deliver:
-        pages.deliver(chosen, run_dir, deliver)
+        processes.told(lambda: pages.deliver(chosen, run_dir, deliver))
 
 
 @app.command()

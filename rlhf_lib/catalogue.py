@@ -13,10 +13,12 @@ from dataclasses import fields, is_dataclass
 from rlhf_lib.profiles import Overrides, load_profile, paths
 from rlhf_lib.records import (
     CATALOGUE,
+    DPO,
     GREY,
     LABELS,
     LIBRARY,
     MEMBERS,
+    ONLINE_DPO,
     ROLES,
     Record,
     asks_ensemble,
@@ -39,6 +41,7 @@ def extend(profile: Profile) -> None:
     """
     for name in [name for name in CATALOGUE if name not in LIBRARY]:
         del CATALOGUE[name]
+    CATALOGUE["dpo"] = ONLINE_DPO if profile.dpo.online else DPO
     for name in filter(None, (part.strip() for part in profile.methods.split(","))):
         record = resolve(name)
         if not isinstance(record, Record):
@@ -162,7 +165,7 @@ def _asked(stage: Record, profile: Profile) -> Iterator[str]:
     config = stage.config(profile)
     if getattr(config, "patience", 0):
         yield "judge"
-    if asks_ensemble(config):
+    if asks_ensemble(config) and stage.pairs not in LABELS:  # members learnt from the usual ones
         yield from MEMBERS
 
 

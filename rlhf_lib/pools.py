@@ -42,32 +42,37 @@ def worker_pool(profile: Profile) -> Iterator[tuple[Pool, int]]:
     in one of its own as many as there would be processes. Where this process was started together
     with others, they go through all jobs together.
     """
-    cores = psutil.cpu_count(logical=False) or 1
-    workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
     # workers and kernels inherit both: no progress bars in there, and where the user's files are
     before = os.environ.copy()
     os.environ |= {"RLHF_BATCH": "1", "RLHF_FOLDER": str(Path.cwd())}
     with ExitStack() as stack:
         stack.callback(_restore, before)  # this may be a notebook, which is live again then
-        if processes.count() > 1:
-            yield Together(), 1
-            return
-        if profile.engine == "ray" and find_spec("ray") is not None:
-            cluster = stack.enter_context(OnRay.started(workers, max(1, profile.threads)))
+        try:
+            yield stack.enter_context(_chosen(profile))
+        except KeyboardInterrupt:
+            print(f"Stopping. {GOES_ON}", flush=True)
+            raise
+
+
+@contextmanager
+def _chosen(profile: Profile) -> Iterator[tuple[Pool, int]]:
+    cores = psutil.cpu_count(logical=False) or 1
+    workers = 1 if torch.cuda.is_available() else max(1, min(profile.jobs, cores))
+    if processes.count() > 1:
+        yield Together(), 1
+        return
+    if profile.engine == "ray" and find_spec("ray") is not None:
+        with OnRay.started(workers, max(1, profile.threads)) as cluster:
             yield cluster, cluster.places
-            return
-        if profile.engine == "ray":
-            print("Ray is not installed (pip install 'rlhf-lib[ray]'): this machine does the jobs")
-        made = ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn"), initializer=plain_warnings
-        )
-        pool = stack.enter_context(made)
+        return
+    if profile.engine == "ray":
+        print("Ray is not installed (pip install 'rlhf-lib[ray]'): this machine does the jobs")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=plain_warnings) as pool:
         try:
             yield pool, workers
-        except BaseException as error:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what has not begun does not begin
-            if isinstance(error, KeyboardInterrupt):
-                print(f"Stopping. {GOES_ON}", flush=True)
             raise
 
 
@@ -81,7 +86,10 @@ class Together:
 
     def submit(self, run: Callable[..., T], /, *arguments: Any) -> Future[T]:
         future: Future[T] = Future()
-        future.set_result(run(*arguments))
+        try:
+            future.set_result(run(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -98,7 +106,7 @@ class OnRay:
         found = ray.cluster_resources()
         gpus = int(found.get("GPU", 0))
         self.places = gpus or max(1, int(found["CPU"]) // threads)
-        needs: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": threads}
+        needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": threads}
         self._start = ray.remote(max_retries=RETRIES, **needs)(_there).remote
 
     @classmethod

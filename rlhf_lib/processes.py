@@ -30,7 +30,7 @@ from rlhf_lib.settings import UserError
 T = TypeVar("T")
 # of torchrun and accelerate, and of what else starts processes (MPI)
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-PLACES = "RANK", "LOCAL_RANK"
+PLACES = "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 LONG = timedelta(days=7)  # one waits for the other while that one alone does something
 
 
@@ -49,6 +49,8 @@ def begin() -> None:
     if max(int(os.environ.get(name, 1)) for name in SIZES) > 1:
         PartialState(cpu=not torch.cuda.is_available(), timeout=LONG)
         atexit.register(_part)
+        global neighbours
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         for name in (*SIZES, *PLACES):
             os.environ.pop(name, None)
         if not first():
@@ -63,6 +65,7 @@ def _part() -> None:
     dist.destroy_process_group()
 
 
+neighbours = 1  # processes that were started together on this machine
 _alone = False
 
 
@@ -101,12 +104,22 @@ def _on_cpus() -> Any:
     return dist.new_group(backend="gloo", timeout=LONG)
 
 
+def refuse(what: str) -> None:
+    """Raises UserError where several processes were started together: `what` is done by one."""
+    if count() > 1:
+        raise UserError(
+            f"{what} is done by one process: leave torchrun or accelerate launch out, which are "
+            "for run and for stages"
+        )
+
+
 def dealt(cut: Callable[..., Iterable[T]], *rows: Sequence[Any], size: int) -> Iterator[T]:
     """This process' share of the micro-batches into which `cut(*rows, size)` cuts all rows.
 
-    They are smaller than `size` where somebody would go without.
+    They are smaller than `size` where somebody would go without: each has some where there are as
+    many rows as processes.
     """
-    fair = min(size, max(1, -(-len(rows[0]) // count())))
+    fair = min(size, max(1, len(rows[0]) // count()))
     return islice(cut(*rows, fair), rank(), None, count())
 
 

@@ -301,4 +301,6 @@ add(
     Record("gold", "gold reward", "#8a6a00"),
 )  # fmt: skip
 
+DPO = CATALOGUE["dpo"]
+ONLINE_DPO = replace(DPO, label="Online DPO", rewarded=True, samples=True)  # with dpo.online
 LIBRARY = frozenset(CATALOGUE)  # names that are taken

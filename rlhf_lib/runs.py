@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,11 +170,14 @@ class Stage:
                 work.finish(build(work))
             finally:
                 work.leave()
+        processes.gathered(None)  # what the others wrote is gone by now
         processes.told(self._publish)
 
     def _publish(self) -> None:
         Checkpoints(self.partial, 0).discard()
         files.discard(self.partial / "kept")
+        for left in self.partial.glob("process-*"):  # of a run of several that was killed
+            shutil.rmtree(left)
         files.publish(self.partial, self.path, last="DONE")
 
 
@@ -194,8 +196,10 @@ class Work:
 
     def __init__(self, stage: Stage, mine: Callable[[], bool] = lambda: True) -> None:
         self.stage, self._mine = stage, mine
-        self.path = stage.partial if processes.first() else Path(tempfile.mkdtemp())
-        self.path.mkdir(exist_ok=True)
+        self.path = stage.partial
+        if not processes.first():
+            self.path = stage.partial / f"process-{processes.rank()}"
+        self.path.mkdir(parents=True, exist_ok=True)
         self.model_path = self.path / "model"
         self.checkpoints = Checkpoints(stage.partial, stage.checkpoint_minutes)
         self.keep = (
@@ -366,7 +370,7 @@ class Work:
         if self.tracker is not None:
             self.tracker.finish()
         if not processes.first():
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
             return
         with suppress(OSError):  # of a drive that has dropped
             done = (self.path / "DONE").exists()

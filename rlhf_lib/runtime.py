@@ -99,7 +99,7 @@ def set_up_process(threads: int = 0) -> None:
         sys.modules["datasets"].disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     _keep_freed_memory()
-    cores = (psutil.cpu_count(logical=False) or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (psutil.cpu_count(logical=False) or 1) // processes.neighbours
     torch.set_num_threads(int(os.environ.get("RLHF_THREADS", 0)) or threads or max(1, cores))
 
 

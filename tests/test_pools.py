@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from rlhf_lib import pools
+from rlhf_lib import pools, processes
 from rlhf_lib.__main__ import app
 from rlhf_lib.files import read_jsonl
 from rlhf_lib.profiles import load_profile
@@ -98,6 +98,13 @@ def test_a_job_s_own_error_comes_back_from_ray() -> None:
         error = pool.submit(failing, "way").exception(timeout=60)
     assert type(error) is ValueError
     assert str(error) == "no way"
+
+
+def test_a_job_that_fails_for_all_is_told_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pools.worker_pool(load_profile("smoke")) as (pool, workers):
+        assert workers == 1
+        assert type(pool.submit(divmod, 1, 0).exception()) is ZeroDivisionError
 
 
 def test_without_ray_this_machine_does_the_jobs(

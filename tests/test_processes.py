@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_lib import processes
+from rlhf_lib.files import read_jsonl
 from rlhf_lib.settings import UserError
 from tests.three_steps import METHODS
 
@@ -52,7 +51,7 @@ def test_two_processes_have_the_gradients_of_one(name: str, found: list[dict[str
     alone, *both = found
     for other in both:
         keys = [key for key in alone if key.startswith(f"float64/{name}/gradient/")]
-        assert len(keys) == {"ppo": 24, "grpo": 6}.get(name, 3)
+        assert len(keys) == {"ppo": 24, "ppo_shared": 12, "grpo": 6}.get(name, 3)
         assert all(furthest(alone[key], other[key]) < 1e-9 for key in keys)
         first = f"float32/{name}/gradient/0"  # later ones are of weights that have drifted apart
         assert alone[first].abs().max() > 0
@@ -96,9 +95,37 @@ def test_nobody_goes_without_where_rows_are_few(monkeypatch: pytest.MonkeyPatch)
         return dealt
 
     assert shares(8, 64, 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for rows, count in ((5, 4), (9, 4), (7, 2), (4, 4)):
+        assert all(shares(rows, 64, count)), f"{rows} rows for {count} processes"
     assert shares(3, 64, 4) == [[0], [1], [2], []]
     assert shares(0, 64, 2) == [[], []]
     assert shares(64, 8, 1) == [list(range(64))]
+
+
+def test_what_one_process_does_is_refused_where_there_are_more() -> None:
+    """Each would read standard input, hold the lock of a matrix, or ask a judge that costs."""
+    ended = start(True, "rlhf_lib", "matrix", "grid.yaml", check=False)
+    assert "error: matrix is done by one process: leave torchrun" in ended.stderr
+    ended = start(True, "rlhf_lib", "run", "--fits", "1h", "--profile", "smoke", check=False)
+    assert "error: --fits is done by one process" in ended.stderr
+
+
+def test_random_numbers_that_a_reward_draws_are_the_same_for_all(tmp_path: Path) -> None:
+    """One process asks the user's function; what it draws is drawn for both."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n\ndef some(prompts, replies):\n    return torch.rand(len(replies))\n"
+    )
+    asked = "ppo", "--profile", "smoke", "--set", f"ppo.reward={tmp_path}/mine.py:some"
+    found = []
+    for together in (False, True):
+        folder = tmp_path / str(together)
+        start(together, "rlhf_lib", *asked, "--run-dir", folder)
+        found.append(next(folder.glob("smoke/seed-0/ppo-*/metrics.jsonl")))
+    for alone, both in zip(*map(read_jsonl, found), strict=True):
+        assert both["reward"] == pytest.approx(alone["reward"], rel=1e-4)
+        assert both["num_tokens"] == alone["num_tokens"]
+    left = [path.name for path in (tmp_path / "True").rglob("process-*")]
+    assert not left, "the second process leaves nothing behind"
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
@@ -139,10 +166,8 @@ def test_a_stage_goes_on_with_another_number_of_processes(
     (stage,) = (path for path in folder.glob("ppo-*") if path.is_dir())
     assert stage.name == whole.name
 
-    def rows(path: Path) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in open(path / "metrics.jsonl")]
-
-    for row, expected in zip(rows(stage), rows(whole), strict=True):
+    logs = (read_jsonl(path / "metrics.jsonl") for path in (stage, whole))
+    for row, expected in zip(*logs, strict=True):
         for key in ("reward", "kl", "entropy", "loss/policy_avg", "grad_norm", "num_tokens"):
             assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
         assert row["flops"] == pytest.approx(expected["flops"], rel=1e-2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_lib import runtime
+from rlhf_lib import processes, runtime
 from rlhf_lib.runtime import (
     choose_precision,
     environment,
@@ -104,7 +104,7 @@ def test_threads_from_the_environment_win(
     set_up_process(2)
     assert threads == [6, 2, 3]
     monkeypatch.delenv("RLHF_THREADS")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "neighbours", 2)
     set_up_process()
     assert threads[3:] == [3], "the cores are shared out among processes started together"
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +28,7 @@ from rlhf_lib.methods.learner import Learner
 from rlhf_lib.methods.rewards import of_model
 from rlhf_lib.methods.rollout import Sampler
 from rlhf_lib.models.load import (
+    add_value_head,
     load_policy,
     load_reference,
     load_reward_model,
@@ -40,6 +43,11 @@ from rlhf_lib.settings import DPOConfig, GRPOConfig, PPOConfig, RewardModelConfi
 STEPS = 3
 PPO = PPOConfig(batch_size=10, minibatch_size=6, micro_batch_size=4, epochs=2)
 GRPO = GRPOConfig(prompts_per_update=3, group_size=4, micro_batch_size=5)
+
+
+PREFERRING: dict[str, dict[str, Any]] = {
+    "dpo": {}, "kto": {"loss": "kto"}, "online_dpo": {"online": True},
+}  # fmt: skip
 
 
 class Watched:
@@ -62,7 +70,9 @@ class Watched:
         return Learner(self.accelerator, model.to(self.dtype), learning_rate=1e-3, steps=100)
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        self.told += [float(step), float(tokens), *metrics.values()]
+        # before the first step margins are 0 but for rounding, which would decide who is right
+        kept = {k: v for k, v in metrics.items() if k != "rewards/accuracies"}
+        self.told += [float(step), float(tokens), *kept.values()]
 
 
 def steps(total: int) -> range:
@@ -78,26 +88,33 @@ def run(name: str, watched: Watched, data: PreferenceData, folder: Path) -> list
         config = RewardModelConfig(batch_size=9, micro_batch_size=4, margin=0.1)
         reward_model.train(rater, data.pairs["train"], config, **how)  # type: ignore[arg-type]
         return [rater]
-    policy = watched.learner(load_policy("tiny"))
+    model = load_policy("tiny")
+    if name == "ppo_shared":
+        add_value_head(model)
+    policy = watched.learner(model)
     if name == "sft":
         learning = SFTConfig(batch_size=11, micro_batch_size=4)
         sft.train(policy, data.demonstrations, learning, **how)  # type: ignore[arg-type]
         return [policy]
-    model, with_pad = load_reward_model("tiny", tokenizer, 1)
-    model.config.reward_mean, model.config.reward_std = 0.0, 0.01
-    processes.told(lambda: save_model(model, with_pad, folder))
-    judge = model.to(watched.dtype).eval()
+    judge, with_pad = load_reward_model("tiny", tokenizer, 1)
+    judge.config.reward_mean, judge.config.reward_std = 0.0, 0.01
+    processes.told(lambda: save_model(judge, with_pad, folder))
+    judge.to(watched.dtype).eval()  # type: ignore[arg-type]
     sampler = Sampler(
         watched.accelerator, tokenizer, load_reference("tiny").to(watched.dtype),
         of_model(judge, watched.accelerator), max_new_tokens=12,
     )  # fmt: skip
     prompts = data.prompts["train"]
-    if name == "dpo":
-        preferring = DPOConfig(batch_size=7, micro_batch_size=4, probes=2)
+    if name in PREFERRING:
+        preferring = DPOConfig(batch_size=7, micro_batch_size=4, probes=2, **PREFERRING[name])
         dpo.train(policy, sampler, data.pairs["train"], prompts[:5], preferring, **how)  # type: ignore[arg-type]
         return [policy]
     if name == "grpo":
         grpo.train(policy, sampler, prompts, GRPO, **how)  # type: ignore[arg-type]
+        return [policy]
+    if name == "ppo_shared":
+        shared_trunk = replace(PPO, value_model="shared", entropy_coef=0.1)
+        ppo.train(policy, policy, sampler, prompts, shared_trunk, **how)  # type: ignore[arg-type]
         return [policy]
     value = watched.learner(load_value_model(folder))
     ppo.train(policy, value, sampler, prompts, PPO, **how)  # type: ignore[arg-type]
@@ -128,7 +145,7 @@ def shared() -> dict[str, Tensor]:
     }
 
 
-METHODS = ("sft", "reward_model", "ppo", "grpo", "dpo")
+METHODS = ("sft", "reward_model", "ppo", "grpo", "dpo", "ppo_shared", "kto", "online_dpo")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 

@@ -75,7 +75,9 @@ class Learner:
         Returns (loss, gradient norm before clipping, 0 for a step that was skipped). Raises
         DivergedError when loss or norm is not finite: nothing has been changed then.
         """
-        total = 0.0
+        total, scaler = 0.0, self.accelerator.scaler  # type: ignore[assignment]
+        if scaler is not None:  # of several processes one may have no loss: its scale begins here
+            scaler.scale(torch.zeros(1, device=self.accelerator.device))
         # gradient checkpointing works in train mode only, the generation cache best in eval mode
         self.model.train()
         for loss in losses:
@@ -86,7 +88,7 @@ class Learner:
         self._check("loss", total)
         processes.sum_gradients(self.model.parameters())
         clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        norm, scaler = float(clipped), self.accelerator.scaler  # type: ignore[arg-type]
+        norm = float(clipped)  # type: ignore[arg-type]
         overflow = scaler is not None and not math.isfinite(norm)
         if not overflow:
             self._check("gradient's norm", norm)

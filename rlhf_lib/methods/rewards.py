@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import cast
 
 import torch
@@ -197,9 +196,19 @@ def _named(name: str, models: Models, truth: Truth | None) -> Reward:
     found = resolve(name)
     if not callable(found):
         raise SettingsError(f"reward {name}: it is no function")
-    users = cast(Reward, found)
-    # asked once, whatever it costs, and however it answers the next time
-    return lambda prompts, replies: processes.told(partial(users, prompts, replies))
+    return _asked_once(cast(Reward, found))
+
+
+def _asked_once(users: Reward) -> Reward:
+    """The user's function, asked by one process for all: it may cost, draw, or change its mind."""
+
+    def reward(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor | Sequence[float]:
+        ask = lambda: (users(prompts, replies), torch.get_rng_state())  # noqa: E731
+        found, drawn = processes.told(ask)
+        torch.set_rng_state(drawn)  # all go on with the random numbers that are left
+        return found
+
+    return reward
 
 
 def modules(setting: str) -> list[str]:

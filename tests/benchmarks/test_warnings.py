@@ -18,7 +18,12 @@ from rlhf_lib.data.encoding import Prompt
 STEPS = 40
 
 
-def run_of(seed: int, falls: bool, rng: np.random.Generator) -> dict[str, Any]:
+COEFFICIENTS = {0.0: True, 0.02: True, 0.4: False, 1.6: False}  # and whether such runs fall
+
+
+def run_of(
+    seed: int, falls: bool, rng: np.random.Generator, coefficient: float = 0.0
+) -> dict[str, Any]:
     """Gold rises, and falls from step 25 on, or does not; `kl` moves from step 12 on where it will
     fall, `entropy` only once it has fallen, `length` is noise.
     """
@@ -32,21 +37,22 @@ def run_of(seed: int, falls: bool, rng: np.random.Generator) -> dict[str, Any]:
         "second_gap": noise(), "spread": noise(), "distance": noise(), "reward": noise(),
     }  # fmt: skip
     steps = [{k: float(v[i]) for k, v in columns.items()} for i in range(STEPS)]
-    return {"seed": seed, "coefficient": float(falls), "steps": steps}
+    return {"seed": seed, "coefficient": coefficient, "steps": steps}
 
 
-def made_up(seeds: int = 12) -> list[dict]:
-    rng = np.random.default_rng(3)
-    return [run_of(seed, falls, rng) for seed in range(seeds) for falls in (True, False)]
+def made_up(seeds: int = 6, rng: Any = None) -> list[dict]:
+    rng = rng or np.random.default_rng(3)
+    cells = [(seed, *cell) for seed in range(seeds) for cell in COEFFICIENTS.items()]
+    return [run_of(seed, falls, rng, coefficient) for seed, coefficient, falls in cells]
 
 
 def test_a_fall_comes_where_gold_is_so_far_below_its_best() -> None:
     rising = [0.1 * i for i in range(10)]
     assert alarms.fall(rising) is None
     assert alarms.fall([*rising, 0.9, 0.9, 0.9]) is None
-    fallen = [1.0] * 10 + [0.4] * 10
-    # means of five: 0.88, and 0.76 at the twelfth update
-    assert alarms.fall(fallen) == 11
+    fallen = [1.0] * 10 + [0.1] * 10
+    # means of five: 0.82, 0.64, and 0.46 at the thirteenth update
+    assert alarms.fall(fallen) == 12
     assert alarms.fall([1.0] * 10 + [0.5] * 5 + [1.0] * 10) is None, "it came back"
 
 
@@ -75,13 +81,28 @@ def test_a_signal_that_comes_before_the_fall_is_told_from_noise_and_from_one_tha
         assert signal["warned"]["mean"] - signal["false"]["mean"] < 0.5, signal["name"]
 
 
+def test_a_signal_that_knows_the_coefficient_again_warns_of_nothing() -> None:
+    """Runs of one coefficient all fall or none does: that alone is no warning."""
+    runs = made_up()
+    for run in runs:
+        for number, step in enumerate(run["steps"]):
+            step["kl"] = number * {0.0: 5.0, 0.02: 1.0, 0.4: 4.0, 1.6: 2.0}[run["coefficient"]]
+    kl = alarms.score(runs)["signals"]["kl"]
+    assert kl["warned"]["mean"] - kl["false"]["mean"] <= 0
+
+
+def test_noise_alone_seldom_falls() -> None:
+    rng = np.random.default_rng(1)
+    fell = [alarms.fall(0.15 * rng.standard_normal(50)) is not None for _ in range(2000)]  # type: ignore[arg-type]
+    assert np.mean(fell) < 0.02
+
+
 def test_no_run_is_judged_by_a_threshold_that_it_chose() -> None:
     """With noise alone, thresholds that saw the run itself would look better than chance."""
     rng = np.random.default_rng(0)
     gaps = []
     for _ in range(40):
-        runs = [run_of(seed, falls, rng) for seed in range(4) for falls in (True, False)]
-        noise = alarms.score(runs)["signals"]["length"]
+        noise = alarms.score(made_up(3, rng))["signals"]["length"]
         gaps.append(noise["warned"]["mean"] - noise["false"]["mean"])
     # what is left out chose against itself, so the mean is a little below 0
     assert np.mean(gaps) < 3 * np.std(gaps) / np.sqrt(len(gaps)), "better than chance"
@@ -107,12 +128,13 @@ def test_numbers_table_and_figure_are_written(
     monkeypatch.setattr(warnings, "train", train)
     monkeypatch.setattr(warnings, "worker_pool", pool)
     out = tmp_path / "warnings.json"
-    warnings.main(3, "0,1", 40, run_dir=tmp_path, out=out)
+    warnings.main(3, "0,0.02,0.4,1.6", 40, run_dir=tmp_path, out=out)
     found = json.loads(out.read_text())
-    assert len(found["runs"]) == 6
+    assert len(found["runs"]) == 12
     assert found["warnings"] == json.loads(json.dumps(alarms.score(found["runs"])))
     said = capsys.readouterr().out
-    assert "3 seeds and kl_coef 0, 1. The gold reward fell by 0.2 or more in 3 of 6 runs" in said
+    assert "3 seeds and kl_coef 0, 0.02, 0.4, 1.6. The gold reward ended 0.4 or more" in said
+    assert "below its best in 6 of 12 runs" in said
     assert "| KL to SFT | 100% [" in said
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".svg", ".png"}
 

@@ -60,10 +60,34 @@ def test_a_variant_trains_another_policy_and_is_another_stage(name: str, trained
     assert all(row["loss"] is not None for row in varied.metrics())
 
 
-def test_online_dpo_counts_what_it_samples_and_keeps_no_table(trained: Callable) -> None:
-    offline, online = (trained(name).result() for name in ("dpo", "online"))
-    drawn = online["spent"]["generated"] - offline["spent"].get("generated", 0)
-    assert drawn > 2 * online["train_pairs"], "two replies to each prompt"
+def test_online_dpo_counts_what_it_samples_and_has_no_table_of_the_reference(
+    make_run: Callable, finished: Any, tiny_data: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[int] = []
+    own = dpo.own_pairs
+
+    def counting(sampler: Any, policy: Any, pairs: Any, config: Any) -> Any:
+        asked.append(len(pairs))
+        return own(sampler, policy, pairs, config)
+
+    monkeypatch.setattr(dpo, "own_pairs", counting)
+    monkeypatch.setattr(dpo, "reference_table", lambda *args: 1 / 0)
+    stage = train_stage(make_run(tmp_path), "dpo", tiny_data, finished, online=True)
+    assert sum(asked) == stage.result()["train_pairs"] == 24
+    assert stage.result()["spent"]["generated"] >= 2 * 24
+
+
+def test_online_dpo_is_priced_and_judged_as_what_learns_from_rewards() -> None:
+    try:
+        catalogue.load("smoke", ["dpo.online=true"])
+        assert catalogue.record("dpo").rewarded
+        assert catalogue.record("dpo").samples
+        assert catalogue.label("dpo") == "Online DPO"
+    finally:
+        catalogue.load("smoke")
+    assert not catalogue.record("dpo").rewarded
+    assert catalogue.label("dpo") == "DPO"
 
 
 def test_online_pairs_have_the_prompts_of_the_dataset(
@@ -135,6 +159,8 @@ def test_who_asks_for_an_ensemble_needs_its_members_in_every_seed() -> None:
         assert not set(MEMBERS) & set(catalogue.needs(plain, "ppo", seed))
         assert set(MEMBERS) <= set(catalogue.needs(asking, "ppo", seed))
         assert not set(MEMBERS) & set(catalogue.needs(asking, "grpo", seed))
+        # the members have not learnt from its labels
+        assert not set(MEMBERS) & set(catalogue.needs(asking, "ppo_control", seed))
         names = [record.name for record in catalogue.stages(asking, seed)]
         assert set(MEMBERS) <= set(names)
         assert max(map(names.index, MEMBERS)) < names.index("ppo")
