@@ -402,7 +402,7 @@ def test_a_matrix_is_run_and_its_files_named(
     seen: list[Any] = []
     monkeypatch.setattr(matrix, "run", lambda *a: seen.append(a) or tmp_path / "made")
     result = cli("matrix", "grid.yaml", "--out", "memory://x")
-    assert seen == [(Path("grid.yaml"), Path("runs"), "memory://x")]
+    assert seen == [(Path("grid.yaml"), Path("runs"), "memory://x", "")]
     assert result.out.startswith("| method | setting | seeds | reward | interval over |\n")
     assert result.out.endswith(f"\n{tmp_path}/made/table.csv\n")
 

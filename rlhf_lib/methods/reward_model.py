@@ -49,7 +49,7 @@ def update(
     center_coef: float = 0.0,
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of the batch; a pair's own margin beats `margin`."""
-    scores = torch.zeros(2, len(batch))
+    scores = torch.zeros(2, len(batch), dtype=torch.float64)
 
     def losses() -> Iterator[Tensor]:
         for rows in processes.dealt(by_length, paired_lengths(batch), size=micro_batch_size):
@@ -60,7 +60,7 @@ def update(
             loss, _ = reward_loss(
                 chosen, rejected, torch.tensor(margins, device=chosen.device), center_coef
             )
-            scores[:, rows] = torch.stack((chosen, rejected)).detach().cpu()
+            scores[:, rows] = torch.stack((chosen, rejected)).detach().cpu().double()
             yield loss * len(pairs) / len(batch)
 
     loss, grad_norm = reward_model.step(losses())

@@ -313,7 +313,7 @@ def advantage_rows() -> list[Proof]:
     lengths = torch.arange(1.0, 13.0)
     ours = advantages.soft_overlong_penalty(lengths, 12, 5)
     trl = parity_trl.overlong([int(n) for n in lengths], 12, 5)
-    rows.append(_row("soft overlong penalty", ours, trl, "get_soft_overlong_punishment"))
+    rows.append(_row("soft overlong penalty", ours, trl, "get_soft_overlong_punishment", shown=-1))
     return rows
 
 

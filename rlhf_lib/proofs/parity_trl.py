@@ -198,9 +198,7 @@ def advantages(
 
 def overlong(lengths: list[int], longest: int, buffer: int) -> Tensor:
     """What TRL takes off replies of these lengths."""
-    from trl.rewards.other_rewards import get_soft_overlong_punishment
-
-    punished = get_soft_overlong_punishment(longest, buffer)
+    punished = trl_class("get_soft_overlong_punishment", "trl.rewards")(longest, buffer)
     return torch.tensor(punished([[0] * length for length in lengths]))
 
 

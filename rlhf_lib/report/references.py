@@ -35,6 +35,7 @@ ARXIV = {
     "2024",
     "2402.03300": "Z. Shao et al. DeepSeekMath: Pushing the Limits of Mathematical Reasoning in "
     "Open Language Models. 2024",
+    "2402.04792": "S. Guo et al. Direct Language Model Alignment from Online AI Feedback. 2024",
     "2402.14740": "A. Ahmadian et al. Back to Basics: Revisiting REINFORCE Style Optimization for "
     "Learning from Human Feedback in LLMs. 2024",
     "2403.07691": "J. Hong, N. Lee, J. Thorne. ORPO: Monolithic Preference Optimization without "
@@ -48,6 +49,9 @@ ARXIV = {
     "2503.14476": "Q. Yu et al. DAPO: An Open-Source LLM Reinforcement Learning System at Scale. "
     "2025",
     "2503.20783": "Z. Liu et al. Understanding R1-Zero-Like Training: A Critical Perspective. 2025",
+    "2506.13585": "A. Chen et al. MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning "
+    "Attention. 2025",
+    "2507.18071": "C. Zheng et al. Group Sequence Policy Optimization. 2025",
 }
 PRINTED = (
     "R. A. Bradley, M. E. Terry. Rank Analysis of Incomplete Block Designs: I. The Method of "

@@ -14,10 +14,21 @@ from torch import Tensor
 from rlhf_lib.measure import evaluate
 from rlhf_lib.objectives import advantages, kl, losses, preference
 from rlhf_lib.objectives.masked import masked_mean
+from rlhf_lib.proofs import policy as policy_proofs
 from rlhf_lib.proofs.claims import Proof
 from rlhf_lib.proofs.kl import best_of_n, kl_gradients, kl_in_reward, kl_values, single_token
 from rlhf_lib.proofs.parity import all_proofs
-from rlhf_lib.proofs.policy import dpo, gae_by_definition, groups, identities, ppo, sampled
+from rlhf_lib.proofs.policy import (
+    dpo,
+    entropy_bonus,
+    gae_by_definition,
+    groups,
+    identities,
+    online_dpo,
+    ppo,
+    ratios,
+    sampled,
+)
 
 
 def turned(estimator: Callable) -> Callable:
@@ -189,6 +200,38 @@ MUTATIONS = {
         term_taken_twice,
         (best_of_n,),
         ("best of 8: KL is at most", "best of 8, 100,000"),
+    ),
+    "a sequence's ratio that is a product": Mutation(
+        losses,
+        "masked_mean",
+        lambda mean: (
+            lambda x, mask, dim=None: (
+                (x * mask).sum(1) if dim == 1 and x.grad_fn is not None else mean(x, mask, dim)
+            )
+        ),
+        (ratios,),
+        ("GSPO at ratio 1", "GSPO off-policy"),
+    ),
+    "CISPO's weight limited at 1": Mutation(
+        losses,
+        "_clipped_policy",
+        lambda right: lambda *args: right(*args[:5], min(args[5], 0.0), *args[6:]),
+        (ratios,),
+        ("CISPO without a limit", "CISPO: sum of min"),
+    ),
+    "entropy without its logarithm": Mutation(
+        policy_proofs,
+        "entropy",
+        lambda entropy: lambda logits: -(logits.softmax(-1) ** 2).sum(-1),
+        (entropy_bonus,),
+        ("entropy of a state",),
+    ),
+    "DPO's loss of the other reply": Mutation(
+        preference,
+        "dpo_loss",
+        lambda loss: lambda c, r, *rest, **named: loss(r, c, *rest, **named),
+        (online_dpo,),
+        ("online DPO's first step: beta/2",),
     ),
 }
 

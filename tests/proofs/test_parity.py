@@ -28,7 +28,14 @@ from rlhf_lib.settings import UserError
 
 GRPO = [
     f"GRPO loss, {aggregation}{with_kl}"
-    for aggregation in ("sequence (grpo)", "token (bnpo)", "token (dapo)", "constant (dr_grpo)")
+    for aggregation in (
+        "sequence (grpo)",
+        "token (bnpo)",
+        "token (dapo)",
+        "constant (dr_grpo)",
+        "sequence (GSPO)",
+        "token (cispo)",
+    )
     for with_kl in ("", ", KL")
 ]
 SAME = [
@@ -47,6 +54,7 @@ SAME = [
     *(f"group advantages, scale={scale}" for scale in ("group", "batch", "none")),
     "leave-one-out advantages",
     "leave-one-out advantages, KL in the reward",
+    "soft overlong penalty",
     *(f"one {step} step, {k}" for step in ("DPO", "reward", "SFT") for k in ("gpt2", "llama")),
     "log-probs of padded rows, gpt2: ours are those of each row alone",
     "log-probs of padded rows, llama: ours are those of each row alone",

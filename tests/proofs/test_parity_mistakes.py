@@ -28,7 +28,7 @@ def averaged(loss: Callable) -> Callable:
 
 
 def aggregated(how: str) -> Callable[[Callable], Callable]:
-    return lambda loss: lambda *rest: loss(*rest[:8], how)
+    return lambda loss: lambda *rest, **named: loss(*rest, **named | {"aggregation": how})
 
 
 def turned(estimator: Callable) -> Callable:
@@ -203,18 +203,39 @@ MISTAKES: dict[Callable[[], list[Proof]], list[Mistake]] = {
             SEQUENCE,
             losses,
             "grpo_loss",
-            lambda loss: lambda *rest: loss(*rest[:7], rest[6], *rest[8:]),
+            lambda loss: lambda *rest, **named: loss(*rest[:7], rest[6], **named),
         ),
         Mistake(
             "KL ignored",
             f"{SEQUENCE}, KL",
             losses,
             "grpo_loss",
-            lambda loss: lambda *rest: loss(*rest[:5], 0.0, *rest[6:]),
+            lambda loss: lambda *rest, **named: loss(*rest[:5], 0.0, *rest[6:], **named),
+        ),
+        Mistake(
+            "a ratio for each token",
+            "GRPO loss, sequence (GSPO)",
+            losses,
+            "grpo_loss",
+            lambda loss: lambda *rest, **named: loss(*rest, **named | {"ratio": "token"}),
+        ),
+        Mistake(
+            "clipped",
+            "GRPO loss, token (cispo)",
+            losses,
+            "grpo_loss",
+            lambda loss: lambda *rest, **named: loss(*rest, **named | {"surrogate": "clip"}),
         ),
         Mistake("k3 with its ratio turned", f"{TOKEN}, KL", kl.ESTIMATORS, "k3", turned),
     ],
     parity.advantage_rows: [
+        Mistake(
+            "one token late",
+            "soft overlong penalty",
+            advantages,
+            "soft_overlong_penalty",
+            lambda penalty: lambda lengths, *rest: penalty(lengths - 1, *rest),
+        ),
         *(
             Mistake(
                 "another deviation",

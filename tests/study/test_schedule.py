@@ -17,6 +17,7 @@ import pytest
 
 from rlhf_lib import catalogue, pools
 from rlhf_lib.profiles import load_profile
+from rlhf_lib.records import MEMBERS, REWARDED
 from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.study import book, schedule
 from rlhf_lib.study.schedule import Job, plan, run_study
@@ -72,7 +73,8 @@ def test_seed_0_comes_first_then_each_seed_and_what_seed_0_has_besides_at_the_en
     for seed, part in enumerate(before[:3]):
         seeds = {key.partition(":")[0] for key in part if key.startswith("seed ")}
         assert seeds <= {f"seed {seed}", "seed 0"}
-    lone = {"attribution", *SWEPT, *UNBIASED}
+    lone = {"attribution", "rewards_compared", *SWEPT, *UNBIASED, *MEMBERS}
+    lone |= {f"grpo_{name}" for name in REWARDED}
     extras = {key for key in before[3] if key.startswith("seed ")}
     assert extras == {f"seed 0: {name}" for name in lone}
     assert [key for key in before[1] if key.startswith("seed 0")] == ["seed 0: second_opinion"]
@@ -136,7 +138,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setenv("RLHF_BATCH", "1")  # run_study sets it: put back after the test
     monkeypatch.setattr(schedule, "_run_job", run_job)
     monkeypatch.setattr(
-        schedule, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
+        pools, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
     )
     monkeypatch.setattr(pools.psutil, "cpu_count", lambda logical: 2)
     monkeypatch.setattr(pools.torch.cuda, "is_available", lambda: False)
@@ -180,7 +182,7 @@ def test_what_waits_is_cancelled_when_the_user_stops(
                 last.set()
             super().shutdown(wait, cancel_futures=cancel_futures)
 
-    monkeypatch.setattr(schedule, "ProcessPoolExecutor", lambda workers, **_: Pool(workers))
+    monkeypatch.setattr(pools, "ProcessPoolExecutor", lambda workers, **_: Pool(workers))
     begun: list[str] = []
 
     def work(name: str) -> None:

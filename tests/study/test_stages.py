@@ -11,6 +11,7 @@ import pytest
 from rlhf_lib import catalogue
 from rlhf_lib.catalogue import Record
 from rlhf_lib.profiles import load_profile
+from rlhf_lib.records import MEMBERS, REWARDED
 from rlhf_lib.runs import Run
 from rlhf_lib.settings import Profile, SettingsError
 from rlhf_lib.study import stages
@@ -31,9 +32,10 @@ def test_the_control_is_trained_where_its_labels_are() -> None:
     for source, known in (("bundled", True), ("bundled:control", False), ("path:x.jsonl", False)):
         names = stage_names(load_profile("smoke", [f"data.source={source}"]))
         of_world = {f"{of}_{labels}" for of in ("reward_model", "ppo", "dpo") for labels in DOSES}
-        of_world.add("attribution")
+        of_world |= {"attribution", "rewards_compared", *MEMBERS}
+        of_world |= {f"grpo_{name}" for name in REWARDED}
         assert of_world & set(names) == (of_world if known else set())
-        assert names[-1] == ("attribution" if known else "evaluate")
+        assert names[-1] == ("rewards_compared" if known else "evaluate")
 
 
 @pytest.fixture

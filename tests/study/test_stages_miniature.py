@@ -124,7 +124,11 @@ def test_results_have_the_shape_that_all_other_tests_stand_on(study: Any) -> Non
 @pytest.mark.slow
 def test_every_stage_is_published_whole_and_none_is_run_again(study: Any) -> None:
     done = sorted(path for path in (study.folder / "seed-0").iterdir() if path.is_dir())
-    assert {p.name.rsplit("-", 1)[0] for p in done} == {*stage_names(study), "ppo_shared"}
+    assert {p.name.rsplit("-", 1)[0] for p in done} == {
+        *stage_names(study),
+        "ppo_shared",
+        "ppo_entropy",
+    }
     for path in done:
         files = {file.name for file in path.iterdir()}
         assert {"DONE", "config.json", "env.json", "result.json"} <= files

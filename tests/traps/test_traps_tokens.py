@@ -102,13 +102,13 @@ def test_trap_01_left_padding_in_generation(
 
 def mask_from_pad_ids(patch: pytest.MonkeyPatch) -> None:
     """Whatever equals the pad token is padding: where that is the end token, no end is learnt."""
-    whole_hidden, whole_logprobs = logprobs.response_hidden, logprobs.response_logprobs
+    both, whole_logprobs = logprobs.logprobs_and_entropies, logprobs.response_logprobs
 
-    def response_hidden(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, labels, mask = whole_hidden(*args)
-        real = labels != EOS
-        kept = mask.masked_scatter(mask.bool(), real.float())
-        return hidden[real], labels[real], kept
+    def logprobs_and_entropies(
+        model: PreTrainedModel, prompts: Tokens, responses: Tokens, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scored, entropies, mask = both(model, prompts, responses, *rest, **named)
+        return scored, entropies, mask * (pad(responses) != EOS)
 
     def response_logprobs(
         model: PreTrainedModel, prompts: Tokens, responses: Tokens, *rest: Any
@@ -116,7 +116,7 @@ def mask_from_pad_ids(patch: pytest.MonkeyPatch) -> None:
         scored, mask = whole_logprobs(model, prompts, responses, *rest)
         return scored, mask * (pad(responses) != EOS)
 
-    patch.setattr(sft, "response_hidden", response_hidden)
+    patch.setattr(sft, "logprobs_and_entropies", logprobs_and_entropies)
     patch.setattr(ppo, "response_logprobs", response_logprobs)
     patch.setattr(grpo, "response_logprobs", response_logprobs)
 
