@@ -269,7 +269,7 @@ def engines_summary(results: Mapping) -> str:
     ]
     env = results["environment"]
     return (
-        f"All stages of profile {results['profile']}, {results['seeds']} seeds, without notebooks "
+        f"All stages of profile {results['profile']}, seeds: {results['seeds']}, without notebooks "
         f"and report, on {env.get('cpu', 'a CPU')}, {env['cpu_cores']} cores; one run each, "
         f"starting included.\n\n{markdown(table_of(results['ways'], columns))}"
     )
