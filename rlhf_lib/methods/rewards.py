@@ -203,8 +203,7 @@ def _asked_once(users: Reward) -> Reward:
     """The user's function, asked by one process for all: it may cost, draw, or change its mind."""
 
     def reward(prompts: Sequence[Prompt], replies: Sequence[Reply]) -> Tensor | Sequence[float]:
-        ask = lambda: (users(prompts, replies), torch.get_rng_state())  # noqa: E731
-        found, drawn = processes.told(ask)
+        found, drawn = processes.told(lambda: (users(prompts, replies), torch.get_rng_state()))
         torch.set_rng_state(drawn)  # all go on with the random numbers that are left
         return found
 

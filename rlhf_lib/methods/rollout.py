@@ -193,8 +193,7 @@ class Sampler:
         processes.summed(measured)
         finished = torch.tensor([reply.finished for reply in replies])
         clipped = scores.clamp(-reward_clip, reward_clip)
-        longest = self.max_new_tokens
-        overlong = soft_overlong_penalty(mask.sum(1), longest, overlong_buffer)
+        overlong = soft_overlong_penalty(mask.sum(1), self.max_new_tokens, overlong_buffer)
         gold = signs = None
         if self.truth is not None:
             gold = torch.as_tensor(of_truth(self.truth)(prompts, replies)).tolist()
